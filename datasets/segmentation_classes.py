@@ -1,0 +1,106 @@
+"""Class names of the segmentation data sets, in label order: name k (from 1) is label k, label 0 is "other", ignored.
+
+A file names.txt at the root of a prepared data set (one name a line, label order; datasets/prepare.py writes it) goes
+before these tuples: class_names() looks there first.
+
+Sources. ADE20K_150: objectInfo150.txt of ADEChallengeData2016, first synonym. ADE20K_OBJECT_59, PASCAL_OBJECT_16 and
+LIP_19: the class lists of the authors' segmentation/mmseg/datasets/{ade_59object,pascal_16semantic,lip}.py. That of the
+59 objects carries their remark that the names may not be right; it holds 59 different names of the 150, in the order of
+the 150 but for "boat", so that in the authors' own label maps the names from "boat" to "swivel chair" may be one off.
+PASCAL_PART: the part list of the Pascal-Part devkit (part2ind.m), numbered families merged, without boat, chair, table
+and sofa, which have no parts. The authors' prepared maps of the 193 and of the 209 parts come without names (their
+lists repeat those of other data sets), so their label order is unknown. No mean over classes depends on the order.
+"""
+
+from pathlib import Path
+
+from .common import UserError
+
+ADE20K_150 = (
+    "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass", "cabinet",
+    "sidewalk", "person", "earth", "door", "table", "mountain", "plant", "curtain", "chair", "car", "water",
+    "painting", "sofa", "shelf", "house", "sea", "mirror", "rug", "field", "armchair", "seat", "fence", "desk",
+    "rock", "wardrobe", "lamp", "bathtub", "railing", "cushion", "base", "box", "column", "signboard",
+    "chest of drawers", "counter", "sand", "sink", "skyscraper", "fireplace", "refrigerator", "grandstand", "path",
+    "stairs", "runway", "case", "pool table", "pillow", "screen door", "stairway", "river", "bridge", "bookcase",
+    "blind", "coffee table", "toilet", "flower", "book", "hill", "bench", "countertop", "stove", "palm",
+    "kitchen island", "computer", "swivel chair", "boat", "bar", "arcade machine", "hovel", "bus", "towel", "light",
+    "truck", "tower", "chandelier", "awning", "streetlight", "booth", "television", "airplane", "dirt track",
+    "apparel", "pole", "land", "bannister", "escalator", "ottoman", "bottle", "buffet", "poster", "stage", "van",
+    "ship", "fountain", "conveyer belt", "canopy", "washer", "plaything", "swimming pool", "stool", "barrel",
+    "basket", "waterfall", "tent", "bag", "minibike", "cradle", "oven", "ball", "food", "step", "tank",
+    "trade name", "microwave", "pot", "animal", "bicycle", "lake", "dishwasher", "screen", "blanket", "sculpture",
+    "hood", "sconce", "vase", "traffic light", "tray", "ashcan", "fan", "pier", "crt screen", "plate", "monitor",
+    "bulletin board", "shower", "radiator", "glass", "clock", "flag",
+)
+
+ADE20K_OBJECT_59 = (
+    "building", "sky", "tree", "bed", "windowpane", "cabinet", "person", "door", "table", "plant", "chair", "car",
+    "sofa", "shelf", "house", "armchair", "seat", "fence", "desk", "wardrobe", "lamp", "bathtub", "column",
+    "chest of drawers", "sink", "skyscraper", "refrigerator", "boat", "stairs", "pool table", "stairway",
+    "bookcase", "blind", "coffee table", "toilet", "stove", "computer", "swivel chair", "bus", "light", "truck",
+    "chandelier", "airplane", "ottoman", "bottle", "van", "washer", "stool", "minibike", "oven", "microwave",
+    "dishwasher", "screen", "hood", "sconce", "traffic light", "fan", "glass", "clock",
+)
+
+LIP_19 = (
+    "hat", "hair", "glove", "sunglasses", "upper-clothes", "dress", "coat", "socks", "pants", "jumpsuits", "scarf",
+    "skirt", "face", "left arm", "right arm", "left leg", "right leg", "left shoe", "right shoe",
+)
+
+# By devkit name: l, r = left, right; f, b, h, c before a word = front, back, head, coach; u, l before arm, leg = upper,
+# lower; ho = hoof, pa = paw, liplate = license plate.
+_BUS = ("frontside leftside rightside backside roofside leftmirror rightmirror fliplate bliplate "
+        "door wheel headlight window")
+_CAT = "head leye reye lear rear nose torso neck lfleg lfpa rfleg rfpa lbleg lbpa rbleg rbpa tail"
+_COW = ("head leye reye lear rear muzzle lhorn rhorn torso neck "
+        "lfuleg lflleg rfuleg rflleg lbuleg lblleg rbuleg rblleg tail")
+PASCAL_PARTS = {name: tuple(parts.split()) for name, parts in {
+    "aeroplane": "body stern lwing rwing tail engine wheel",
+    "bicycle": "fwheel bwheel saddle handlebar chainwheel headlight",
+    "bird": "head leye reye beak torso neck lwing rwing lleg lfoot rleg rfoot tail",
+    "bottle": "cap body",
+    "bus": _BUS,
+    "car": _BUS,
+    "cat": _CAT,
+    "cow": _COW,
+    "dog": _CAT + " muzzle",
+    "horse": _COW.replace("lhorn rhorn ", "") + " lfho rfho lbho rbho",
+    "motorbike": "fwheel bwheel handlebar saddle headlight",
+    "person": "head leye reye lear rear lebrow rebrow nose mouth hair torso neck "
+              "llarm luarm lhand rlarm ruarm rhand llleg luleg lfoot rlleg ruleg rfoot",
+    "pottedplant": "pot plant",
+    "sheep": _COW,
+    "train": "head hfrontside hleftside hrightside hbackside hroofside headlight "
+             "coach cfrontside cleftside crightside cbackside croofside",
+    "tvmonitor": "screen",
+}.items()}
+PASCAL_OBJECT_16 = tuple(PASCAL_PARTS)
+PASCAL_PART_193 = tuple(f"{name} {part}" for name, parts in PASCAL_PARTS.items() for part in parts)
+
+# The names are published only as label maps.
+ADE20K_PART_209 = tuple(f"class {label}" for label in range(1, 210))
+
+CLASS_NAMES = {
+    "ade20k": ADE20K_150,
+    "ade20k-object": ADE20K_OBJECT_59,
+    "ade20k-part": ADE20K_PART_209,
+    "pascal-object": PASCAL_OBJECT_16,
+    "pascal-part": PASCAL_PART_193,
+    "lip": LIP_19,
+}
+
+
+def class_names(dataset: str, root: Path | None = None) -> tuple[str, ...]:
+    """The names of a data set's classes in label order: from root/names.txt where it exists, else from this file.
+
+    A names.txt may hold another number of names than the paper's (ade20k-part made from the full release does).
+    Raises UserError where it is empty or repeats a name.
+    """
+    path = root / "names.txt" if root else None
+    if path is None or not path.is_file():
+        return CLASS_NAMES[dataset]
+    names = tuple(path.read_text(encoding="utf-8").splitlines())
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{path} is empty or holds a name twice; make it again with datasets.prepare")
+    return names
