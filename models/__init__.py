@@ -1,0 +1,76 @@
+"""Encoders by name. One file per method; encoder.py is what they share, checkpoints.py gets and opens files."""
+
+import importlib
+from pathlib import Path
+
+import torch
+
+from . import timm_vit
+from .checkpoints import fetch, file_hash, open_checkpoint
+from .encoder import CheckpointError, Encoder
+
+METHODS = ("deit", "mocov3", "dino", "beit", "mae", "cae", "ibot")
+WITH_PROJECTOR = ("mocov3", "dino", "ibot")
+
+__all__ = ["METHODS", "WITH_PROJECTOR", "CheckpointError", "Encoder", "build_model"]
+
+
+def build_model(name: str, weights: str = "official", num_heads: int | None = None, *, projector: bool | None = None,
+                decoder: bool = False, seed: int = 0, **method_options) -> Encoder:
+    """A frozen encoder, in evaluation mode, requires_grad False, float32, on the CPU.
+
+    name: one of METHODS or timm/NAME. weights: "official" (downloaded and checked), "random" (a control drawn from
+    the seed, ViT-B/16 of the method), a path or a URL. num_heads: width / 64 unless given. projector: True = needed,
+    False = dropped, None = kept where the file has one; decoder: True = needed (MAE). "official" is the full file where either
+    is needed. method_options: those of the method's from_checkpoint or random. encoder.weights and encoder.sha256 name
+    what was loaded. Raises CheckpointError with one line that names the file.
+    """
+    if name.startswith("timm/"):
+        method = timm_vit
+        method_options["name"] = name.removeprefix("timm/")
+    elif name in METHODS:
+        method = importlib.import_module(f".{name}", __name__)
+    else:
+        raise CheckpointError(f"unknown model {name!r}: take one of {', '.join(METHODS)} or timm/NAME")
+
+    if weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder = method.random(**method_options)
+        encoder.weights = "random"
+    elif weights == "official" and method is timm_vit:
+        encoder = timm_vit.pretrained(**method_options)
+        encoder.weights = name
+    else:
+        path = _weights_file(name, weights, method, full=bool(projector or decoder))
+        try:
+            encoder = method.from_checkpoint(open_checkpoint(path), num_heads=num_heads, **method_options)
+        except CheckpointError as error:
+            if str(path) in str(error):
+                raise
+            raise CheckpointError(f"{path} is not a file of {name}: {error}") from None
+        encoder.weights, encoder.sha256 = str(path) if weights != "official" else path.name, file_hash(path)
+
+    if projector and not encoder.has_projector:
+        raise CheckpointError(f"{encoder.weights} has no projector; " + (
+            "give the full checkpoint of the method" if name in WITH_PROJECTOR else
+            f"only {', '.join(WITH_PROJECTOR)} have one"))
+    if projector is False:
+        encoder.projector = None
+    if decoder and not getattr(encoder, "has_decoder", False):
+        raise CheckpointError(f"{encoder.weights} has no decoder; MAE's mae_pretrain_vit_base_full.pth has one")
+    return encoder
+
+
+def _weights_file(name: str, weights: str, method, full: bool) -> Path:
+    if weights.startswith(("http://", "https://")):
+        return fetch(weights)
+    if weights != "official":
+        return Path(weights)
+    entry = method.OFFICIAL["full" if full and "full" in method.OFFICIAL else "backbone"]
+    if "url" not in entry:
+        raise CheckpointError(f"{name}: the official file {entry['file']} lies on Google Drive, out of a script's reach; "
+                              f"get it from {entry['where']} and give --weights PATH")
+    url = entry["url"]
+    published = {key: entry[key] for key in ("sha256", "md5") if key in entry}
+    return fetch(url, entry.get("file") or url.rsplit("/", 1)[-1], published)

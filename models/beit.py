@@ -1,0 +1,143 @@
+"""BEiT (Bao et al., ICLR 2022), masked image modelling. Two architectures go by its name, told apart by their keys:
+
+* the study's authors' file: relative position bias shared by all blocks, no absolute position embedding, LayerScale;
+* the public beit_base_patch16_224_pt1k_800ep.pth: absolute position embedding, no relative bias, no LayerScale.
+
+Both hold their weights under `model`, have biases on query and value but not key, and end in `lm_head`.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn as nn
+from timm.models.beit import Beit, gen_relative_position_index
+
+from .encoder import (
+    CheckpointError,
+    Encoder,
+    bicubic_to_size,
+    drop_keys,
+    layer_norm,
+    load_exactly,
+    native_grid,
+    square_grid,
+    unwrap,
+    vit_shape,
+)
+
+OFFICIAL = {
+    "backbone": {"file": "beit_base_standard_epoch800_checkpoint-799.pth",
+                 "where": "https://drive.google.com/drive/folders/1JSNzbxc9MBpNIhMRP8Vd0FFk7K5hC65q"},
+}
+RELATIVE_TABLE = "rel_pos_bias.relative_position_bias_table"
+
+
+class BEiTEncoder(Encoder):
+    """An encoder whose blocks all add the same relative position bias to their attention scores."""
+
+    def __init__(self, vit: Beit):
+        super().__init__(vit, position_embedding=None)
+        self._bias_key, self._bias = None, None
+
+    def relative_bias(self, height: int, width: int) -> torch.Tensor:
+        """The bias of a grid of patches, [1, heads, 1 + N, 1 + N]; kept until another grid is asked for."""
+        table = self.vit.rel_pos_bias.relative_position_bias_table
+        key = (height, width, table.device, table.dtype)
+        if self._bias_key != key:
+            native = native_grid(self.vit)
+            table = resize_relative_table(table, (native, native), (height, width))
+            index = gen_relative_position_index((height, width)).to(table.device)
+            self._bias_key, self._bias = key, table[index].permute(2, 0, 1)[None].contiguous()
+        return self._bias
+
+    def block_options(self, height: int, width: int) -> dict:
+        return {"shared_rel_pos_bias": self.relative_bias(height, width)}
+
+
+def resize_relative_table(table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """A relative position bias table for another grid of patches (microsoft/unilm, beit/run_class_finetuning.py).
+
+    table [(2 h - 1)(2 w - 1) + 3, heads] for old_grid (h, w); the last three rows, of the class token, stay. The known
+    values are taken to lie at distances that grow as a geometric progression and reach the new table's rim; a cubic
+    spline through them is read at the whole-number distances. The spline is separable: one matrix for each axis.
+    """
+    if new_grid == old_grid:
+        return table
+    old, new = [2 * side - 1 for side in old_grid], [2 * side - 1 for side in new_grid]
+    rows, columns = (torch.from_numpy(geometric_spline(*pair)).to(table.device) for pair in zip(old, new, strict=True))
+    values = table[:-3].double().unflatten(0, old)
+    resized = torch.einsum("io,jp,oph->ijh", rows, columns, values).flatten(0, 1)
+    return torch.cat([resized.to(table.dtype), table[-3:]])
+
+
+@lru_cache
+def geometric_spline(old: int, new: int) -> np.ndarray:
+    """The matrix [new, old] that interpolates old values at geometrically spaced distances to new whole distances."""
+    if old == new:
+        return np.eye(old)
+    # Bisection for the ratio whose progression 1 + q + q^2 + ... reaches the rim; bounds and tolerance as published.
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio ** (old // 2)) / (1 - ratio) > new // 2:
+            high = ratio
+        else:
+            low = ratio
+    distances = np.cumsum(ratio ** np.arange(old // 2))
+    known = np.concatenate([-distances[::-1], [0], distances])
+    wanted = np.arange(new) - new // 2
+    # FITPACK, which the official code calls, evaluates points outside the known range at its rim.
+    return cubic_spline(known, np.clip(wanted, known[0], known[-1]))
+
+
+def cubic_spline(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The matrix [wanted, known] of cubic spline interpolation with not-a-knot ends: it maps the values at the known
+    points (rising, four or more) to those at the wanted points."""
+    count, steps = len(known), np.diff(known)
+    # Unknowns: the second derivatives m. Inside, slopes agree; at the second and the last but one point, third
+    # derivatives do. Both sides are linear in the values, so solve for all unit vectors at once.
+    left, right = np.zeros((count, count)), np.zeros((count, count))
+    for i in range(1, count - 1):
+        left[i, i - 1:i + 2] = steps[i - 1] / 6, (steps[i - 1] + steps[i]) / 3, steps[i] / 6
+        right[i, i - 1:i + 2] = 1 / steps[i - 1], -1 / steps[i - 1] - 1 / steps[i], 1 / steps[i]
+    left[0, :3] = -1 / steps[0], 1 / steps[0] + 1 / steps[1], -1 / steps[1]
+    left[-1, -3:] = -1 / steps[-2], 1 / steps[-2] + 1 / steps[-1], -1 / steps[-1]
+    curvature = np.linalg.solve(left, right)
+    values = np.eye(count)
+    start = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, count - 2)
+    step = steps[start][:, None]
+    after = ((wanted - known[start]) / steps[start])[:, None]
+    before = 1 - after
+    bend = (before**3 - before) * curvature[start] + (after**3 - after) * curvature[start + 1]
+    return before * values[start] + after * values[start + 1] + bend * step**2 / 6
+
+
+def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
+    """Either file's content -> Encoder. Raises CheckpointError."""
+    state = unwrap(checkpoint, "model")
+    if "lm_head.weight" not in state:
+        raise CheckpointError("missing keys: lm_head.weight, lm_head.bias; this is not a pre-training file of BEiT")
+    # The index is a function of the grid, and timm computes it.
+    state = drop_keys(state, r"lm_head\.(weight|bias)|mask_token|rel_pos_bias\.relative_position_index")
+    shape = vit_shape(state, num_heads)
+    relative = RELATIVE_TABLE in state
+    if relative:
+        grid = (square_grid(len(state[RELATIVE_TABLE]) - 3) + 1) // 2
+    elif "pos_embed" in state:
+        grid = square_grid(state["pos_embed"].shape[1] - 1)
+    else:
+        raise CheckpointError(f"missing keys: pos_embed or {RELATIVE_TABLE}")
+    vit = Beit(img_size=grid * shape["patch_size"], num_classes=0, global_pool="", norm_layer=layer_norm,
+               init_values=1.0 if "blocks.0.gamma_1" in state else None, use_abs_pos_emb="pos_embed" in state,
+               use_shared_rel_pos_bias=relative, **shape)
+    load_exactly(vit, state)
+    return BEiTEncoder(vit) if relative else Encoder(vit, bicubic_to_size)
+
+
+def random() -> Encoder:
+    """An untrained BEiT-B/16 of the study's architecture, drawn from PyTorch's generator."""
+    vit = Beit(num_classes=0, global_pool="", init_values=0.1, norm_layer=layer_norm, use_abs_pos_emb=False,
+               use_shared_rel_pos_bias=True)
+    nn.init.trunc_normal_(vit.rel_pos_bias.relative_position_bias_table, std=0.02)
+    return BEiTEncoder(vit)

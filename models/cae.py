@@ -1,0 +1,54 @@
+"""CAE (Chen et al., IJCV 2024), masked image modelling. Official files: under `model`, the encoder at `encoder.*`.
+
+Everything else in the file (alignment encoder, regressor, decoder, their position embeddings) belongs to pre-training.
+Biases on query and value but not key, LayerScale, fixed sine-cosine position embedding.
+"""
+
+import re
+
+from timm.models.beit import Beit
+
+from .encoder import (
+    CheckpointError,
+    Encoder,
+    bicubic_to_size,
+    layer_norm,
+    load_exactly,
+    sincos_positions,
+    square_grid,
+    take_prefix,
+    unwrap,
+    vit_shape,
+)
+
+OFFICIAL = {
+    "backbone": {"file": "cae_base_1600ep.pth",
+                 "where": "https://drive.google.com/drive/folders/1wwhg7nj2GQuU9uthVuQLkEEXEjx90G7g"},
+}
+PRETRAINING = r"(alignment_encoder|regresser|decoder|pretext_neck)\..*|mask_token|rd_pos_embed"
+
+
+def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
+    """An official file's content -> Encoder. Raises CheckpointError."""
+    whole = unwrap(checkpoint, "model")
+    state = take_prefix(whole, "encoder.")
+    if not state:
+        raise CheckpointError(f"no key starts with encoder.; the file has {', '.join(list(whole)[:4])}, ...")
+    unexpected = [key for key in whole if not key.startswith("encoder.") and not re.fullmatch(PRETRAINING, key)]
+    if unexpected:
+        raise CheckpointError(f"unexpected keys: {', '.join(unexpected[:8])}")
+    shape = vit_shape(state, num_heads)
+    if "pos_embed" not in state:
+        raise CheckpointError("missing keys: encoder.pos_embed")
+    grid = square_grid(state["pos_embed"].shape[1] - 1)
+    vit = Beit(img_size=grid * shape["patch_size"], num_classes=0, global_pool="", init_values=1.0,
+               norm_layer=layer_norm, **shape)
+    load_exactly(vit, state)
+    return Encoder(vit, bicubic_to_size)
+
+
+def random() -> Encoder:
+    """An untrained ViT-B/16 of CAE, drawn from PyTorch's generator."""
+    vit = Beit(num_classes=0, global_pool="", init_values=0.1, norm_layer=layer_norm)
+    vit.pos_embed.data = sincos_positions(14, 768)
+    return Encoder(vit, bicubic_to_size)

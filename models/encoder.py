@@ -1,0 +1,306 @@
+"""A frozen ViT encoder over timm's VisionTransformer or Beit, and what the methods' files share to build one.
+
+Copying a method into another project takes its file and this one; neither imports anything else of this repository.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+
+# The epsilon of all seven methods.
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be what it is said to be. The message is one line: it names the thing and the mend."""
+
+
+class Encoder(nn.Module):
+    """A frozen ViT: images in, final normalised tokens out, for any image size divisible by the patch size.
+
+    vit: timm's VisionTransformer or Beit, without classifier. position_embedding: maps (vit, grid height, grid width)
+    to what is added to all tokens, [1, prefix + N, D], or None where the method has none. projector: maps class tokens
+    [B, D] to [B, P]. mean, std: of the input normalisation, per channel, on a scale of 0 to 1 (PROTOCOL, section 1).
+    """
+
+    def __init__(self, vit: nn.Module, position_embedding: Callable | None, projector: nn.Module | None = None,
+                 mean: Sequence[float] = (0.485, 0.456, 0.406), std: Sequence[float] = (0.229, 0.224, 0.225)):
+        super().__init__()
+        self.vit, self.projector = vit, projector
+        self.position_embedding = position_embedding
+        self.patch_size = vit.patch_embed.patch_size[0]
+        self.embed_dim = vit.embed_dim
+        self.depth = len(vit.blocks)
+        self.num_heads = vit.blocks[0].attn.num_heads
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        # Images of any size come in; the check that remains is the one in grid.
+        vit.patch_embed.strict_img_size = False
+        # Where the weights came from, set by build_model and kept in every result.
+        self.weights, self.sha256 = "unknown", None
+        self.eval().requires_grad_(False)
+
+    @property
+    def has_projector(self) -> bool:
+        return self.projector is not None
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Stays in evaluation mode whatever is asked: a parent's train() must not wake a frozen encoder."""
+        return super().train(False)
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] uint8 -> float32, normalised as the encoder was trained; runs on the images' device."""
+        return (images.float() / 255 - self.mean) / self.std
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] -> tokens before the first block, [B, prefix + N, D]."""
+        grid = self.grid(images)
+        patches = self.vit.patch_embed(images)
+        # timm's register token stands in for DeiT's distillation token.
+        prefix = [token for token in (self.vit.cls_token, getattr(self.vit, "reg_token", None)) if token is not None]
+        tokens = torch.cat([*(token.expand(len(images), -1, -1) for token in prefix), patches], dim=1)
+        if self.position_embedding is None:
+            return tokens
+        return tokens + self.position_embedding(self.vit, *grid)
+
+    def block_options(self, height: int, width: int) -> dict:
+        """What every block gets beside the tokens, for a grid of height x width patches."""
+        return {}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] -> final normalised tokens [B, 1 + N, D], class token first, patches row by row."""
+        tokens, options = self.embed(images), self.block_options(*self.grid(images))
+        for block in self.vit.blocks:
+            tokens = block(tokens, **options)
+        return self._drop_extra_tokens(self.vit.norm(tokens))
+
+    def extract(self, images: torch.Tensor, isometric: bool = False) -> dict[str, torch.Tensor]:
+        """[B, 3, H, W] -> {"cls": [B, D], "avg": [B, D], "projected": [B, P] where there is a projector}, float32.
+
+        avg is the mean of the patch tokens. The projector runs in float32 whatever autocast says: it costs little.
+        isometric: where the projector ends in a linear layer wider than its input, give "projected" in coordinates in
+        which every inner product is the same and P is the width of that input (see WeightNormHead.isometric).
+        """
+        tokens = self(images).float()
+        features = {"cls": tokens[:, 0], "avg": tokens[:, 1:].mean(1)}
+        if self.has_projector:
+            with torch.autocast(images.device.type, enabled=False):
+                compact = isometric and hasattr(self.projector, "isometric")
+                features["projected"] = (self.projector.isometric if compact else self.projector)(features["cls"])
+        return features
+
+    def get_intermediate_layers(self, images: torch.Tensor, n: Sequence[int] = (3, 5, 7, 11), reshape: bool = True,
+                                norm: bool = False) -> list[torch.Tensor]:
+        """Patch tokens after the 0-based blocks n, class token dropped: a list of [B, D, H/p, W/p], or [B, N, D] where
+        reshape is False. norm: apply the encoder's final norm. Blocks after the last one named are not computed.
+        Raises IndexError where a block does not exist."""
+        if not all(0 <= index < self.depth for index in n):
+            raise IndexError(f"blocks {list(n)} were asked for; this encoder has blocks 0 to {self.depth - 1}")
+        tokens, options, layers = self.embed(images), self.block_options(*self.grid(images)), {}
+        for index in range(max(n) + 1):
+            tokens = self.vit.blocks[index](tokens, **options)
+            if index in n:
+                layers[index] = self._drop_extra_tokens(self.vit.norm(tokens) if norm else tokens)[:, 1:]
+        if reshape:
+            layers = {index: layer.transpose(1, 2).unflatten(2, self.grid(images)) for index, layer in layers.items()}
+        return [layers[index] for index in n]
+
+    def grid(self, images: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in images [B, 3, H, W]. Raises ValueError where the patch size does not divide."""
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"image size {height} x {width} is not divisible by the patch size {self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
+    def _drop_extra_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        extra = self.vit.num_prefix_tokens - 1
+        return torch.cat([tokens[:, :1], tokens[:, 1 + extra:]], dim=1) if extra else tokens
+
+
+class WeightNormHead(nn.Module):
+    """The projector of DINO and iBOT: Linear, GELU, Linear, GELU, Linear to the bottleneck, L2 normalisation, linear
+    without bias (facebookresearch/dino, vision_transformer.py, DINOHead; weight normalisation folded in)."""
+
+    def __init__(self, in_dim: int, hidden_dims: Sequence[int], bottleneck_dim: int, out_dim: int):
+        super().__init__()
+        widths, layers = (in_dim, *hidden_dims, bottleneck_dim), []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(before, after), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def bottleneck(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.mlp(tokens), dim=-1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, D] -> [B, out_dim]."""
+        return self.last_layer(self.bottleneck(tokens))
+
+    def isometric(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, D] -> [B, bottleneck_dim] with the inner products, so the cosines, of forward's [B, out_dim].
+
+        With the last layer W = Q R (orthonormal columns in Q), (W a) . (W b) = (R a) . (R b): DINO's 65,536 outputs
+        have no more than 256 dimensions, and similarities cost 1/256 of the arithmetic and the memory.
+        """
+        weight = self.last_layer.weight
+        if weight.shape[0] <= weight.shape[1]:
+            return self(tokens)
+        if getattr(self, "_triangle", None) is None or self._triangle.device != tokens.device:
+            self._triangle = torch.linalg.qr(weight.double(), mode="r")[1].float()
+        return F.linear(self.bottleneck(tokens), self._triangle)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> "WeightNormHead":
+        """Built from an official head's keys: mlp.*, and last_layer.weight, or .weight_g and .weight_v before PyTorch
+        folded them: the weight is g v / |v|, row by row."""
+        state = dict(state)
+        if "last_layer.weight_v" in state:
+            direction = state.pop("last_layer.weight_v")
+            state["last_layer.weight"] = F.normalize(direction, dim=1, eps=0) * state.pop("last_layer.weight_g")
+        if "mlp.0.weight" not in state or "last_layer.weight" not in state:
+            raise CheckpointError("the projector's keys mlp.0.weight and last_layer.weight are missing")
+        widths = [state[f"mlp.{index}.weight"].shape[0] for index in layer_indices(state, r"mlp\.(\d+)\.weight")]
+        out_dim, bottleneck_dim = state["last_layer.weight"].shape
+        head = cls(state["mlp.0.weight"].shape[1], widths[:-1], bottleneck_dim, out_dim)
+        load_exactly(head, state)
+        return head
+
+
+def layer_indices(state: Mapping[str, object], pattern: str) -> list[int]:
+    """The sorted numbers that the pattern's group finds in the keys."""
+    return sorted({int(match[1]) for key in state if (match := re.fullmatch(pattern, key))})
+
+
+def take_prefix(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The entries whose key starts with the prefix, without it."""
+    return {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def drop_keys(state: Mapping[str, torch.Tensor], pattern: str) -> dict[str, torch.Tensor]:
+    """The entries whose whole key does not match the pattern."""
+    return {key: value for key, value in state.items() if not re.fullmatch(pattern, key)}
+
+
+def unwrap(checkpoint: object, *nesting: str) -> dict[str, torch.Tensor]:
+    """The state dictionary under the given keys of a checkpoint. Raises CheckpointError where it is not there."""
+    found = checkpoint
+    for name in nesting:
+        if not isinstance(found, Mapping) or name not in found:
+            names = list(found)[:6] if isinstance(found, Mapping) else type(found).__name__
+            raise CheckpointError(f"expected the weights under {'/'.join(nesting)!r}, found {names}")
+        found = found[name]
+    where = f"under {'/'.join(nesting)!r}" if nesting else "at the top level"
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"expected a dictionary of tensors {where}, found a {type(found).__name__}")
+    if not found or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        names = ", ".join(map(str, list(found)[:6]))
+        raise CheckpointError(f"expected a dictionary of tensors {where}, found one of {names}")
+    return dict(found)
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """load_state_dict that names every missing, unexpected or wrongly shaped key in a CheckpointError."""
+    wanted = module.state_dict()
+    shapes = [f"{key} {list(state[key].shape)} for {list(wanted[key].shape)}"
+              for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    problems = [f"{label}: {', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}"
+                for label, keys in (("missing keys", [key for key in wanted if key not in state]),
+                                    ("unexpected keys", [key for key in state if key not in wanted]),
+                                    ("wrong shapes", shapes)) if keys]
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    module.load_state_dict(state)
+
+
+def vit_shape(state: Mapping[str, torch.Tensor], num_heads: int | None) -> dict:
+    """Width, depth, patch size, MLP ratio and heads of a ViT's state dictionary, as timm names them.
+
+    num_heads: width / 64 unless given. Raises CheckpointError where the keys are not a ViT's.
+    """
+    absent = [key for key in ("cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight") if key not in state]
+    if absent:
+        raise CheckpointError(f"missing keys: {', '.join(absent)}; the file has {', '.join(list(state)[:4])}, ...")
+    width = state["cls_token"].shape[-1]
+    if num_heads is None and width % 64:
+        raise CheckpointError(f"width {width} is no multiple of 64, so the number of heads is unknown: give --num-heads")
+    num_heads = num_heads or width // 64
+    if width % num_heads:
+        raise CheckpointError(f"width {width} is not divisible by {num_heads} heads: give another --num-heads")
+    return {
+        "embed_dim": width,
+        "depth": len(layer_indices(state, r"blocks\.(\d+)\..*")),
+        "patch_size": state["patch_embed.proj.weight"].shape[-1],
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "num_heads": num_heads,
+    }
+
+
+def square_grid(num_patches: int) -> int:
+    """The side of a square grid of patches. Raises CheckpointError for another number."""
+    side = round(num_patches**0.5)
+    if side * side != num_patches:
+        raise CheckpointError(f"a position embedding of {num_patches} patches is not a square grid")
+    return side
+
+
+def plain_vit(state: Mapping[str, torch.Tensor], num_heads: int | None) -> VisionTransformer:
+    """timm's VisionTransformer with the weights of an official file of DeiT, MoCo v3, DINO, MAE or iBOT: one qkv bias,
+    no LayerScale, LayerNorm epsilon 1e-6, position embedding with a class-token row."""
+    shape = vit_shape(state, num_heads)
+    if "pos_embed" not in state:
+        raise CheckpointError("missing keys: pos_embed")
+    prefix = 1 + ("reg_token" in state)
+    grid = square_grid(state["pos_embed"].shape[1] - prefix)
+    vit = VisionTransformer(img_size=grid * shape["patch_size"], num_classes=0, reg_tokens=prefix - 1,
+                            weight_init="skip", norm_layer=layer_norm, **shape)
+    load_exactly(vit, state)
+    return vit
+
+
+def random_vit(**options) -> VisionTransformer:
+    """An untrained ViT-B/16 with timm's initialisation."""
+    return VisionTransformer(num_classes=0, norm_layer=layer_norm, **options)
+
+
+def sincos_positions(grid: int, width: int) -> torch.Tensor:
+    """A fixed 2-d sine-cosine position embedding with class row 0, [1, 1 + grid * grid, width], for untrained encoders.
+    Trained ones take theirs from the file: the order of sines, cosines and axes differs between methods."""
+    table = build_sincos2d_pos_embed([grid, grid], width)
+    return torch.cat([torch.zeros(1, 1, width), table[None]], dim=1)
+
+
+def native_grid(vit: nn.Module) -> int:
+    return vit.patch_embed.grid_size[0]
+
+
+def bicubic_to_size(vit: nn.Module, height: int, width: int) -> torch.Tensor:
+    """Position embedding at another grid: bicubic to the target size, align_corners False, no antialiasing; the rows of
+    class and distillation token unchanged. As the study's segmentation code does for DeiT, MoCo v3, MAE and CAE."""
+    return _resize_positions(vit, height, width, size=(height, width))
+
+
+def bicubic_by_scale(vit: nn.Module, height: int, width: int) -> torch.Tensor:
+    """Position embedding at another grid: bicubic by the scale factor (n + 0.1) / native, which samples at slightly
+    other points than a resize to n (facebookresearch/dino, interpolate_pos_encoding). For DINO and iBOT."""
+    native = native_grid(vit)
+    return _resize_positions(vit, height, width, scale_factor=((height + 0.1) / native, (width + 0.1) / native))
+
+
+def _resize_positions(vit: nn.Module, height: int, width: int, **target) -> torch.Tensor:
+    native, prefix = native_grid(vit), vit.num_prefix_tokens
+    if (height, width) == (native, native):
+        return vit.pos_embed
+    table = vit.pos_embed[:, prefix:].unflatten(1, (native, native)).permute(0, 3, 1, 2)
+    table = F.interpolate(table.float(), mode="bicubic", align_corners=False, **target)
+    if table.shape[-2:] != (height, width):
+        raise RuntimeError(f"positions came out as {tuple(table.shape[-2:])} for a grid of {(height, width)}")
+    return torch.cat([vit.pos_embed[:, :prefix], table.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,149 @@
+"""MAE (He et al., CVPR 2022), masked image modelling. Official files: facebookresearch/mae, weights under `model`.
+
+The base file holds the encoder. The full file (mae_pretrain_vit_base_full.pth, or mae_visualize_vit_base.pth) also
+holds the decoder, which Encoder.decode runs. Fixed sine-cosine position embedding, from the file.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+from timm.models.vision_transformer import Block
+
+from .encoder import (
+    CheckpointError,
+    Encoder,
+    bicubic_to_size,
+    drop_keys,
+    layer_indices,
+    layer_norm,
+    load_exactly,
+    plain_vit,
+    random_vit,
+    sincos_positions,
+    unwrap,
+)
+
+OFFICIAL = {
+    "backbone": {"url": "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth", "md5": "8cad7c"},
+    "full": {"url": "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base_full.pth"},
+}
+DECODER = r"mask_token|decoder_.*"
+
+
+class Decoder(nn.Module):
+    """MAE's decoder: tokens of visible patches and mask tokens in, pixels of every patch out."""
+
+    def __init__(self, encoder_dim: int, grid: int, patch_size: int, width: int = 512, depth: int = 8,
+                 num_heads: int = 16):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
+        self.decoder_embed = nn.Linear(encoder_dim, width)
+        self.decoder_blocks = nn.ModuleList(
+            Block(width, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth))
+        self.decoder_norm = layer_norm(width)
+        self.decoder_pred = nn.Linear(width, patch_size**2 * 3)
+
+    def embed(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+        """The decoder's input tokens [B, 1 + N, width]: latent projected, mask tokens put in, order restored."""
+        tokens = self.decoder_embed(latent)
+        masked = self.mask_token.expand(len(tokens), ids_restore.shape[1] + 1 - tokens.shape[1], -1)
+        patches = torch.cat([tokens[:, 1:], masked.to(tokens.dtype)], dim=1)
+        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, patches.shape[2]))
+        return torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
+
+    def forward(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(latent, ids_restore)
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+
+
+class MAEEncoder(Encoder):
+    """MAE's encoder with masking and, where the file has one, its decoder.
+
+    shuffle_patches: the authors' defect in retrieval and classification (PROTOCOL, section 8): patch tokens lose their
+    places at random before the position embedding is added. Drawn anew for every image, from a generator seeded once.
+    """
+
+    def __init__(self, vit: nn.Module, decoder: Decoder | None = None, shuffle_patches: bool = False):
+        super().__init__(vit, bicubic_to_size)
+        self.decoder = decoder
+        self.shuffle = torch.Generator().manual_seed(0) if shuffle_patches else None
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def has_decoder(self) -> bool:
+        return self.decoder is not None
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = super().embed(images)
+        if self.shuffle is None:
+            return tokens
+        positions = self.position_embedding(self.vit, *self.grid(images))[:, 1:]
+        order = torch.rand(len(tokens), positions.shape[1], generator=self.shuffle).argsort(dim=1).to(tokens.device)
+        patches = tokens[:, 1:] - positions
+        patches = patches.gather(1, order[..., None].expand_as(patches)) + positions
+        return torch.cat([tokens[:, :1], patches], dim=1)
+
+    def encode_visible(self, images: torch.Tensor, noise: torch.Tensor, mask_ratio: float = 0.75,
+                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Masks patches and encodes the visible ones, as in pre-training (facebookresearch/mae, models_mae.py).
+
+        images [B, 3, H, W]; noise [B, N]: of the N patches the int(N (1 - mask_ratio)) with the smallest noise stay.
+        Returns latent [B, 1 + visible, D] (normalised, class token first, patches by rising noise), mask [B, N]
+        (1 = hidden) and ids_restore [B, N], the place of every patch in the order of the noise.
+        """
+        tokens = self.embed(images)
+        visible = int(noise.shape[1] * (1 - mask_ratio))
+        order = noise.argsort(dim=1)
+        ids_restore = order.argsort(dim=1)
+        kept = tokens[:, 1:].gather(1, order[:, :visible, None].expand(-1, -1, tokens.shape[2]))
+        tokens = torch.cat([tokens[:, :1], kept], dim=1)
+        for block in self.vit.blocks:
+            tokens = block(tokens)
+        return self.vit.norm(tokens), (ids_restore >= visible).float(), ids_restore
+
+    def decode(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+        """latent [B, 1 + visible, D] and ids_restore [B, N], as encode_visible gives them, at the native size ->
+        predicted patches [B, N, p * p * 3], pixels row by row, channels last. Raises CheckpointError without a decoder.
+        """
+        if not self.has_decoder:
+            raise CheckpointError("this MAE file has no decoder; mae_pretrain_vit_base_full.pth has one")
+        return self.decoder(latent, ids_restore)
+
+
+def from_checkpoint(checkpoint: dict, num_heads: int | None = None, decoder_num_heads: int | None = None,
+                    shuffle_patches: bool = False) -> MAEEncoder:
+    """An official file's content, base or full -> MAEEncoder. ViT-H/14 has 16 heads, not width / 64: give num_heads.
+    decoder_num_heads: 16 in every official decoder, which is 512 wide; for another width, heads half as wide as the
+    encoder's unless given. Raises CheckpointError."""
+    state = unwrap(checkpoint, "model")
+    vit = plain_vit(drop_keys(state, DECODER), num_heads)
+    has_decoder = "decoder_embed.weight" in state
+    return MAEEncoder(vit, build_decoder(state, vit, decoder_num_heads) if has_decoder else None, shuffle_patches)
+
+
+def build_decoder(state: Mapping[str, torch.Tensor], vit: nn.Module, num_heads: int | None) -> Decoder:
+    width = state["decoder_embed.weight"].shape[0]
+    depth = len(layer_indices(state, r"decoder_blocks\.(\d+)\..*"))
+    num_heads = num_heads or (16 if width == 512 else 2 * width // vit.blocks[0].attn.head_dim)
+    if width % num_heads:
+        raise CheckpointError(f"the decoder's width {width} is not divisible by {num_heads} heads")
+    patches = vit.patch_embed
+    decoder = Decoder(vit.embed_dim, patches.grid_size[0], patches.patch_size[0], width, depth, num_heads)
+    encoder_keys = drop_keys(state, DECODER)
+    load_exactly(decoder, {key: value for key, value in state.items() if key not in encoder_keys})
+    return decoder
+
+
+def random(shuffle_patches: bool = False) -> MAEEncoder:
+    """An untrained ViT-B/16 with MAE's decoder and sine-cosine position embeddings, drawn from PyTorch's generator."""
+    vit = random_vit()
+    vit.pos_embed.data = sincos_positions(14, 768)
+    decoder = Decoder(768, 14, 16)
+    nn.init.normal_(decoder.mask_token, std=0.02)
+    decoder.decoder_pos_embed.data = sincos_positions(14, 512)
+    return MAEEncoder(vit, decoder, shuffle_patches)
