@@ -21,9 +21,9 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
 
     name: one of METHODS or timm/NAME. weights: "official" (downloaded and checked), "random" (a control drawn from
     the seed, ViT-B/16 of the method), a path or a URL. num_heads: width / 64 unless given. projector: True = needed,
-    False = dropped, None = kept where the file has one; decoder: True = needed (MAE). "official" is the full file where either
-    is needed. method_options: those of the method's from_checkpoint or random. encoder.weights and encoder.sha256 name
-    what was loaded. Raises CheckpointError with one line that names the file.
+    False = dropped, None = kept where the file has one; decoder: True = needed (MAE). "official" is the full file
+    where either is needed. method_options: those of the method's from_checkpoint or random. encoder.weights and
+    encoder.sha256 name what was loaded. Raises CheckpointError with one line that names the file.
     """
     if name.startswith("timm/"):
         method = timm_vit
@@ -69,7 +69,7 @@ def _weights_file(name: str, weights: str, method, full: bool) -> Path:
         return Path(weights)
     entry = method.OFFICIAL["full" if full and "full" in method.OFFICIAL else "backbone"]
     if "url" not in entry:
-        raise CheckpointError(f"{name}: the official file {entry['file']} lies on Google Drive, out of a script's reach; "
+        raise CheckpointError(f"{name}: the official file {entry['file']} lies on Google Drive, closed to scripts; "
                               f"get it from {entry['where']} and give --weights PATH")
     url = entry["url"]
     published = {key: entry[key] for key in ("sha256", "md5") if key in entry}

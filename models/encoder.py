@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         return [layers[index] for index in n]
 
     def grid(self, images: torch.Tensor) -> tuple[int, int]:
-        """Rows and columns of patches in images [B, 3, H, W]. Raises ValueError where the patch size does not divide."""
+        """Rows and columns of patches of images [B, 3, H, W]. Raises ValueError for sizes the patch does not divide."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"image size {height} x {width} is not divisible by the patch size {self.patch_size}")
@@ -231,7 +231,7 @@ def vit_shape(state: Mapping[str, torch.Tensor], num_heads: int | None) -> dict:
         raise CheckpointError(f"missing keys: {', '.join(absent)}; the file has {', '.join(list(state)[:4])}, ...")
     width = state["cls_token"].shape[-1]
     if num_heads is None and width % 64:
-        raise CheckpointError(f"width {width} is no multiple of 64, so the number of heads is unknown: give --num-heads")
+        raise CheckpointError(f"width {width} is no multiple of 64, so its heads are unknown: give --num-heads")
     num_heads = num_heads or width // 64
     if width % num_heads:
         raise CheckpointError(f"width {width} is not divisible by {num_heads} heads: give another --num-heads")
