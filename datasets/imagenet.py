@@ -1,0 +1,78 @@
+"""Whole images of ImageNet-like folders, and the grid of patches that the pictures of part retrieval show."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from .common import UserError
+from .patches import PatchDataset, PatchImage
+
+# Patches of the grid as boxes (left, upper, right, lower) in the 224 x 224 image, row by row: 56 x 56, stride 28.
+GRID_BOXES = tuple((x, y, x + 56, y + 56) for y in range(0, 169, 28) for x in range(0, 169, 28))
+
+
+def load_image_folder(root: str | Path, split: str, transform: Callable[[Image.Image], torch.Tensor],
+                      skip_bad_images: bool = False) -> PatchDataset:
+    """Reads root/split/CLASS/**/IMAGE, torchvision's ImageFolder layout, with its order of classes and of images.
+
+    transform: PIL image -> uint8 tensor [3, h, w]. Items are whole images, one patch each. The classes are the folders
+    of this split: two splits agree on labels only if their .classes are equal. Raises UserError for another layout.
+    """
+    folder = Path(root) / split
+    try:
+        classes, class_to_idx = find_classes(folder)
+        samples = make_dataset(folder, class_to_idx, IMG_EXTENSIONS, allow_empty=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} has no class folders; --data-path must be a folder with "
+                        f"{split}/CLASS/*.JPEG") from None
+    labels = [[index] for index in range(len(classes))]  # one list per class, shared by its images
+    images = [PatchImage(path, None, labels[index]) for path, index in samples]
+    empty = sorted(set(range(len(classes))) - {index for _, index in samples})
+    if empty:
+        raise UserError(f"{folder / classes[empty[0]]} holds no image ({len(empty)} of {len(classes)} class folders "
+                        "hold none); fill or remove such folders")
+    return PatchDataset(images, classes, transform, skip_bad_images=skip_bad_images)
+
+
+def list_images(folder: str | Path) -> list[str]:
+    """The paths of all image files below a folder, at any depth, sorted."""
+    paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path for path in paths if has_file_allowed_extension(path, IMG_EXTENSIONS))
+
+
+def grid_patches(image: Image.Image) -> torch.Tensor:
+    """The 49 patches of the paper's pictures (appendix A.5): the central 224 x 224 of the image at a short side of 256,
+    enlarged to 896 x 896, in windows of 224 with stride 112. Bicubic, by Pillow.
+
+    image: PIL, RGB. Returns uint8 [49, 3, 224, 224], in the order of GRID_BOXES.
+    """
+    bicubic = InterpolationMode.BICUBIC
+    image = F.resize(F.center_crop(F.resize(image, 256, bicubic), 224), 896, bicubic)
+    windows = F.pil_to_tensor(image).unfold(1, 224, 112).unfold(2, 224, 112)
+    return windows.permute(1, 2, 0, 3, 4).reshape(49, 3, 224, 224)
+
+
+class GridDataset(PatchDataset):
+    """Images cut into their 49 grid patches; the boxes are GRID_BOXES, in the 224 x 224 image, not in the file's."""
+
+    def cut(self, image: Image.Image, boxes: Sequence[tuple] | None) -> torch.Tensor:
+        return grid_patches(image)
+
+
+def load_grid(root: str | Path, skip_bad_images: bool = False) -> GridDataset:
+    """The grid patches of every image below root, in sorted order of paths, with class folders or without.
+
+    The patches have no labels: all are of one class, "patch". Raises UserError where there is no image.
+    """
+    paths = list_images(root)
+    if not paths:
+        raise UserError(f"no image ({', '.join(IMG_EXTENSIONS)}) below {root}; --data-path must be a folder of images")
+    labels = [0] * len(GRID_BOXES)
+    images = [PatchImage(path, GRID_BOXES, labels) for path in paths]
+    return GridDataset(images, ["patch"], skip_bad_images=skip_bad_images)

@@ -1,0 +1,208 @@
+"""Patches of images: which keypoints give one, how it is cut, and how patches travel in batches.
+
+Source of the rule and of the transforms: the code behind the paper's part retrieval (section 4.2, appendix A.4). Its
+patches have sides of about d / 2, where the paper's text says d; crop_scale chooses (0.5 and 1.0).
+"""
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import InterpolationMode
+
+from .common import UserError
+
+# What Pillow raises on files that are missing, cut off, no image, or absurdly large.
+BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# Images travel from a worker in groups of about this many patches: what a transfer costs hardly depends on its size.
+PATCHES_PER_GROUP = 16
+
+
+def select_keypoints(points, crop_scale: float = 0.5, minimum: float = 20.0,
+                     maximum: float = 1000.0) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses the keypoints of one image that give a patch, and the patches' sizes.
+
+    points: [n, 2] (x, y) in pixels, or [n, 3] with a third coordinate that keeps groups apart. d is a point's L2
+    distance to the nearest other point that is not in exactly the same place. A point is kept if
+    minimum < d / 2 < maximum, at any crop_scale; its patch spans (x - h, y - h, x + h, y + h) with h =
+    round(d * crop_scale / 2), half to even: a side of about d * crop_scale.
+
+    Returns (indices kept [m], half sides h [m]), int64. Raises UserError where crop_scale leaves a patch no pixel.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    if len(points) < 2:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    distances = np.sqrt(((points[:, None] - points[None]) ** 2).sum(-1))
+    distances[distances == 0] = np.inf
+    nearest = distances.min(1)
+    kept = np.flatnonzero((nearest / 2 > minimum) & (nearest / 2 < maximum))
+    half_sides = np.rint(nearest[kept] * crop_scale / 2)
+    if not (half_sides >= 1).all():
+        raise UserError(f"crop scale {crop_scale} leaves patches without a pixel; the published one is 0.5")
+    return kept, half_sides.astype(np.int64)
+
+
+class PatchImage(NamedTuple):
+    """An image and its patches. path: whatever the data set's load understands. boxes: (left, upper, right, lower) in
+    pixels of the image; None is one patch, the whole image. labels: a class index for each patch."""
+
+    path: str
+    boxes: Sequence[tuple[float, float, float, float]] | None
+    labels: Sequence[int]
+
+
+def patch_image(path: str, points: Sequence[Sequence[float]], labels: Sequence[int], crop_scale: float) -> PatchImage:
+    """The image with the patches of those of its keypoints that select_keypoints keeps, in the keypoints' order."""
+    kept, half_sides = select_keypoints(points, crop_scale)
+    boxes = []
+    for index, h in zip(kept.tolist(), half_sides.tolist(), strict=True):
+        x, y = points[index][:2]
+        boxes.append((x - h, y - h, x + h, y + h))
+    return PatchImage(path, boxes, [labels[index] for index in kept])
+
+
+def resize_square(size: int = 224) -> transforms.Compose:
+    """The published transform of part patches: bicubic (Pillow) to size x size for square patches, which a keypoint's
+    always is; a patch that is not square keeps its ratio. PIL image -> uint8 [3, size, size]."""
+    return transforms.Compose([transforms.Resize(size, InterpolationMode.BICUBIC), transforms.PILToTensor()])
+
+
+def resize_center_crop(resize: int = 256, crop: int = 224) -> transforms.Compose:
+    """Bicubic (Pillow) to a short side of resize, then the central crop. PIL image -> uint8 [3, crop, crop]."""
+    return transforms.Compose([transforms.Resize(resize, InterpolationMode.BICUBIC), transforms.CenterCrop(crop),
+                               transforms.PILToTensor()])
+
+
+class PatchDataset(Dataset):
+    """The patches of a list of images, one item per image, so that an image is decoded once however many it has.
+
+    dataset[i] -> (patches uint8 [n, 3, h, w], ids int64 [n]). An id numbers a patch in the whole data set, image by
+    image in the order of the boxes. uint8, because the encoder normalises on its own device and a quarter of the
+    bytes travel.
+
+    images: PatchImages. classes: names, by class index. transform: PIL patch -> uint8 tensor [3, h, w] (default
+    resize_square()). load: path -> PIL RGB image.
+
+    An image that cannot be decoded raises UserError; with skip_bad_images its item has no patches, and its ids are
+    absent from what comes out.
+
+    Attributes: images, classes, num_patches, and over all patches, by id, labels and image_index, int64 [num_patches].
+    """
+
+    def __init__(self, images: Sequence[PatchImage], classes: Sequence[str],
+                 transform: Callable[[Image.Image], torch.Tensor] | None = None,
+                 load: Callable[[str], Image.Image] = pil_loader, skip_bad_images: bool = False):
+        self.images, self.classes = images, list(classes)
+        self.transform, self.load, self.skip_bad_images = transform or resize_square(), load, skip_bad_images
+        counts = torch.tensor([len(image.labels) for image in images], dtype=torch.int64)
+        self.labels = torch.tensor([label for image in images for label in image.labels], dtype=torch.int64)
+        self.image_index = torch.repeat_interleave(counts)
+        self.num_patches = len(self.labels)
+        self.first_id = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        entry = self.images[index]
+        ids = torch.arange(int(self.first_id[index]), int(self.first_id[index + 1]))
+        nothing = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+        if len(ids) == 0:
+            return nothing, ids
+        try:
+            image = self.load(entry.path)
+        except BAD_IMAGE as error:
+            if self.skip_bad_images:
+                return nothing, ids[:0]
+            raise UserError(f"{entry.path} cannot be decoded ({reason(error)}); restore the file, "
+                            "or leave such images out with --skip-bad-images") from None
+        return self.cut(image, entry.boxes), ids
+
+    def cut(self, image: Image.Image, boxes: Sequence[tuple] | None) -> torch.Tensor:
+        """The patches of a PIL image, uint8 [n, 3, h, w]. Pillow rounds a box's corners; outside the image is black."""
+        patches = [image] if boxes is None else [image.crop(box) for box in boxes]
+        return torch.stack([self.transform(patch) for patch in patches])
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, without the path that the caller names anyway."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+
+
+class ImageGroups(Dataset):
+    """What a DataLoader's worker runs: list of image indices -> (patches, ids) of them all, or the UserError met.
+
+    The error is a value, because the DataLoader wraps a raised one into a message of many lines.
+    """
+
+    def __init__(self, dataset: PatchDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, image_indices: list[int]):
+        try:
+            items = [self.dataset[index] for index in image_indices]
+        except UserError as error:
+            return error
+        items = [item for item in items if len(item[1])] or items[:1]
+        return torch.cat([patches for patches, _ in items]), torch.cat([ids for _, ids in items])
+
+
+def group_images(counts: Sequence[int], image_indices: Sequence[int], size: int) -> list[list[int]]:
+    """Splits image_indices, in order, into groups that end as soon as they hold size patches; counts: by image."""
+    groups, patches = [[]], 0
+    for index in image_indices:
+        if patches >= size:
+            groups.append([])
+            patches = 0
+        groups[-1].append(int(index))
+        patches += counts[index]
+    return groups if groups[0] else []
+
+
+def patch_batches(dataset: PatchDataset, image_indices: Sequence[int], batch_size: int, workers: int,
+                  pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]), b = batch_size but for
+    the last batch. Every image is decoded once, by one of the worker processes (0: in this one).
+
+    pin_memory: the patches lie in page-locked memory, for copies to CUDA with non_blocking=True.
+    Raises UserError for an image that cannot be decoded and for a worker that the system has killed.
+    """
+    counts = dataset.first_id.diff().tolist()
+    loader = DataLoader(ImageGroups(dataset), batch_size=None, num_workers=workers,
+                        sampler=group_images(counts, image_indices, PATCHES_PER_GROUP))
+    filled = 0
+    for item in received(loader):
+        if isinstance(item, UserError):
+            raise item
+        patches, ids = item
+        while len(ids):
+            if filled == 0:
+                batch = patches.new_empty((batch_size, *patches.shape[1:]), pin_memory=pin_memory)
+                batch_ids = ids.new_empty(batch_size)
+            count = min(batch_size - filled, len(ids))
+            batch[filled:filled + count], batch_ids[filled:filled + count] = patches[:count], ids[:count]
+            patches, ids, filled = patches[count:], ids[count:], filled + count
+            if filled == batch_size:
+                yield batch, batch_ids
+                filled = 0
+    if filled:
+        yield batch[:filled], batch_ids[:filled]
+
+
+def received(loader: DataLoader) -> Iterator:
+    """The loader's items; a worker that died without an exception of its own becomes a UserError."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError("a data loading process was killed, most often for want of memory or shared memory (/dev/shm); "
+                        "take fewer --workers") from None

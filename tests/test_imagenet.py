@@ -1,0 +1,143 @@
+"""Image folders against torchvision's ImageFolder, and the grid of the pictures against plain Pillow."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import InterpolationMode
+
+from datasets.common import UserError
+from datasets.imagenet import GRID_BOXES, grid_patches, list_images, load_grid, load_image_folder
+from datasets.patches import patch_batches, resize_center_crop
+
+CUB = Path(__file__).parents[2] / "shared/real/CUB_200_2011"
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def root(tmp_path):
+    for seed, name in enumerate(["val/n02/b.JPEG", "val/n02/a.JPEG", "val/n01/deep/z.JPEG", "val/n01/y.png"]):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(300 + seed, 260, seed).save(path)
+    (tmp_path / "val/n01/notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_equals_torchvision_image_folder(root):
+    """Same classes, same order, same values as the published test transform."""
+    theirs = ImageFolder(root / "val", transforms.Compose([
+        transforms.Resize(256, InterpolationMode.BICUBIC), transforms.CenterCrop(224), transforms.ToTensor()]))
+    ours = load_image_folder(root, "val", resize_center_crop())
+    assert ours.classes == theirs.classes == ["n01", "n02"]
+    assert ours.labels.tolist() == theirs.targets
+    assert [image.path for image in ours.images] == [path for path, _ in theirs.samples]
+    patches, ids = next(patch_batches(ours, range(len(ours)), 10, 0))
+    assert ids.tolist() == [0, 1, 2, 3]
+    assert torch.equal(patches.float() / 255, torch.stack([image for image, _ in theirs]))
+
+
+def test_training_transform_is_drawn_anew(root):
+    transform = transforms.Compose([transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip(),
+                                    transforms.PILToTensor()])
+    dataset = load_image_folder(root, "val", transform)
+    assert dataset[0][0].shape == (1, 3, 32, 32)
+    assert not torch.equal(dataset[0][0], dataset[0][0])
+
+
+@pytest.mark.parametrize("split", ["train", "val/n02", "val/n01/y.png"])
+def test_no_class_folders_is_one_line(root, split):
+    with pytest.raises(UserError) as error:
+        load_image_folder(root, split, resize_center_crop())
+    assert str(root / split) in str(error.value) and "--data-path" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_empty_class_folder_is_one_line(root):
+    (root / "val/n00").mkdir()
+    with pytest.raises(UserError, match=r"val/n00 holds no image \(1 of 3 class folders"):
+        load_image_folder(root, "val", resize_center_crop())
+
+
+def test_list_images(root):
+    names = ["n01/deep/z.JPEG", "n01/y.png", "n02/a.JPEG", "n02/b.JPEG"]
+    assert list_images(root / "val") == [str(root / "val" / name) for name in names]
+    (root / "linked").mkdir()
+    (root / "linked/n02").symlink_to(root / "val/n02")
+    assert list_images(root / "linked") == [str(root / "linked/n02/a.JPEG"), str(root / "linked/n02/b.JPEG")]
+    assert list_images(root / "nowhere") == []
+
+
+def slow_grid(image):
+    """PROTOCOL section 3, window by window."""
+    scale = 256 / min(image.size)
+    width, height = (256 if side == min(image.size) else int(side * scale) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, upper = round((width - 224) / 2), round((height - 224) / 2)
+    image = image.crop((left, upper, left + 224, upper + 224)).resize((896, 896), Image.Resampling.BICUBIC)
+    windows = [image.crop((x, y, x + 224, y + 224)) for y in range(0, 673, 112) for x in range(0, 673, 112)]
+    return np.stack([np.asarray(window) for window in windows]).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (333, 500), (256, 256), (100, 80)])
+def test_grid_patches_equal_the_slow_grid(size):
+    image = noise(*size)
+    patches = grid_patches(image)
+    assert patches.shape == (49, 3, 224, 224) and patches.dtype == torch.uint8 and patches.is_contiguous()
+    assert np.array_equal(patches.numpy(), slow_grid(image))
+
+
+@pytest.mark.skipif(not CUB.is_dir(), reason=f"needs the sample {CUB}")
+def test_grid_of_a_real_image():
+    dataset = load_grid(CUB / "images")
+    assert len(dataset) == 360 and dataset.num_patches == 360 * 49
+    with Image.open(dataset.images[7].path) as image:
+        expected = slow_grid(image.convert("RGB"))
+    patches, ids = dataset[7]
+    assert np.array_equal(patches.numpy(), expected)
+    assert ids.tolist() == list(range(7 * 49, 8 * 49))
+
+
+def test_grid_boxes_are_where_the_patches_come_from():
+    """A bright box of the 224 image fills exactly its own patch; 56 x 56 at stride 28 covers the image."""
+    assert len(set(GRID_BOXES)) == 49
+    assert all(right - left == lower - upper == 56 for left, upper, right, lower in GRID_BOXES)
+    assert sorted({left for left, *_ in GRID_BOXES}) == sorted({upper for _, upper, *_ in GRID_BOXES})
+    assert sorted({left for left, *_ in GRID_BOXES}) == [0, 28, 56, 84, 112, 140, 168]
+    for index in (0, 10, 24, 48):
+        # At 256 x 256 nothing is resized before the central crop, which starts at 16.
+        left, upper, right, lower = (corner + 16 for corner in GRID_BOXES[index])
+        image = Image.new("RGB", (256, 256))
+        image.paste((255, 255, 255), (left, upper, right, lower))
+        means = grid_patches(image).float().mean((1, 2, 3))
+        assert means.argmax() == index and means[index] > 250 and (means > 250).sum() == 1
+
+
+def test_load_grid_with_and_without_class_folders(root):
+    dataset = load_grid(root / "val")
+    assert [image.path for image in dataset.images] == list_images(root / "val")
+    assert dataset.num_patches == 4 * 49 and dataset.images[0].boxes is GRID_BOXES
+    batches = list(patch_batches(dataset, [1, 2], 60, 0))
+    assert [len(ids) for _, ids in batches] == [60, 38]
+    assert torch.cat([ids for _, ids in batches]).tolist() == list(range(49, 147))
+    flat = load_grid(root / "val/n02")
+    assert len(flat) == 2 and torch.equal(flat[1][0], dataset[3][0])
+
+
+def test_grid_errors_are_one_line(root):
+    for folder in ("nowhere", "empty"):
+        (root / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="no image .* below .*; --data-path") as error:
+            load_grid(root / folder)
+        assert "\n" not in str(error.value)
+    (root / "val/n02/a.JPEG").write_text("")
+    with pytest.raises(UserError, match="a.JPEG.*--skip-bad-images"):
+        load_grid(root / "val")[2]
+    skipping = load_grid(root / "val", skip_bad_images=True)
+    assert sum(len(ids) for _, ids in patch_batches(skipping, range(4), 49, 0)) == 3 * 49

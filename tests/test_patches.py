@@ -1,0 +1,301 @@
+"""The crop rule against plain loops, the pixels of patches against plain Pillow, and how patches travel in batches."""
+
+import math
+import os
+import pickle
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from datasets import patches as patches_module
+from datasets.common import UserError
+from datasets.patches import (
+    PatchDataset,
+    PatchImage,
+    patch_batches,
+    patch_image,
+    resize_center_crop,
+    resize_square,
+    select_keypoints,
+)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def slow_selection(points, crop_scale=0.5):
+    """PROTOCOL section 2, keypoint by keypoint."""
+    kept = []
+    for i, point in enumerate(points):
+        nearest = math.inf
+        for j, other in enumerate(points):
+            distance = math.sqrt(sum((a - b) ** 2 for a, b in zip(point, other, strict=True)))
+            if j != i and distance != 0 and distance < nearest:
+                nearest = distance
+        if 20 < nearest / 2 < 1000:
+            kept.append((i, round(nearest / {0.5: 4, 1.0: 2}[crop_scale])))
+    return kept
+
+
+def selected(points, **options):
+    indices, half_sides = select_keypoints(points, **options)
+    return list(zip(indices.tolist(), half_sides.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("crop_scale", [0.5, 1.0])
+def test_selection_equals_plain_loops(dimensions, crop_scale):
+    generator = random.Random(0)
+    total = 0
+    for _ in range(300):
+        # Halves and few places, so that ties, coinciding points and distances of exactly 40 occur.
+        points = [tuple(generator.randrange(0, 240, 4) / 2 for _ in range(dimensions))
+                  for _ in range(generator.randrange(7))]
+        expected = slow_selection(points, crop_scale)
+        assert selected(np.array(points).reshape(-1, dimensions), crop_scale=crop_scale) == expected
+        total += len(expected)
+    assert total > 100
+
+
+@pytest.mark.parametrize("distance, half_side", [(50, 12), (54, 14), (42, 10), (46, 12), (42.1, 11), (1999, 500)])
+def test_half_sides_round_half_to_even(distance, half_side):
+    assert selected([(0, 0), (0, distance)]) == [(0, half_side), (1, half_side)]
+
+
+def test_bounds_are_exclusive():
+    assert selected([(10, 5), (10, 45)]) == []
+    assert selected([(10, 5), (10, np.nextafter(45, 46))]) == [(0, 10), (1, 10)]
+    assert selected([(0, 0), (2000, 0)]) == []
+
+
+def test_coinciding_points_do_not_count_as_neighbours():
+    assert selected([(7, 7), (7, 7)]) == []
+    assert selected([(7, 7), (7, 7), (107, 7)]) == [(0, 25), (1, 25), (2, 25)]
+
+
+def test_fewer_than_two_points_give_nothing():
+    assert selected(np.zeros((0, 2))) == selected([(3, 4)]) == []
+
+
+def test_each_point_has_its_own_distance():
+    # The middle point is near to the left one; the right one is far from both.
+    assert selected([(0, 0), (30, 0), (130, 0)]) == [(2, 25)]
+    assert selected([(0, 0), (60, 0), (160, 0)]) == [(0, 15), (1, 15), (2, 25)]
+
+
+def test_third_coordinate_keeps_groups_apart():
+    assert selected([(0, 0, 1), (0, 60, 1), (0, 10, 500), (0, 70, 500)]) == [(0, 15), (1, 15), (2, 15), (3, 15)]
+    assert selected([(0, 0), (0, 60), (0, 10), (0, 70)]) == []
+
+
+def test_crop_scale_changes_sides_only():
+    points = [(0, 0), (41, 0), (300, 0)]
+    assert selected(points) == [(0, 10), (1, 10), (2, 65)]
+    assert selected(points, crop_scale=1.0) == [(0, 20), (1, 20), (2, 130)]
+    for crop_scale in (0, -1, float("nan")):
+        with pytest.raises(UserError, match="crop scale"):
+            select_keypoints(points, crop_scale)
+
+
+def test_patch_image_keeps_labels_with_their_points():
+    image = patch_image("a.jpg", [(0, 0), (30, 0), (130.5, 8)], [4, 5, 6], crop_scale=0.5)
+    assert image == PatchImage("a.jpg", [(105.5, -17, 155.5, 33)], [6])
+
+
+def noise(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("box", [(10, 12, 60, 62), (-20, -9, 30, 41), (100, 60, 150, 110), (0.5, 1.5, 40.5, 41.5),
+                                 (-10.3, 5.7, 31.7, 47.7), (500, 500, 540, 540)])
+def test_patch_pixels_equal_plain_pillow(box):
+    image = noise(90, 130)
+    dataset = PatchDataset([PatchImage("", [box], [0])], ["part"], load=lambda path: image)
+    left, upper, right, lower = (round(corner) for corner in box)
+    canvas = Image.new("RGB", (right - left, lower - upper))  # black
+    canvas.paste(image, (-left, -upper))
+    expected = np.asarray(canvas.resize((224, 224), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    patches, ids = dataset[0]
+    assert patches.dtype == torch.uint8 and patches.shape == (1, 3, 224, 224) and ids.tolist() == [0]
+    assert np.array_equal(patches[0].numpy(), expected)
+
+
+@pytest.mark.parametrize("ours, published", [
+    (resize_square(), [transforms.Resize(224, InterpolationMode.BICUBIC)]),
+    (resize_center_crop(), [transforms.Resize(256, InterpolationMode.BICUBIC), transforms.CenterCrop(224)]),
+])
+def test_normalised_uint8_equals_to_tensor_and_normalize(ours, published):
+    patch = noise(61, 61)
+    expected = transforms.Compose([*published, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])(patch)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    assert torch.equal((ours(patch).float() / 255 - mean) / std, expected)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven images of 0 to 4 patches: (folder, PatchImages)."""
+    images = []
+    for index, count in enumerate([2, 0, 1, 4, 3, 1, 2]):
+        path = tmp_path / f"{index}.png"
+        noise(40, 50, index).save(path)
+        boxes = [(4 * k, 3 * k, 4 * k + 20, 3 * k + 20) for k in range(count)]
+        images.append(PatchImage(str(path), boxes, [(index + k) % 3 for k in range(count)]))
+    return tmp_path, images
+
+
+def small(images, **options):
+    return PatchDataset(images, ["a", "b", "c"], resize_square(16), **options)
+
+
+def collect(dataset, indices, batch_size, workers=0):
+    batches = list(patch_batches(dataset, indices, batch_size, workers))
+    return [len(ids) for _, ids in batches], torch.cat([p for p, _ in batches]), torch.cat([i for _, i in batches])
+
+
+def test_ids_labels_and_image_index(folder):
+    dataset = small(folder[1])
+    assert len(dataset) == 7 and dataset.num_patches == 13
+    assert dataset.image_index.tolist() == [0, 0, 2, 3, 3, 3, 3, 4, 4, 4, 5, 6, 6]
+    assert dataset.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 2, 0, 1]
+    assert torch.cat([dataset[index][1] for index in range(7)]).tolist() == list(range(13))
+    assert [len(dataset[index][0]) for index in range(7)] == [2, 0, 1, 4, 3, 1, 2]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 13, 100])
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_batches_are_the_items_in_order(folder, batch_size, group, monkeypatch):
+    monkeypatch.setattr(patches_module, "PATCHES_PER_GROUP", group)
+    dataset = small(folder[1])
+    sizes, patches, ids = collect(dataset, range(7), batch_size)
+    assert sizes == [batch_size] * (13 // batch_size) + ([13 % batch_size] if 13 % batch_size else [])
+    assert ids.tolist() == list(range(13))
+    assert torch.equal(patches, torch.cat([dataset[index][0] for index in (0, 2, 3, 4, 5, 6)]))
+
+
+def test_batches_of_some_images_in_any_order(folder):
+    dataset = small(folder[1])
+    sizes, patches, ids = collect(dataset, [4, 1, 0], 4)
+    assert sizes == [4, 1] and ids.tolist() == [7, 8, 9, 0, 1]
+    assert torch.equal(patches, torch.cat([dataset[4][0], dataset[0][0]]))
+    assert list(patch_batches(dataset, [], 4, 0)) == list(patch_batches(dataset, [1], 4, 0)) == []
+
+
+def test_earlier_batches_stay_as_they_were(folder):
+    batches = patch_batches(small(folder[1]), range(7), 2, 0)
+    first, _ = next(batches)
+    copy = first.clone()
+    list(batches)
+    assert torch.equal(first, copy)
+
+
+class CountingLoad:
+    """Opens an image and writes its path to a file, one line a call, from whichever process."""
+
+    def __init__(self, record):
+        self.record = str(record)
+
+    def __call__(self, path):
+        with open(self.record, "a") as file:
+            file.write(path + "\n")
+        return Image.open(path).convert("RGB")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_image_is_decoded_once(folder, workers, monkeypatch):
+    monkeypatch.setattr(patches_module, "PATCHES_PER_GROUP", 3)
+    root, images = folder
+    dataset = small(images, load=CountingLoad(root / "record"))
+    _, patches, ids = collect(dataset, range(7), 2, workers)
+    assert ids.tolist() == list(range(13))
+    assert torch.equal(patches, collect(small(images), range(7), 13)[1])
+    opened = (root / "record").read_text().split()
+    # The second image has no patch and is not opened at all.
+    assert sorted(opened) == sorted(image.path for image in images if image.boxes)
+
+
+def test_data_set_survives_pickling(folder):
+    """Workers that are started and not forked get the data set this way."""
+    for transform in (resize_square(16), resize_center_crop(20, 16)):
+        dataset = PatchDataset(folder[1], ["a", "b", "c"], transform)
+        assert torch.equal(pickle.loads(pickle.dumps(dataset))[3][0], dataset[3][0])
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
+def test_images_of_all_modes_become_rgb(tmp_path, mode):
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)) if mode == "I;16" else noise(30, 40)
+    (image if mode == "I;16" else image.convert(mode)).save(path)
+    assert small([PatchImage(str(path), [(0, 0, 20, 20)], [0])])[0][0].shape == (1, 3, 16, 16)
+
+
+def spoil(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-400])
+    elif how == "text":
+        path.write_text("<html>404</html>")
+    elif how == "empty":
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "text", "empty"])
+def test_bad_image_is_one_line_or_skipped(folder, how):
+    root, images = folder
+    spoil(root / "3.png", how)
+    dataset = small(images)
+    with pytest.raises(UserError) as direct:
+        dataset[3]
+    with pytest.raises(UserError) as batched:
+        list(patch_batches(dataset, range(7), 2, 0))
+    assert str(direct.value) == str(batched.value)
+    assert str(root / "3.png") in str(direct.value) and "--skip-bad-images" in str(direct.value)
+    assert "\n" not in str(direct.value)
+
+    skipping = small(images, skip_bad_images=True)
+    assert [len(part) for part in skipping[3]] == [0, 0]
+    sizes, patches, ids = collect(skipping, range(7), 4)
+    assert sizes == [4, 4, 1] and ids.tolist() == [0, 1, 2, 7, 8, 9, 10, 11, 12]
+    assert torch.equal(patches, torch.cat([dataset[index][0] for index in (0, 2, 4, 5, 6)]))
+    assert list(patch_batches(skipping, [3], 4, 0)) == []
+
+
+def test_bad_image_in_a_worker_is_the_same_line(folder):
+    root, images = folder
+    spoil(root / "3.png", "cut")
+    with pytest.raises(UserError) as direct:
+        small(images)[3]
+    with pytest.raises(UserError) as batched:
+        list(patch_batches(small(images), range(7), 2, 1))
+    assert str(batched.value) == str(direct.value)
+
+
+def test_programming_error_is_not_a_bad_image(folder):
+    def load(path):
+        raise KeyError(path)
+    with pytest.raises(KeyError):
+        small(folder[1], load=load, skip_bad_images=True)[0]
+
+
+def kill_this_process(path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_worker_is_one_line(folder):
+    with pytest.raises(UserError, match="--workers") as error:
+        list(patch_batches(small(folder[1], load=kill_this_process), range(7), 2, 1))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches(folder):
+    dataset = small(folder[1])
+    batches = list(patch_batches(dataset, range(7), 4, 2, pin_memory=True))
+    assert all(patches.is_pinned() for patches, _ in batches)
+    assert torch.equal(torch.cat([patches for patches, _ in batches]), collect(dataset, range(7), 13)[1])
