@@ -1,0 +1,355 @@
+"""The training and test transforms of linear segmentation, on batches of tensors, on any device.
+
+The order and the distribution of PROTOCOL, section 6: resize, crop, flip, photometric distortion, normalise, pad. The
+integer arithmetic is that of the pictures the published numbers came from (OpenCV's fixed-point bilinear resize and
+8-bit HSV), so that a pixel is the same here, on every device. Only the crop is computed, never the resized image.
+
+An image and its label map are one int32 per pixel: red, green, blue, label, from the lowest byte up (pack_pixels).
+Several images lie behind one another in one flat tensor and are addressed by where they start.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+IGNORE = 255
+CROP_DRAWS = 10
+CPU_BAND = 64  # rows
+# Hue, saturation -> what value is multiplied by to give red, green, blue; made on first use, one per device.
+_hsv_factors: dict[torch.device, torch.Tensor] = {}
+
+
+class Augmentation(NamedTuple):
+    """What chance decides about one training sample. The neutral value of each distortion means that it is not applied;
+    saturation and hue have coins of their own, because even the neutral value goes through 8-bit HSV."""
+    ratio: float  # of the base scale, [0.5, 2)
+    offsets: np.ndarray  # [11, 2], successive crop offsets (y, x) as shares of the room there is
+    flip: bool
+    brightness: float = 0.0
+    contrast: float = 1.0
+    contrast_first: bool = False
+    saturation: float | None = None
+    hue: int | None = None
+
+
+class Packed(NamedTuple):
+    """A batch of images in flat storage: pixels int32 [P]; starts, heights, widths int64 [B], on the same device."""
+    pixels: torch.Tensor
+    starts: torch.Tensor
+    heights: torch.Tensor
+    widths: torch.Tensor
+
+
+class Region(NamedTuple):
+    """Crops of resized images: rows int64 [B, h], columns int64 [B, w] of images of heights, widths int64 [B]; the rest
+    says which rows and columns of the crop the image reaches, bool [B, h] and [B, w]."""
+    rows: torch.Tensor
+    columns: torch.Tensor
+    heights: torch.Tensor
+    widths: torch.Tensor
+    inside_rows: torch.Tensor
+    inside_columns: torch.Tensor
+
+
+def draw_augmentation(seed: int, iteration: int, position: int) -> Augmentation:
+    """The augmentation of one place in the global batch of one iteration, a pure function of the three numbers."""
+    uniform = np.random.default_rng((seed, iteration, position)).random(11 + 2 * (CROP_DRAWS + 1))
+    coins, values = uniform[:6] < 0.5, uniform[6:11]
+    return Augmentation(
+        ratio=0.5 + 1.5 * values[0],
+        offsets=uniform[11:].reshape(-1, 2),
+        flip=bool(coins[0]),
+        brightness=64 * values[1] - 32 if coins[1] else 0.0,
+        contrast=0.5 + values[2] if coins[2] else 1.0,
+        contrast_first=bool(coins[3]),
+        saturation=0.5 + values[3] if coins[4] else None,
+        hue=int(36 * values[4]) - 18 if coins[5] else None)
+
+
+def rescale_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
+    """The size that keeps the aspect ratio and fits into scale, whose larger side is for the larger side."""
+    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+
+
+def pack_pixels(image: np.ndarray, label: np.ndarray) -> torch.Tensor:
+    """uint8 [H, W, 3] and uint8 [H, W] -> int32 [H, W]."""
+    return torch.from_numpy(np.dstack([image, label])).view(torch.int32).squeeze(-1)
+
+
+def take(pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """pixels[index] for flat pixels; index_select is several times faster than indexing on a CPU."""
+    return pixels.index_select(0, index.flatten()).view(index.shape)
+
+
+def unpack(pixels: torch.Tensor) -> torch.Tensor:
+    """int32 [B, H, W] -> red, green, blue as int32 [B, 3, H, W]."""
+    colours = torch.stack([pixels, pixels, pixels], dim=1)
+    colours[:, 1].bitwise_right_shift_(8)
+    colours[:, 2].bitwise_right_shift_(16)
+    return colours.bitwise_and_(255)
+
+
+def _steps(out_size: torch.Tensor, in_size: torch.Tensor) -> torch.Tensor:
+    return (1 / (out_size.double() / in_size.double()))[:, None]
+
+
+class Taps(NamedTuple):
+    """The two source rows or columns of each output one, int64 [B, n], and their weights in 1/2048, int32 [B, n]."""
+    lower: torch.Tensor
+    upper: torch.Tensor
+    lower_weight: torch.Tensor
+    upper_weight: torch.Tensor
+
+
+def linear_taps(index: torch.Tensor, out_size: torch.Tensor, in_size: torch.Tensor, across: bool) -> Taps:
+    """Bilinear interpolation along one axis, as OpenCV 4 does it for 8 bits (resize, INTER_LINEAR).
+
+    index: int64 [B, n] of output rows or columns; out_size, in_size: [B]. across: columns, where a tap outside takes
+    the edge at full weight; rows are clamped and keep their weight.
+    """
+    position = ((index + 0.5) * _steps(out_size, in_size) - 0.5).float()
+    lower = position.floor()
+    weight = position - lower
+    last = (in_size - 1)[:, None]
+    lower = lower.long()
+    if across:
+        weight = torch.where((lower < 0) | (lower >= last), 0.0, weight)
+    upper = torch.minimum((lower + 1).clamp(min=0), last)
+    lower = torch.minimum(lower.clamp(min=0), last)
+    return Taps(lower, upper, torch.round(2048 * (1 - weight)).int(), torch.round(2048 * weight).int())
+
+
+def nearest_taps(index: torch.Tensor, out_size: torch.Tensor, in_size: torch.Tensor) -> torch.Tensor:
+    """The source row or column of each output one, int64 [B, n] (OpenCV's INTER_NEAREST)."""
+    return torch.minimum((index * _steps(out_size, in_size)).floor().long(), (in_size - 1)[:, None])
+
+
+def resized_labels(batch: Packed, rows: torch.Tensor, columns: torch.Tensor, out_heights: torch.Tensor,
+                   out_widths: torch.Tensor) -> torch.Tensor:
+    """Labels at the given rows [B, h] and columns [B, w] of the resized maps: uint8 [B, h, w]."""
+    rows = nearest_taps(rows, out_heights, batch.heights)
+    columns = nearest_taps(columns, out_widths, batch.widths)
+    starts = batch.starts[:, None] + rows * batch.widths[:, None]
+    # The label is the highest byte, and the cast drops the sign that comes down with it.
+    return take(batch.pixels, starts[:, :, None] + columns[:, None]).bitwise_right_shift_(24).to(torch.uint8)
+
+
+def resized_pixels(batch: Packed, rows: Taps, columns: Taps) -> torch.Tensor:
+    """Colours where rows [B, h] and columns [B, w] of the resized images meet: int32 [B, 3, h, w], 0 to 255."""
+    # Across first, on the source rows that are needed, each once.
+    first = rows.lower.amin(1, keepdim=True)
+    count = int((rows.upper.amax(1, keepdim=True) - first).max()) + 1
+    needed = torch.minimum(first + torch.arange(count, device=first.device), batch.heights[:, None] - 1)
+    starts = (batch.starts[:, None] + needed * batch.widths[:, None])[:, :, None]
+    lines = unpack(take(batch.pixels, starts + columns.lower[:, None])).mul_(columns.lower_weight[:, None, None])
+    lines += unpack(take(batch.pixels, starts + columns.upper[:, None])).mul_(columns.upper_weight[:, None, None])
+    lines.bitwise_right_shift_(4)
+
+    def weighted(row, weight):
+        index = (row - first)[:, None, :, None].expand(-1, 3, -1, lines.shape[3])
+        chosen = lines[:, :, index[0, 0, :, 0]] if len(lines) == 1 else lines.gather(2, index)
+        return chosen.mul_(weight[:, None, :, None]).bitwise_right_shift_(16)
+
+    mixed = weighted(rows.lower, rows.lower_weight) + weighted(rows.upper, rows.upper_weight)
+    return mixed.add_(2).bitwise_right_shift_(2)
+
+
+def resize_image(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """uint8 [H, W, 3] -> uint8 [3, height, width], bilinear, on the image's device."""
+    device = image.device
+    padded = torch.cat([image, image.new_zeros(*image.shape[:2], 1)], dim=2)
+    start, in_height, in_width, out_height, out_width = torch.tensor(
+        [[0], [image.shape[0]], [image.shape[1]], [height], [width]], device=device)
+    batch = Packed(padded.view(torch.int32).flatten(), start, in_height, in_width)
+    rows = linear_taps(torch.arange(height, device=device)[None], out_height, in_height, across=False)
+    columns = linear_taps(torch.arange(width, device=device)[None], out_width, in_width, across=True)
+    return resized_pixels(batch, rows, columns)[0].to(torch.uint8)
+
+
+def accept_crops(labels: torch.Tensor, max_share: float = 0.75) -> torch.Tensor:
+    """uint8 [B, h, w] -> bool [B]: more than one class, and the largest holds under max_share of what is labelled."""
+    count = len(labels)
+    bins = labels.flatten(1).int().add_(256 * torch.arange(count, dtype=torch.int32, device=labels.device)[:, None])
+    counts = torch.bincount(bins.flatten(), minlength=256 * count).view(count, 256)[:, :IGNORE]
+    return (counts.count_nonzero(1) > 1) & (counts.amax(1) < max_share * counts.sum(1))
+
+
+def choose_crops(cut, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first of the successive crops that is accepted; after ten failures the eleventh, unseen.
+
+    cut: maps sample numbers [n] and their offsets [n, 2] to labels [n, h, w]. offsets: [B, 11, 2].
+    Returns the chosen draw int64 [B] and its labels [B, h, w].
+    """
+    remaining = torch.arange(len(offsets), device=offsets.device)
+    chosen = torch.zeros_like(remaining)
+    labels = cut(remaining, offsets[:, 0])
+    for draw in range(1, offsets.shape[1]):
+        remaining = remaining[~accept_crops(labels[remaining])]
+        if not len(remaining):
+            break
+        chosen[remaining] = draw
+        labels[remaining] = cut(remaining, offsets[remaining, draw])
+    return chosen, labels
+
+
+def crop_indices(offset: torch.Tensor, size: torch.Tensor, crop: int, flip: torch.Tensor | None = None) -> tuple:
+    """Rows or columns of the resized image under a crop, int64 [B, crop], and where there are any, bool [B, crop]:
+    an image smaller than the crop leaves the rest empty. flip: bool [B], columns in reverse."""
+    place = torch.arange(crop, device=size.device)[None]
+    covered = torch.minimum(size, torch.full_like(size, crop))[:, None]
+    inside = place < covered
+    if flip is not None:
+        place = torch.where(flip[:, None], covered - 1 - place, place)
+    return torch.where(inside, offset[:, None] + place, 0), inside
+
+
+def choose_crop_region(batch: Packed, augmentations: list[Augmentation], out_sizes: list[tuple[int, int]],
+                       crop_size: tuple[int, int]) -> tuple[Region, torch.Tensor]:
+    """Resize, random crop and flip: where each pixel of the crops comes from, and their labels uint8 [B, h, w], 255
+    outside the image. out_sizes: of the resized images."""
+    device = batch.pixels.device
+    crop_height, crop_width = crop_size
+    offsets = [[(int(y * (max(height - crop_height, 0) + 1)), int(x * (max(width - crop_width, 0) + 1)))
+                for y, x in one.offsets] for one, (height, width) in zip(augmentations, out_sizes, strict=True)]
+    # One transfer for all that the host decides.
+    numbers = torch.tensor([[*size, one.flip, *np.ravel(pairs)] for one, size, pairs
+                            in zip(augmentations, out_sizes, offsets, strict=True)], dtype=torch.int64)
+    numbers = to_device(numbers, device)
+    heights, widths, flip = numbers[:, 0], numbers[:, 1], numbers[:, 2].bool()
+    offsets = numbers[:, 3:].unflatten(1, (-1, 2))
+
+    def region(samples, offset):
+        rows, inside_rows = crop_indices(offset[:, 0], heights[samples], crop_height)
+        columns, inside_columns = crop_indices(offset[:, 1], widths[samples], crop_width, flip[samples])
+        return Region(rows, columns, heights[samples], widths[samples], inside_rows, inside_columns)
+
+    def cut(samples, offset):
+        part, where = Packed(batch.pixels, *(field[samples] for field in batch[1:])), region(samples, offset)
+        labels = resized_labels(part, where.rows, where.columns, where.heights, where.widths)
+        return labels.masked_fill_(~(where.inside_rows[:, :, None] & where.inside_columns[:, None]), IGNORE)
+
+    chosen, labels = choose_crops(cut, offsets)
+    samples = torch.arange(len(chosen), device=device)
+    return region(samples, offsets[samples, chosen]), labels
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that does not hold up the host, where the device is another one."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def rgb_to_hsv(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """int32 [B, 3, H, W], 0 to 255 -> hue 0 to 179, saturation and value 0 to 255, int32 [B, H, W] (OpenCV, 8 bits)."""
+    red, green, blue = rgb.unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    spread = value - torch.minimum(torch.minimum(red, green), blue)
+    # Rounded quotients of numbers below 2^21: float32 gives the same whole numbers as exact arithmetic (tested). Where
+    # the divisor is 0 so is what the quotient is multiplied by.
+    per_value = _quotient(255 * 4096, value)
+    per_spread = _quotient(30 * 4096, spread)
+    saturation = (spread * per_value).add_(2048).bitwise_right_shift_(12)
+    # All ones where red (green) is not the largest: bits choose among three numerators faster than where() does.
+    not_red, not_green = (red - value).bitwise_right_shift_(31), (green - value).bitwise_right_shift_(31)
+    if_green, if_blue = (blue - red).add_(spread, alpha=2), (red - green).add_(spread, alpha=4)
+    numerator = ((green - blue) & ~not_red) | (not_red & ((if_green & ~not_green) | (if_blue & not_green)))
+    hue = numerator.mul_(per_spread).add_(2048).bitwise_right_shift_(12)
+    return wrap_hue(hue), saturation, value
+
+
+def _quotient(numerator: int, divisor: torch.Tensor) -> torch.Tensor:
+    divisor = divisor.clamp(min=1).float()
+    return torch.full_like(divisor, numerator).div_(divisor).round_().int()
+
+
+def wrap_hue(hue: torch.Tensor) -> torch.Tensor:
+    """int32, -180 to 359 -> 0 to 179, in place."""
+    hue.add_((hue >> 31).bitwise_and_(180)).sub_(180)
+    return hue.add_((hue >> 31).bitwise_and_(180))
+
+
+def hsv_to_rgb(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """int32 [B, H, W] each, ranges as in rgb_to_hsv -> int32 [B, 3, H, W] (OpenCV, 8 bits, fractions dropped)."""
+    device = hue.device
+    if device not in _hsv_factors:
+        _hsv_factors[device] = _make_hsv_factors().to(device)
+    index = (hue * 256).add_(saturation)
+    scaled = value.float() * torch.tensor(1 / 255, dtype=torch.float32, device=device)
+    colours = [take(factors, index).mul_(scaled).mul_(255).int() for factors in _hsv_factors[device]]
+    return torch.stack(colours, dim=1)
+
+
+def _make_hsv_factors() -> torch.Tensor:
+    """float32 [3, 180 * 256]: what red, green and blue are for value 1."""
+    hue = torch.arange(180, dtype=torch.float32)[:, None] * torch.tensor(6 / 180, dtype=torch.float32)
+    saturation = torch.arange(256, dtype=torch.float32) * torch.tensor(1 / 255, dtype=torch.float32)
+    sector = hue.floor().long()
+    fraction = hue - sector
+    # float64 stands for the single rounding of a fused multiply-add.
+    falling = (1 - saturation.double() * fraction.double()).float()
+    rising = (1 - saturation.double() * (1 - fraction).double()).float()
+    low, full = (1 - saturation).expand(180, 256), torch.ones(180, 256)
+    by_sector = torch.stack([torch.stack(colours) for colours in (
+        (full, rising, low), (falling, full, low), (low, full, rising),
+        (low, falling, full), (rising, low, full), (full, low, falling))])
+    chosen = by_sector.gather(0, sector.view(1, 1, 180, 1).expand(1, 3, 180, 256))[0]
+    return chosen.reshape(3, -1)
+
+
+def photometric_distortion(images: torch.Tensor, augmentations: list[Augmentation]) -> torch.Tensor:
+    """Brightness, contrast (first or last), saturation, hue, each clipped and cut to 8 bits: int32 [B, 3, H, W]."""
+    def per_sample(values):
+        return to_device(torch.tensor(values, dtype=torch.float32), images.device).view(-1, 1, 1, 1)
+
+    def cut(values):
+        return values.clamp_(0, 255).int()
+
+    if any(one.brightness for one in augmentations):
+        images = cut(images.float() + per_sample([one.brightness for one in augmentations]))
+    if any(one.contrast_first and one.contrast != 1 for one in augmentations):
+        images = cut(images * per_sample([one.contrast if one.contrast_first else 1.0 for one in augmentations]))
+    if chosen := [place for place, one in enumerate(augmentations) if one.saturation is not None]:
+        factor = per_sample([augmentations[place].saturation for place in chosen])[:, 0]
+        index = to_device(torch.tensor(chosen), images.device)
+        hue, saturation, value = rgb_to_hsv(images[index])
+        images[index] = hsv_to_rgb(hue, cut(saturation * factor), value)
+    if chosen := [place for place, one in enumerate(augmentations) if one.hue is not None]:
+        shift = per_sample([augmentations[place].hue for place in chosen])[:, 0].int()
+        index = to_device(torch.tensor(chosen), images.device)
+        hue, saturation, value = rgb_to_hsv(images[index])
+        images[index] = hsv_to_rgb(wrap_hue(hue + shift), saturation, value)
+    if any(not one.contrast_first and one.contrast != 1 for one in augmentations):
+        images = cut(images * per_sample([1.0 if one.contrast_first else one.contrast for one in augmentations]))
+    return images
+
+
+def training_batch(batch: Packed, sizes: list[tuple[int, int]], augmentations: list[Augmentation],
+                   base_scale: tuple[int, int], crop_size: int, mean: torch.Tensor, std: torch.Tensor) -> tuple:
+    """All of the training transforms: images float32 [B, 3, c, c], padded with 0, and labels uint8 [B, c, c], with 255.
+
+    sizes: (height, width) of the original images, from which the resized sizes follow. mean, std: [1, 3, 1, 1], of
+    colours from 0 to 1. On a CPU the colours are made sample by sample and in bands of rows, which keeps them in its
+    caches; elsewhere the whole batch at once.
+    """
+    scales = [tuple(int(side * one.ratio) for side in base_scale) for one in augmentations]
+    out_sizes = [rescale_size(*size, scale) for size, scale in zip(sizes, scales, strict=True)]
+    region, labels = choose_crop_region(batch, augmentations, out_sizes, (crop_size, crop_size))
+    rows = linear_taps(region.rows, region.heights, batch.heights, across=False)
+    columns = linear_taps(region.columns, region.widths, batch.widths, across=True)
+    samples, band = (1, CPU_BAND) if labels.device.type == "cpu" else (len(sizes), crop_size)
+    images = torch.empty(len(sizes), 3, crop_size, crop_size, device=labels.device)
+    for i in range(0, len(sizes), samples):
+        part = slice(i, i + samples)
+        sources = Packed(batch.pixels, *(field[part] for field in batch[1:]))
+        for row in range(0, crop_size, band):
+            lines = slice(row, row + band)
+            colours = resized_pixels(sources, Taps(*(field[part, lines] for field in rows)),
+                                     Taps(*(field[part] for field in columns)))
+            colours = photometric_distortion(colours, augmentations[part]).float()
+            colours = colours.sub_(255 * mean).mul_(1 / (255 * std))
+            inside = region.inside_rows[part, None, lines, None] & region.inside_columns[part, None, None]
+            torch.mul(colours, inside, out=images[part, :, lines])
+    return images, labels
