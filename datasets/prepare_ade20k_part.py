@@ -1,0 +1,217 @@
+"""Part label maps from the full release of ADE20K (2016_07_26 or 2021_17_01); run through prepare.py.
+
+NAME_seg.png holds the objects, NAME_parts_1.png the parts of objects, both as class = (R // 10) * 256 + G, counted from
+1 in the index's objectnames, and instance = B. A part class is an object name and a part name together. The object that
+a part belongs to is the one under most of the part instance's pixels: for the public images of 2021 the pairs so found
+are those of the json's ispartof, where a pixel's own pair would add false ones along outlines.
+"""
+
+import json
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .common import UserError, open_output
+from .prepare_common import Item, first_folder, import_loadmat, in_parallel, prepare, read_name_list, write_text
+from .segmentation_classes import ADE20K_OBJECT_59
+
+TREE = ("DIR/images/{training,validation}/**/*_seg.png (2016_07_26) or "
+        "DIR/images/ADE/{training,validation}/**/*_seg.png (2021_17_01), "
+        "with *_parts_1.png and *.jpg beside them and index_ade20k.mat or .pkl in DIR")
+NUM_TRAIN = 20210
+# 255 is the ignored label, here as in segment.py, and 0 is "other".
+MAX_CLASSES = 254
+
+
+def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Class indices (int64) and instance codes (uint8) of a _seg.png or _parts_N.png, each [height, width]."""
+    with Image.open(path) as image:
+        red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
+    return (red // 10).astype(np.int64) * 256 + green, blue
+
+
+def part_instances(segmentation: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Object and part of every part instance in an image.
+
+    Returns instance [height, width], 0 = none, i = row i - 1 of pairs, and pairs [N, 2]: object index (0 where nothing
+    is under the part) and part index. Raises ValueError where the two files differ in size.
+    """
+    objects, _ = read_classes(segmentation)
+    instance = np.zeros(objects.shape, dtype=np.int64)
+    parts_file = segmentation.with_name(segmentation.name.replace("_seg.png", "_parts_1.png"))
+    if not parts_file.is_file():
+        return instance, np.zeros((0, 2), dtype=np.int64)
+    parts, codes = read_classes(parts_file)
+    if parts.shape != objects.shape:
+        raise ValueError(f"{parts_file.name} is {parts.shape[::-1]}, {segmentation.name} {objects.shape[::-1]}")
+    inside = parts > 0
+    keys, rows = np.unique(parts[inside] * 256 + codes[inside], return_inverse=True)
+    candidates, columns = np.unique(objects[inside], return_inverse=True)
+    shape = (len(keys), len(candidates))
+    votes = np.bincount(rows * len(candidates) + columns, minlength=shape[0] * shape[1]).reshape(shape)
+    votes[:, candidates == 0] = 0
+    instance[inside] = rows + 1
+    parents = np.where(votes.any(axis=1), candidates[votes.argmax(axis=1)], 0) if len(keys) else keys
+    return instance, np.stack([parents, keys // 256], axis=1)
+
+
+def read_parts(segmentation: Path, labels: dict[tuple[int, int], int]) -> np.ndarray:
+    """Label map of an image, uint8 [height, width]. labels: of a pair (object index, part index); others become 0."""
+    instance, pairs = part_instances(segmentation)
+    return np.array([0] + [labels.get((thing, part), 0) for thing, part in pairs.tolist()], dtype=np.uint8)[instance]
+
+
+def scan(segmentation: Path, read_names: bool) -> tuple[set[tuple[int, int]], dict[int, str]] | None:
+    """The pairs in an image and, from its json, the names of all its classes. None where a file cannot be read."""
+    try:
+        _, pairs = part_instances(segmentation)
+        names = names_from_json(segmentation.with_name(segmentation.name.replace("_seg.png", ".json"))) \
+            if read_names else {}
+    # A damaged file is reported when its label map is made.
+    except Exception:
+        return None
+    return {(thing, part) for thing, part in pairs.tolist() if thing}, names
+
+
+def names_from_json(path: Path) -> dict[int, str]:
+    things = json.loads(path.read_bytes().decode("utf-8", errors="replace"))["annotation"]["object"]
+    # The files come from MATLAB, which writes a list of one as the element.
+    return {thing["name_ndx"]: thing["name"] for thing in (things if isinstance(things, list) else [things])}
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """Loads dictionaries, lists, strings, numbers and NumPy arrays, and refuses what could run code."""
+
+    # NumPy's own helpers, under the names that NumPy 1 (numpy.core) and 2 (numpy._core) write.
+    ALLOWED = {
+        "multiarray._reconstruct": np.empty(0).__reduce__()[0],
+        "multiarray.scalar": np.float64().__reduce__()[0],
+        "numeric._frombuffer": np.empty(1).__reduce_ex__(5)[0],
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
+        "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+    }
+
+    def find_class(self, module, name):
+        known = f"{module}.{name}".replace("numpy._core.", "").replace("numpy.core.", "")
+        if known not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return self.ALLOWED[known]
+
+
+def read_index(release: Path) -> dict[int, str] | None:
+    """Names by class index from index_ade20k.pkl or .mat; None where there is neither. Raises UserError."""
+    path = release / "index_ade20k.pkl"
+    if path.is_file():
+        try:
+            with open(path, "rb") as file:
+                names = IndexUnpickler(file).load()["objectnames"]
+        except Exception as error:
+            raise UserError(f"{path} is damaged or holds more than plain data ({error}); remove it, "
+                            "the names are then read from index_ade20k.mat or the json files") from None
+        return {index: str(name) for index, name in enumerate(names, 1)}
+    path = release / "index_ade20k.mat"
+    if path.is_file():
+        cells = import_loadmat()(path)["index"][0, 0]["objectnames"].ravel()
+        return {index: str(cell.item()) if cell.size else "" for index, cell in enumerate(cells, 1)}
+    return None
+
+
+def find_segmentations(folder: Path) -> Iterable[Path]:
+    for path, folders, files in os.walk(folder):
+        # The folders of instance masks of 2021 are named as the images and hold most of the files.
+        folders[:] = sorted(name for name in folders if not name.startswith("ADE_"))
+        yield from (Path(path, name) for name in sorted(files) if name.endswith("_seg.png"))
+
+
+def find_pairs(root: Path, release: Path, items: dict[str, list[Item]], workers: int) -> list[dict]:
+    """Every pair in the release with its names and its numbers of images, from root/parts.json if that is complete."""
+    report = root / "parts.json"
+    numbers = {"release": release.name, **{split: len(listed) for split, listed in items.items()}}
+    if report.is_file():
+        known = json.loads(report.read_text(encoding="utf-8"))
+        if {key: known[key] for key in numbers} == numbers:
+            return known["parts"]
+    names = read_index(release)
+    everything = [item for listed in items.values() for item in listed]
+    if names is None and not everything[0].image.with_suffix(".json").is_file():
+        raise UserError(f"{release} has neither index_ade20k.mat nor index_ade20k.pkl, which name the classes; "
+                        "put the release's index there")
+    results = in_parallel(partial(scan, read_names=names is None), [item.annotation for item in everything], workers,
+                          "looking for parts")
+    counts = {"train": Counter(), "val": Counter()}
+    names = dict(names or {})
+    for number, result in enumerate(results):
+        if result is not None:
+            counts["train" if number < len(items["train"]) else "val"].update(result[0])
+            names.update(result[1])
+    parts = [{"object": names.get(thing, f"class {thing}"), "part": names.get(part, f"class {part}"),
+              "indices": [thing, part], "train": counts["train"][thing, part], "val": counts["val"][thing, part]}
+             for thing, part in sorted(set(counts["train"]) | set(counts["val"]))]
+    if None not in results:
+        lines = ",\n".join(json.dumps(part, ensure_ascii=False) for part in parts)
+        write_text(report, json.dumps(numbers)[:-1] + f', "parts": [\n{lines}\n]}}\n')
+    return parts
+
+
+def name_pairs(parts: list[dict]) -> list[str]:
+    """First synonyms, "car wheel"; all synonyms where two pairs would share a name."""
+    short = [f"{part['object'].split(',')[0].strip()} {part['part'].split(',')[0].strip()}" for part in parts]
+    shared = {name for name, count in Counter(short).items() if count > 1}
+    return [f"{part['object']} / {part['part']} {part['indices']}" if name in shared else name
+            for name, part in zip(short, parts, strict=True)]
+
+
+def prepare_ade20k_part(source: Path, target: Path, workers: int, classes: Path | None) -> None:
+    """The parts that occur in both splits; with classes, a file of names from an earlier run's names.txt, only those.
+
+    All pairs with their numbers of images are written to parts.json.
+    """
+    releases = ("", "ADE20K_2016_07_26/", "ADE20K_2021_17_01/")
+    training = first_folder(source, [f"{release}images/{inner}training" for release in releases
+                                     for inner in ("", "ADE/")], TREE)
+    images = training.parent
+    release = images.parent if images.name == "images" else images.parents[1]
+    root = target / "ADE20K_Part"
+    items, left_out = {}, 0
+    for split, folder in (("train", "training"), ("val", "validation")):
+        items[split] = []
+        for path in find_segmentations(images / folder):
+            name = path.name.removesuffix("_seg.png")
+            number = re.fullmatch(r"ADE_(?:train|val)_(\d+)", name)
+            if number is None or int(number[1]) > NUM_TRAIN:
+                left_out += 1
+                continue
+            items[split].append(Item(path.with_name(f"{name}.jpg"), path, root / "img" / split / f"{name}.jpg",
+                                     root / "ann" / split / f"{name}.png"))
+        if not items[split]:
+            raise UserError(f"{images / folder} holds no *_seg.png; expected with --source DIR: {TREE}")
+    open_output(root)
+    parts = [part for part in find_pairs(root, release, items, workers) if part["train"] and part["val"]]
+    if not parts:
+        raise UserError(f"{release}: no part occurs in both splits")
+    named = dict(zip(name_pairs(parts), parts, strict=True))
+    of_59 = [name for name, part in named.items() if part["object"].split(",")[0].strip() in ADE20K_OBJECT_59]
+    write_text(root / "names_of_59_objects.txt", "".join(f"{name}\n" for name in of_59))
+    print(f"parts in both splits: {len(named)} with their objects, {len({part['part'] for part in parts})} by the "
+          f"part's name alone, {len(of_59)} of the 59 objects (names_of_59_objects.txt, for --classes); the paper: 209")
+    if classes:
+        names = read_name_list(classes)
+        unknown = [name for name in names if name not in named]
+        if unknown or len(names) > MAX_CLASSES:
+            raise UserError(f"--classes {classes}: " + (f"{unknown[0]} is not a part that occurs in both splits"
+                            if unknown else f"{len(names)} names; an 8-bit label map holds {MAX_CLASSES}"))
+    else:
+        names = sorted(sorted(named, key=lambda name: -named[name]["train"])[:MAX_CLASSES])
+        if len(names) < len(named):
+            print(f"  an 8-bit label map holds {MAX_CLASSES} classes: those in most training images are kept")
+    labels = {tuple(named[name]["indices"]): label for label, name in enumerate(names, 1)}
+    prepare(root, items, names, partial(read_parts, labels=labels), workers,
+            {f"not among the {NUM_TRAIN} training images of 2016 by its number": left_out})
