@@ -1,0 +1,111 @@
+"""The published recipes of probing, and K heads of one kind in training: steps, what is measured, what is chosen."""
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from .probes import HeadSGD, SumOverProcesses, build_heads, learning_rate
+
+
+class Recipe(NamedTuple):
+    """How a probe is trained; lr is for batch_size, and scales with the batch. Warm-up is a share of all epochs."""
+    lr: float
+    batch_size: int
+    warmup: float = 0.0
+    minimum_lr: float = 0.0
+    trust_coefficient: float | None = None  # LARS in place of SGD
+    batch_norm: bool = False  # before the linear head
+    every_step: bool = False  # the schedule moves every step, and incomplete batches are dropped; else every epoch
+
+
+RECIPES = {
+    "parts": {"linear": Recipe(0.4, 1024), "attentive": Recipe(0.04, 1024)},
+    "images": {"linear": Recipe(6.4, 16384, 1 / 9, 0.0, 0.001, True, True),
+               "attentive": Recipe(0.4, 8192, 1 / 9, 1e-6, every_step=True)},
+}
+
+
+class Probe:
+    """K heads of one kind in training, one for every pair of a learning rate and a seed, and what has been measured."""
+
+    def __init__(self, kind: str, recipe: Recipe, batch_size: int, rates: Sequence[float], seeds: Sequence[int],
+                 epochs: int, width: int, num_classes: int, num_heads: int, device: torch.device):
+        self.kind, self.recipe, self.batch_size, self.epochs = kind, recipe, batch_size, epochs
+        self.rates, self.seeds = [rate for rate in rates for _ in seeds], [*seeds] * len(rates)
+        self.heads = build_heads(kind, len(self.rates), width, num_classes, num_heads, recipe.batch_norm)
+        self.heads.initialise(self.seeds)
+        self.heads.to(device)
+        self.optimizer = HeadSGD(self.heads.parameters(), trust_coefficient=recipe.trust_coefficient)
+        self.best = {name: tensor.clone() for name, tensor in self.heads.state_dict().items()}
+        self.scores, self.test = [], []  # by epoch: percent of every head on the selection set and on the test set
+
+    def steps(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """The global batches of an epoch."""
+        steps = list(ids.split(self.batch_size))
+        return steps[:-1] if self.recipe.every_step and len(steps[-1]) < self.batch_size else steps
+
+    def step(self, tokens: torch.Tensor, rstd: torch.Tensor | None, rows: torch.Tensor | None, labels: torch.Tensor,
+             epoch: float) -> None:
+        """One update from a global batch, of which this process holds tokens[rows] (see AttentiveHeads.forward)."""
+        recipe, epoch = self.recipe, epoch if self.recipe.every_step else int(epoch)
+        logits = self.heads(tokens, rstd, rows).flatten(0, 1)
+        count = SumOverProcesses.apply(torch.tensor([len(labels)], device=labels.device))
+        # A sum over heads: each head's gradient is that of its own mean loss.
+        loss = F.cross_entropy(logits, labels.repeat(len(self.rates)), reduction="sum") / count
+        loss.backward()
+        if dist.is_initialized():
+            gradients = [parameter.grad for parameter in self.heads.parameters()]
+            total, sizes = torch.cat([gradient.flatten() for gradient in gradients]), map(torch.Tensor.numel, gradients)
+            for gradient, part in zip(gradients, SumOverProcesses.apply(total).split(list(sizes)), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        self.optimizer.step(torch.tensor([
+            learning_rate(rate, epoch, self.epochs, recipe.warmup * self.epochs, recipe.minimum_lr)
+            for rate in self.rates], device=labels.device))
+
+    def measured(self, score: torch.Tensor, test: torch.Tensor) -> None:
+        """Notes an epoch's percentages, [K] each, and keeps a copy of the heads whose score is their best so far."""
+        before = torch.tensor(self.scores or [[-1.0] * len(score)], dtype=score.dtype).amax(0)
+        better = score > before
+        for name, tensor in self.heads.state_dict().items():
+            self.best[name][better.to(tensor.device)] = tensor[better.to(tensor.device)]
+        self.scores.append(score.tolist())
+        self.test.append(test.tolist())
+
+    def state(self) -> dict:
+        return {"heads": self.heads.state_dict(), "momentum": self.optimizer.buffers, "best": self.best,
+                "scores": self.scores, "test": self.test}
+
+    def load_state(self, state: dict) -> None:
+        self.heads.load_state_dict(state["heads"])
+        for name in self.best:
+            self.best[name].copy_(state["best"][name])
+        for buffer, saved in zip(self.optimizer.buffers, state["momentum"], strict=True):
+            buffer.copy_(saved)
+        self.scores, self.test = state["scores"], state["test"]
+
+    def summary(self) -> dict:
+        """Chooses the learning rate, and for every head the epoch, by the scores; percentages on the test set.
+
+        acc1 and best_acc1 are means over the seeds at that rate, best_epoch (from 1) and index that of its best head.
+        """
+        scores, test = (torch.tensor(rows, dtype=torch.float64) for rows in (self.scores, self.test))
+        best = scores.max(0)
+        chosen_test = test.gather(0, best.indices[None])[0]
+        by_rate = best.values.view(-1, len(set(self.seeds))).mean(1)
+        rate = self.rates[int(by_rate.argmax()) * len(set(self.seeds))]
+        members = [k for k, one in enumerate(self.rates) if one == rate]
+        index = max(members, key=lambda k: best.values[k].item())
+        result = {"lr": rate, "index": index, "best_epoch": int(best.indices[index]) + 1}
+        for name, values in (("acc1", test[-1]), ("best_acc1", chosen_test)):
+            of_seeds = [values[k].item() for k in members]
+            result[name] = mean(of_seeds)
+            if len(of_seeds) > 1:
+                result[f"{name}_std"] = stdev(of_seeds)
+        result["heads"] = [{"lr": self.rates[k], "seed": self.seeds[k], "acc1": test[-1, k].item(),
+                            "best_acc1": chosen_test[k].item(), "best_epoch": int(best.indices[k]) + 1,
+                            "best_score": best.values[k].item()} for k in range(len(self.rates))]
+        return result

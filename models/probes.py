@@ -1,0 +1,296 @@
+"""Probing heads on frozen tokens: linear and attentive, many of each trained at once; SGD, LARS, schedule, kNN.
+
+A module here holds K heads of one kind, which see the same batches and differ in learning rate or initial weights.
+Every parameter has a leading dimension K. Sources: section 5.2 and appendix A.4 of the paper and the code behind it;
+the attentive head is CAE's (Chen et al. 2022).
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+LAYER_NORM_EPS = 1e-6
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of the processes' tensors, on every process; gradients are summed in the same way."""
+
+    @staticmethod
+    def forward(ctx, value):
+        value = value.clone()
+        if dist.is_initialized():
+            dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.forward(ctx, gradient.contiguous())
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation without affine parameters, of K heads, with the statistics of all processes' rows.
+
+    [K, B, D] -> [K, B, D]; an input [1, B, D] is shared by all heads. In training mode by the statistics of the
+    batch, which move the running ones (momentum 0.1, unbiased variance, as nn.BatchNorm1d); else by the running ones.
+    """
+
+    def __init__(self, count: int, width: int, eps: float, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.register_buffer("running_mean", torch.zeros(count, width))
+        self.register_buffer("running_var", torch.ones(count, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return (x - self.running_mean[:, None]) * (self.running_var[:, None] + self.eps).rsqrt()
+        count = SumOverProcesses.apply(torch.full((), x.shape[1], dtype=x.dtype, device=x.device))
+        mean = SumOverProcesses.apply(x.sum(1)) / count
+        x = x - mean[:, None]
+        variance = SumOverProcesses.apply(x.square().sum(1)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.expand_as(self.running_mean), self.momentum)
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            self.running_var.lerp_(unbiased.expand_as(self.running_var), self.momentum)
+        return x * (variance[:, None] + self.eps).rsqrt()
+
+
+class LinearHeads(nn.Module):
+    """K linear layers on the class token; batch_norm: after a batch normalisation of it (ImageNet, eps 1e-6).
+
+    tokens [B, N, D], class token first -> logits [K, B, classes].
+    """
+
+    kind = "linear"
+
+    def __init__(self, count: int, width: int, num_classes: int, batch_norm: bool = False):
+        super().__init__()
+        self.norm = BatchNorm(count, width, eps=1e-6) if batch_norm else None
+        self.weight = nn.Parameter(torch.zeros(count, num_classes, width))
+        self.bias = nn.Parameter(torch.zeros(count, num_classes))
+
+    def initialise(self, seeds: Sequence[int]) -> None:
+        """Head k from seeds[k]: weights N(0, 0.01), bias 0."""
+        for k, seed in enumerate(seeds):
+            self.weight.data[k].normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, tokens: torch.Tensor, rstd: torch.Tensor | None = None,
+                rows: torch.Tensor | None = None) -> torch.Tensor:
+        cls = tokens[:, 0] if rows is None else tokens[rows, 0]
+        x = cls.to(self.weight.dtype)[None]
+        if self.norm is not None:
+            x = self.norm(x)
+        return x @ self.weight.transpose(1, 2) + self.bias[:, None]
+
+
+class AttentiveHeads(nn.Module):
+    """K attentive heads: a learnable query attends to all tokens; projection, batch norm (eps 1e-5), linear layer.
+
+    tokens [B, N, D], any float type -> logits [K, B, classes]. rstd [B, N]: token_rstd(tokens), where it is at hand.
+    rows: the batch is tokens[rows], read in place.
+
+    The textbook form projects every token to keys and values. With one query the same function of the same parameters
+    is much cheaper. Let x^ = r (x - m) be a token without mean and of unit variance, q a head's query, W_k and W_v its
+    rows of the key and value projections:
+        score  = q . W_k (g_k x^ + b_k) = w . r (x - m) + constant,   w = g_k (W_k' q)
+        pooled = W_v (g_v sum_t a_t x^_t + b_v) = (W_v g_v) sum_t a_t r_t (x_t - m_t) + W_v b_v
+    Softmax does not see the constant, so b_k has no effect (as a key bias has none) and is left out. Centring w, and
+    the rows of W_v g_v, takes care of m. What remains per token are two products with the raw x for every head.
+    """
+
+    kind = "attentive"
+
+    def __init__(self, count: int, width: int, num_classes: int, num_heads: int):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} is not divisible by {num_heads} attention heads")
+        self.num_heads = num_heads
+
+        def parameter(*shape, value=0.0):
+            return nn.Parameter(torch.full((count, *shape), value))
+
+        self.query = parameter(width)
+        self.norm_q_weight, self.norm_q_bias = parameter(width, value=1.0), parameter(width)
+        self.norm_k_weight = parameter(width, value=1.0)
+        self.norm_v_weight, self.norm_v_bias = parameter(width, value=1.0), parameter(width)
+        self.q_weight, self.q_bias = parameter(width, width), parameter(width)
+        self.k_weight = parameter(width, width)
+        self.v_weight, self.v_bias = parameter(width, width), parameter(width)
+        self.proj_weight, self.proj_bias = parameter(width, width), parameter(width)
+        self.norm = BatchNorm(count, width, eps=1e-5)
+        self.weight, self.bias = parameter(num_classes, width), parameter(num_classes)
+
+    def initialise(self, seeds: Sequence[int]) -> None:
+        """Head k from seeds[k]: query and projections truncated normal 0.02, linear layer N(0, 0.01), biases 0."""
+        for k, seed in enumerate(seeds):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in (self.query, self.q_weight, self.k_weight, self.v_weight, self.proj_weight):
+                nn.init.trunc_normal_(parameter.data[k], std=0.02, generator=generator)
+            self.weight.data[k].normal_(std=0.01, generator=generator)
+
+    def forward(self, tokens: torch.Tensor, rstd: torch.Tensor | None = None,
+                rows: torch.Tensor | None = None) -> torch.Tensor:
+        if rstd is None:
+            rstd = token_rstd(tokens, dtype=self.weight.dtype)
+        if rows is None:
+            rows = torch.arange(len(tokens), device=tokens.device)
+        count, width = self.query.shape
+        heads, head_width = self.num_heads, width // self.num_heads
+
+        query = F.layer_norm(self.query, (width,), eps=LAYER_NORM_EPS) * self.norm_q_weight + self.norm_q_bias
+        query = (torch.einsum("kd,ked->ke", query, self.q_weight) + self.q_bias) * head_width**-0.5
+        direction = torch.einsum("khe,khed->khd", query.unflatten(1, (heads, head_width)),
+                                 self.k_weight.unflatten(1, (heads, head_width))) * self.norm_k_weight[:, None]
+        pooled = AttentionPool.apply(tokens, rstd, rows, centred(direction).flatten(0, 1))
+
+        value = centred(self.v_weight * self.norm_v_weight[:, None]).view(count * heads, head_width, width)
+        value_bias = torch.einsum("ked,kd->ke", self.v_weight, self.norm_v_bias) + self.v_bias
+        x = torch.bmm(pooled.transpose(0, 1), value.transpose(1, 2))  # [K heads, B, head width]
+        x = x.unflatten(0, (count, heads)).transpose(1, 2).flatten(2) + value_bias[:, None]
+        x = x @ self.proj_weight.transpose(1, 2) + self.proj_bias[:, None]
+        return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
+
+
+def centred(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+def token_rstd(tokens: torch.Tensor, dtype: torch.dtype = torch.float32, chunk: int = 8) -> torch.Tensor:
+    """1 / sqrt(variance + 1e-6) of every token: [B, N, D], any float type -> [B, N]."""
+    rstd = torch.empty(tokens.shape[:2], dtype=dtype, device=tokens.device)
+    for part, out in zip(tokens.split(chunk), rstd.split(chunk), strict=True):
+        out.copy_((centred(part.to(dtype)).square_().mean(-1) + LAYER_NORM_EPS).rsqrt())
+    return rstd
+
+
+class AttentionPool(torch.autograd.Function):
+    """For every direction w: sum_t a_t r_t x_t, where a = softmax_t(r_t w . x_t).
+
+    tokens x [M, N, D], rstd r [M, N], rows [B] choose from both, directions w [H, D] -> [B, H, D], in w's type.
+    Gradients for w only. The rows are read once forward and once backward, in chunks that stay in the processor's cache
+    for both of their products; a copy of the batch, or of the tokens in another type, never exists.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, rstd, rows, directions):
+        pooled = directions.new_empty(len(rows), *directions.shape)
+        weights = directions.new_empty(len(rows), len(directions), tokens.shape[1])
+        for part, x, r in row_chunks(tokens, rstd, rows, directions.dtype):
+            scores = (x.flatten(0, 1) @ directions.T).view(*x.shape[:2], -1).transpose(1, 2) * r
+            torch.softmax(scores, dim=2, out=weights[part])
+            torch.bmm(weights[part] * r, x, out=pooled[part])
+        ctx.save_for_backward(tokens, rstd, rows, weights)
+        return pooled
+
+    @staticmethod
+    def backward(ctx, gradient):
+        tokens, rstd, rows, weights = ctx.saved_tensors
+        result = gradient.new_zeros(gradient.shape[1:])
+        for part, x, r in row_chunks(tokens, rstd, rows, gradient.dtype):
+            a = weights[part]
+            by_weight = torch.bmm(gradient[part], x.transpose(1, 2)) * r
+            by_score = a * (by_weight - (a * by_weight).sum(2, keepdim=True)) * r
+            result.addmm_(by_score.transpose(0, 1).flatten(1), x.flatten(0, 1))
+        return None, None, None, result
+
+
+def row_chunks(tokens: torch.Tensor, rstd: torch.Tensor, rows: torch.Tensor,
+               dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yields (slice of rows, tokens[rows] in dtype [b, N, D], rstd[rows] [b, 1, N]); each tokens overwrite the last."""
+    # Bytes of a copy in float32: about a GPU's level-2 cache, or a CPU core's.
+    limit = 64 << 20 if tokens.is_cuda else 3 << 20
+    size = max(1, min(len(rows), limit // max(1, 4 * tokens.shape[1:].numel())))
+    # Allocated once: a fresh piece of memory for every chunk costs a CPU more than the arithmetic.
+    raw = tokens.new_empty(size, *tokens.shape[1:])
+    converted = raw if tokens.dtype == dtype else raw.new_empty(raw.shape, dtype=dtype)
+    for start in range(0, len(rows), size):
+        part = slice(start, min(start + size, len(rows)))
+        count = part.stop - start
+        torch.index_select(tokens, 0, rows[part], out=raw[:count])
+        if converted is not raw:
+            converted[:count].copy_(raw[:count])
+        yield part, converted[:count], rstd[rows[part], None].to(dtype)
+
+
+class HeadSGD:
+    """SGD with momentum 0.9 and without weight decay, for K heads at once, each with its learning rate.
+
+    trust_coefficient: makes it LARS (You et al. 2017, in the form of MAE's linear probing): the gradient of every
+    parameter of a head that has two or more dimensions is first scaled by coefficient * |parameter| / |gradient|.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float = 0.9,
+                 trust_coefficient: float | None = None):
+        self.parameters, self.momentum, self.trust_coefficient = list(parameters), momentum, trust_coefficient
+        self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def step(self, lr: torch.Tensor) -> None:
+        """lr: [K]. Takes the parameters' gradients and clears them."""
+        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
+            gradient, shape = parameter.grad, (-1, *[1] * (parameter.ndim - 1))
+            if self.trust_coefficient is not None and parameter.ndim > 2:
+                size, change = parameter.flatten(1).norm(dim=1), gradient.flatten(1).norm(dim=1)
+                ratio = self.trust_coefficient * size / change
+                gradient = gradient * torch.where((size > 0) & (change > 0), ratio, 1.0).view(shape)
+            buffer.mul_(self.momentum).add_(gradient)
+            parameter.sub_(lr.view(shape) * buffer)
+            parameter.grad = None
+
+
+def learning_rate(base: float, epoch: float, epochs: int, warmup: int = 0, minimum: float = 0.0) -> float:
+    """Linear warm-up from 0 over the first epochs, then half a cosine from base to minimum; epoch may be a fraction."""
+    if epoch < warmup:
+        return base * epoch / warmup
+    return minimum + (base - minimum) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, num_classes: int,
+                ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07) -> dict[int, torch.Tensor]:
+    """Weighted nearest neighbours by cosine similarity s, a neighbour's vote being exp(s / temperature).
+
+    train [N, D] with labels [N], test [M, D] -> {k: predicted classes [M]}; a k above N counts all N. Source: DINO's
+    eval_knn.py. The similarities are held in chunks of test rows.
+    """
+    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
+    predictions = {k: [] for k in ks}
+    for part in test.split(max(1, (1 << 27) // max(1, len(train)))):
+        similarity, index = (part @ train.T).topk(min(max(ks), len(train)), dim=1)
+        # Relative to the nearest, so that exp cannot overflow; the order of the votes is the same.
+        votes = ((similarity - similarity[:, :1]) / temperature).exp()
+        for k in ks:
+            scores = votes.new_zeros(len(part), num_classes).scatter_add_(1, labels[index[:, :k]], votes[:, :k])
+            predictions[k].append(scores.argmax(1))
+    return {k: torch.cat(parts) if parts else labels[:0] for k, parts in predictions.items()}
+
+
+def head_state(heads: nn.Module, index: int) -> dict[str, torch.Tensor]:
+    """Copies of head number index's tensors, on the CPU, with a leading dimension of 1."""
+    return {name: tensor[index:index + 1].detach().cpu().clone() for name, tensor in heads.state_dict().items()}
+
+
+def build_heads(kind: str, count: int, width: int, num_classes: int, num_heads: int, batch_norm: bool) -> nn.Module:
+    if kind == "linear":
+        return LinearHeads(count, width, num_classes, batch_norm)
+    return AttentiveHeads(count, width, num_classes, num_heads)
+
+
+def load_head(path: str | Path) -> nn.Module:
+    """The head in a file that classify.py saved, in evaluation mode: tokens [B, 1 + N, D] -> logits [1, B, classes].
+
+    Its attribute info holds what else the file says: classes, model, weights, dataset, accuracy. Raises ValueError for
+    another kind of file.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, Mapping) or "head" not in content or content.get("kind") not in ("linear", "attentive"):
+        raise ValueError("it holds no head")
+    state = content["head"]
+    _, num_classes, width = state["weight"].shape
+    heads = build_heads(content["kind"], 1, width, num_classes, content["num_heads"], "norm.running_mean" in state)
+    heads.load_state_dict(state)
+    heads.info = {key: value for key, value in content.items() if key != "head"}
+    return heads.eval().requires_grad_(False)
