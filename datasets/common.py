@@ -17,16 +17,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from models.encoder import CheckpointError
+from models import METHODS, CheckpointError
 
+from . import UserError
 from .distributed import is_main, world_size
 
-MODELS = ("deit", "mocov3", "dino", "beit", "mae", "cae", "ibot")
 PAPER_TABLES = Path(__file__).with_name("paper_tables.json")
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: it names the thing and the mend."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -37,11 +33,12 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def exit_with_one_line_errors(main: Callable[[], None]) -> None:
-    """Runs main; a UserError or CheckpointError becomes one line on standard error and exit status 2."""
+    """Runs main; a mistake of the user's, or memory run out, becomes one line on standard error and exit status 2."""
     try:
         main()
-    except (UserError, CheckpointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except (UserError, CheckpointError, torch.OutOfMemoryError) as error:
+        mend = " (take a smaller --batch-size)" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"error: {' '.join(str(error).split())}{mend}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             # The others may wait in a collective for this process; leaving the group in order would wait for them.
             os._exit(2)
@@ -53,7 +50,7 @@ def exit_with_one_line_errors(main: Callable[[], None]) -> None:
 def add_common_arguments(parser: argparse.ArgumentParser, datasets: Sequence[str], batch_size: int) -> None:
     """Adds the options that mean the same in all scripts (DESIGN: command line)."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="ibot", help=f"{', '.join(MODELS)}, or timm/NAME (default: %(default)s)")
+    group.add_argument("--model", default="ibot", help=f"{', '.join(METHODS)}, or timm/NAME (default: %(default)s)")
     group.add_argument("--weights", default="official", help="official, random (seeded control), a path or a URL")
     group.add_argument("--num-heads", type=positive_int, help="attention heads, where width / 64 is wrong")
     group = parser.add_argument_group("data")
@@ -176,7 +173,8 @@ class Log:
 class Progress:
     """Shows how far long work is and how long it will take, from the main process, on standard error.
 
-    One line that is rewritten in a terminal; elsewhere a line every tenth of the work, at most one in ten seconds.
+    One line that is rewritten in a terminal; elsewhere a line every tenth of the work, at most one in ten seconds, and
+    the last.
     """
 
     def __init__(self, total: int, label: str, unit: str = ""):
@@ -194,7 +192,7 @@ class Progress:
         if self.terminal:
             due = now - self.last > 0.2 or share >= 1
         else:
-            due = share >= self.next_share and now - self.last > 10
+            due = share >= self.next_share and now - self.last > 10 or (share >= 1 and elapsed > 10)
         if not due:
             return
         self.last, self.next_share = now, share + 0.1

@@ -11,14 +11,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from . import UserError
+
 
 def init_processes(device: str = "auto") -> torch.device:
     """Joins the process group described by torchrun's variables, if there is one, and returns this process's device.
 
-    device: "auto" (CUDA where available), "cpu" or "cuda". Raises ValueError if "cuda" is asked for and absent.
+    device: "auto" (CUDA where available), "cpu" or "cuda". Raises UserError if "cuda" is asked for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA device that PyTorch can use; take --device cpu")
+        raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use; take --device cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -145,8 +145,8 @@ def open_checkpoint(path: Path) -> dict:
         if refused:
             raise CheckpointError(f"{path} asks for {refused[1]} on loading, which plain weights do not need and which "
                                   "could run code: refused; save it again with tensors and plain values only") from None
-        raise CheckpointError(f"{path} is truncated or no PyTorch checkpoint ({str(error).splitlines()[0][:100]}); "
-                              "get the file again") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise CheckpointError(f"{path} is truncated or no PyTorch checkpoint ({reason}); get the file again") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary")
     return checkpoint

@@ -88,7 +88,8 @@ class Encoder(nn.Module):
         which every inner product is the same and P is the width of that input (see WeightNormHead.isometric).
         """
         tokens = self(images).float()
-        features = {"cls": tokens[:, 0], "avg": tokens[:, 1:].mean(1)}
+        # A copy: a view would keep all tokens of the batch alive as long as the caller keeps the class tokens.
+        features = {"cls": tokens[:, 0].clone(), "avg": tokens[:, 1:].mean(1)}
         if self.has_projector:
             with torch.autocast(images.device.type, enabled=False):
                 compact = isometric and hasattr(self.projector, "isometric")

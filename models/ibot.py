@@ -33,7 +33,11 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str 
     # The student was saved from DistributedDataParallel, the teacher not.
     state = {key.removeprefix("module."): value for key, value in unwrap(checkpoint, branch).items()}
     vit = plain_vit(drop_keys(take_prefix(state, "backbone."), "masked_embed"), num_heads)
-    head = drop_keys(take_prefix(state, "head."), r"last_layer2\..*")
+    head = take_prefix(state, "head.")
+    # The layer for patches is what tells a full file of iBOT from DINO's.
+    if not any(key.startswith("last_layer2.") for key in head):
+        raise CheckpointError("missing keys: head.last_layer2.weight_g or .weight; this is not a full file of iBOT")
+    head = drop_keys(head, r"last_layer2\..*")
     return Encoder(vit, bicubic_by_scale, WeightNormHead.from_state(head))
 
 
