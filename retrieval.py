@@ -1,0 +1,430 @@
+"""Part retrieval with a frozen encoder: average precision of every patch as a query, and picture sheets.
+
+    python retrieval.py --model ibot --weights random                     nothing downloaded: synthetic data, control
+    python retrieval.py --model ibot --dataset cub --data-path CUB_200_2011
+    torchrun --nproc-per-node 8 retrieval.py --model dino --dataset coco --data-path coco
+    python retrieval.py --model mae --dataset imagenet --data-path imagenet/val --queries 10     picture sheets
+    python retrieval.py --table                                           the paper's table 3 beside our results
+
+Protocol: paper, section 4.2 and table 3 (left); pictures: figures 2, 4, 7 and 8. Final normalised tokens, no training,
+cosine similarity; "encoded" is the better of the class token and the mean of the patch tokens.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+
+from datasets.coco import load_coco
+from datasets.common import (
+    PAPER_TABLES,
+    Log,
+    OneLineParser,
+    Progress,
+    UserError,
+    add_common_arguments,
+    append_result,
+    autocast,
+    beside_published,
+    default_precision,
+    exit_with_one_line_errors,
+    free_memory,
+    labels_of_run,
+    markdown_table,
+    open_output,
+    plain_arguments,
+    positive_int,
+    read_results,
+    write_whole,
+)
+from datasets.cub import load_cub
+from datasets.distributed import (
+    gather_rows,
+    init_processes,
+    is_main,
+    one_per_node_first,
+    shard,
+    world_size,
+)
+from datasets.imagenet import GridDataset, load_grid
+from datasets.patches import PatchDataset, patch_batches
+from datasets.sheets import write_sheets
+from datasets.synthetic import load_synthetic_patches
+from models import METHODS, WITH_PROJECTOR, Encoder, build_model
+
+# Patches that the published rule leaves of the whole data set; a result on another number is marked in the table.
+FULL_PATCHES = {"cub": 30543}
+
+
+def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: torch.Tensor | None = None,
+                      exclude_query: bool = False, device: torch.device | None = None) -> torch.Tensor:
+    """Average precision of rows as queries, by cosine similarity in float32 against all rows.
+
+    features [N, D], any float type, on any device; labels [N], integers: rows of the query's class are positives.
+    queries: row numbers [Q], all N rows by default. exclude_query: leave a query out of its own ranking (the published
+    code counts it, as a positive). device: where to compute, by default where the features are; what does not fit
+    there goes through in blocks of columns. N x N is never held.
+
+    Returns AP [Q], float64 on the CPU, in the sense of scikit-learn's average_precision_score: equal similarities share
+    a threshold. NaN where a query has no positive left. Raises ValueError for features that are not finite.
+    """
+    device = torch.device(device or features.device)
+    labels = labels.cpu()
+    queries = torch.arange(len(features)) if queries is None else queries.cpu()
+    result = torch.full((len(queries),), float("nan"), dtype=torch.float64)
+    if len(queries) == 0:
+        return result
+    # Rows sorted by class: the positives of a query are one slice of its similarities.
+    order = labels.argsort(stable=True)
+    place = order.argsort()
+    order = order.to(device)
+
+    # One block of columns that stays on the device where it fits, else blocks brought in anew for every chunk of
+    # queries. A block takes three times its size: it is copied, then divided, then put in order.
+    resident = features.numel() * 4 * 3 <= free_memory(device) / 2
+    columns = features.shape[1] if resident else max(1, int(free_memory(device) / 4 / (len(features) * 4 * 3)))
+    parts = features.split(columns, dim=1)
+    norms = reduce(torch.hypot, (torch.linalg.vector_norm(part.to(device, torch.float32), dim=1) for part in parts))
+    if not norms.isfinite().all():
+        raise ValueError("features are not finite: a row holds NaN or infinity")
+    norms = norms.clamp_min(1e-12)[:, None]
+    held = [(features.to(device, torch.float32) / norms)[order]] if resident else None
+
+    for label in labels[queries].unique():
+        start = int((labels < label).sum())
+        stop = start + int((labels == label).sum())
+        for chunk in (labels[queries] == label).nonzero()[:, 0].split(rows_per_chunk(len(features), device)):
+            at = place[queries[chunk]].to(device)
+            similarity = torch.empty(len(chunk), len(features), device=device)
+            blocks = held or ((part.to(device, torch.float32) / norms)[order] for part in parts)
+            for number, block in enumerate(blocks):
+                similarity.addmm_(block[at], block.T, beta=min(number, 1))
+            if exclude_query:
+                similarity[torch.arange(len(chunk), device=device), at] = float("-inf")
+            rank = ranked_precision_cpu if device.type == "cpu" else ranked_precision
+            result[chunk] = rank(similarity, start, stop, skip=int(exclude_query)).cpu()
+    return result
+
+
+def rows_per_chunk(count: int, device: torch.device) -> int:
+    """Queries whose similarities to `count` rows, and what ranking them takes, fit in half of the free memory."""
+    # Per similarity: itself, sorted values, sorted indices and the sort's own copies; on CPU only itself.
+    bytes_each = 64 if device.type == "cuda" else 8
+    fit = int(free_memory(device) / 2 / (count * bytes_each))
+    # Beyond these, larger chunks gain nothing: a product of 256 rows keeps CPU cores busy, one of 2^28 entries a GPU.
+    enough = 2**28 // count if device.type == "cuda" else 256
+    return max(1, min(fit, enough))
+
+
+def ranked_precision(similarity: torch.Tensor, start: int, stop: int, skip: int) -> torch.Tensor:
+    """AP [Q] of queries with similarities [Q, N] whose positives are the columns start to stop; float64.
+
+    A positive's precision counts all that is at least as similar: AP is the mean over positives of (positives at or
+    above it) / (rows at or above it), which is scikit-learn's sum over thresholds, ties included. skip: of the
+    positives, leave out that many of the least similar (a query that was put there to be excluded).
+    """
+    everything = similarity.sort(dim=1).values
+    positives = similarity[:, start:stop].sort(dim=1).values
+    above = similarity.shape[1] - torch.searchsorted(everything, positives)
+    positives_above = positives.shape[1] - torch.searchsorted(positives, positives)
+    return (positives_above / above.double())[:, skip:].mean(dim=1)
+
+
+def ranked_precision_cpu(similarity: torch.Tensor, start: int, stop: int, skip: int) -> torch.Tensor:
+    """ranked_precision for the CPU, where NumPy's sort of plain integers is the fast one, one thread to a few rows."""
+    count, positives = similarity.shape[1], stop - start
+    numbers = np.arange(positives)
+
+    def rank(rows: np.ndarray) -> np.ndarray:
+        # 33-bit integers in the order of the floats (-0 made 0), the lowest bit 0 for positives and 1 for the others:
+        # one sort without indices, and among equal similarities the positives come first.
+        bits = (rows + 0.0).view(np.int32)
+        keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+        keys <<= 1
+        keys |= 1
+        keys[:, start:stop] -= 1
+        keys.sort(axis=1)
+        at = np.flatnonzero((keys & 1) == 0)
+        values = keys.ravel()[at].reshape(len(rows), positives)
+        below = at.reshape(len(rows), positives) - count * np.arange(len(rows))[:, None]
+        # Equal positives share a threshold: all take the place of the first of them.
+        first = np.where(np.diff(values, axis=1, prepend=-1) != 0, numbers, 0)
+        first = np.maximum.accumulate(first, axis=1)
+        below = np.take_along_axis(below, first, axis=1)
+        return ((positives - first) / (count - below))[:, skip:].mean(axis=1)
+
+    # As many rows as a core's second-level cache holds.
+    rows = max(1, 2**16 // count)
+    if positives == skip:
+        return torch.full((len(similarity),), float("nan"), dtype=torch.float64)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        chunks = np.split(similarity.numpy(), range(rows, len(similarity), rows))
+        return torch.from_numpy(np.concatenate(list(pool.map(rank, chunks))))
+
+
+def mean_average_precision(ap: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Per-query AP [Q] and classes [Q] -> (AP, mAP) in percent: the mean over queries, and over classes of the class
+    means. Queries without a positive (NaN) are left out; NaN where none is left."""
+    classes = [ap[labels == label].nanmean() for label in labels.unique()]
+    return 100 * float(ap.nanmean()), 100 * float(torch.stack(classes).nanmean()) if classes else float("nan")
+
+
+def encode(encoder: Encoder, dataset: PatchDataset, features: Sequence[str], batch_size: int, workers: int,
+           precision: str, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Encodes this process's share of the images, each decoded once.
+
+    features: of "cls", "avg", "projected". batch_size: patches, over all processes. Returns {feature: [n, D]}, float32
+    on the device, and the ids [n] of the patches, rising; patches of skipped images are absent.
+    """
+    share = shard(len(dataset))
+    total = int(dataset.first_id[share.stop] - dataset.first_id[share.start])
+    progress = Progress(total * world_size(), "encoding", "patches")
+    rows, ids = {name: [] for name in features}, []
+    per_process = max(1, batch_size // world_size())
+    for patches, batch_ids in patch_batches(dataset, share, per_process, workers, pin_memory=device.type == "cuda"):
+        with torch.inference_mode(), autocast(device, precision):
+            extracted = encoder.extract(encoder.preprocess(patches.to(device, non_blocking=True)), isometric=True)
+        for name in features:
+            rows[name].append(extracted[name])
+        ids.append(batch_ids)
+        progress.update(len(batch_ids) * world_size())
+    if not ids:
+        # More processes than images: a share of none has the width of any.
+        nothing = torch.zeros(1, 3, encoder.patch_size, encoder.patch_size, device=device)
+        with torch.inference_mode():
+            extracted = encoder.extract(nothing, isometric=True)
+        return {name: extracted[name][:0] for name in features}, torch.empty(0, dtype=torch.int64)
+    return {name: torch.cat(rows[name]) for name in features}, torch.cat(ids)
+
+
+
+def save_features(path: Path, content: dict) -> None:
+    """Writes a feature file: {"features": {name: [N, D]}, "ids": [N], ...}, tensors and plain values only."""
+    try:
+        write_whole(path, lambda temporary: torch.save(content, temporary))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--save-features {path}: cannot be written ({error}); choose another path") from None
+
+
+def load_features(path: Path) -> dict:
+    """Reads a feature file of save_features; of its rows, this process's share. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"--load-features {path}: no such file; write one with --save-features")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        share = slice(shard(len(content["ids"])).start, shard(len(content["ids"])).stop)
+        content["features"] = {name: rows[share] for name, rows in content["features"].items()}
+        return {**content, "ids": content["ids"][share]}
+    except (RuntimeError, KeyError, TypeError, EOFError, OSError, UnpicklingError):
+        raise UserError(f"--load-features {path}: not a whole feature file; write it again") from None
+
+
+def load_dataset(name: str, root: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
+                 num_images: int | None, seed: int, skip_bad_images: bool) -> PatchDataset:
+    """The patches of a data set by its name on the command line. Raises UserError."""
+    if name == "synthetic":
+        return load_synthetic_patches("train", num_images or 60, seed, keypoints, crop_scale,
+                                      skip_bad_images=skip_bad_images)
+    if root is None:
+        raise UserError(f"--dataset {name} needs --data-path, the folder it lies in; synthetic needs none")
+    if name == "imagenet":
+        dataset = load_grid(root, skip_bad_images)
+        if num_images and num_images < len(dataset):
+            chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num_images]
+            images = [dataset.images[index] for index in sorted(chosen.tolist())]
+            dataset = GridDataset(images, dataset.classes, skip_bad_images=skip_bad_images)
+        return dataset
+    options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images}
+    if keypoints is None:
+        return load_cub(root, **options) if name == "cub" else load_coco(root, "train", **options)
+    every = range(1, 16 if name == "cub" else 18)
+    try:
+        numbers = list(every) if keypoints == ["all"] else [int(number) for number in keypoints]
+    except ValueError:
+        raise UserError(f"--keypoints {' '.join(keypoints)}: {name} numbers them, from 1 to {every[-1]}") from None
+    return load_cub(root, parts=numbers, **options) if name == "cub" else load_coco(root, "train", numbers, **options)
+
+
+def extract_features(args: argparse.Namespace, device: torch.device, log: Log) -> dict:
+    """Builds what the arguments name and encodes it: what load_features gives, from images."""
+    dataset = load_dataset(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images, args.seed,
+                           args.skip_bad_images)
+    options = {}
+    if args.authors_defects:
+        defects = {"mae": {"shuffle_patches": True}, "dino": {"branch": "student"}}
+        if args.model not in defects:
+            raise UserError(f"--authors-defects: none is known for {args.model} in retrieval, only for mae and dino")
+        options = defects[args.model]
+    wanted = args.features
+    if wanted:
+        projector = "projected" in wanted
+    else:
+        # The paper's table has a projected column wherever the official full file has a projector.
+        projector = True if args.weights == "official" and args.model in WITH_PROJECTOR else None
+    with one_per_node_first():
+        encoder = build_model(args.model, args.weights, args.num_heads, projector=projector, seed=args.seed, **options)
+    encoder = encoder.to(device)
+    log(f"{args.model}: weights {encoder.weights}, SHA-256 {encoder.sha256}")
+    log(f"{encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads, "
+        f"projector {'yes' if encoder.has_projector else 'no'}")
+    names = wanted or ["cls", "avg"] + ["projected"] * encoder.has_projector
+    need = dataset.num_patches * encoder.embed_dim * 4 * len(names)
+    log(f"{args.dataset}: {len(dataset)} images, {dataset.num_patches} patches; features need {need / 1e9:.2f} GB")
+    if need > free_memory(device):
+        raise UserError(f"features need {need / 1e9:.1f} GB, {free_memory(device) / 1e9:.1f} GB are free on {device}; "
+                        "take fewer --features or --num-images")
+    precision = args.precision or default_precision(device)
+    features, ids = encode(encoder, dataset, names, args.batch_size, args.workers, precision, device)
+    is_grid = args.dataset == "imagenet"
+    return {"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
+            "paths": [image.path for image in dataset.images] if is_grid else [],
+            "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256, "dataset": args.dataset,
+            "precision": precision, "crop_scale": args.crop_scale, "keypoints": args.keypoints,
+            "authors_defects": args.authors_defects}
+
+
+def measure(source: dict, exclude_query: bool, num_queries: int | None, seed: int, device: torch.device,
+            log: Log) -> dict:
+    """AP and mAP of every feature of a source, all processes together; returns the metrics of a results line."""
+    ids = gather_rows(source["ids"].to(device)).cpu()
+    labels = source["labels"][ids]
+    if len(ids) == 0:
+        raise UserError("no patch could be read, so there is nothing to retrieve")
+    skipped = len(source["labels"]) - len(ids)
+    queries = torch.arange(len(ids))
+    if num_queries and num_queries < len(ids):
+        queries = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:num_queries].sort().values
+    mine = queries[shard(len(queries)).start:shard(len(queries)).stop]
+    counts = labels.bincount(minlength=len(source["classes"])).tolist()
+    metrics = {"num_patches": len(ids), "num_queries": len(queries), "skipped_patches": skipped,
+               "patches_per_class": dict(zip(source["classes"], counts, strict=True))}
+    for name, rows in source["features"].items():
+        ap = average_precision(gather_rows(rows.to(device)), labels, queries=mine, exclude_query=exclude_query)
+        ap = gather_rows(ap.to(device) if device.type == "cuda" else ap).cpu()
+        metrics[f"ap_{name}"], metrics[f"map_{name}"] = mean_average_precision(ap, labels[queries])
+        line = f"{name:>10}  AP {metrics[f'ap_{name}']:6.2f}  mAP {metrics[f'map_{name}']:6.2f}"
+        if len(queries) < len(ids):
+            # Queries drawn without replacement: the share of the patches that was asked takes from the error.
+            error = 100 * float(ap.std()) * ((1 - len(queries) / len(ids)) / len(queries)) ** 0.5
+            metrics[f"ap_{name}_standard_error"] = error
+            line += f"  (standard error of AP {error:.2f}, {len(queries)} queries)"
+        log(line)
+    encoded = [name for name in ("cls", "avg") if f"ap_{name}" in metrics]
+    if encoded:
+        metrics["best"] = max(encoded, key=lambda name: metrics[f"ap_{name}"])
+        log(f"   encoded  AP {metrics['ap_' + metrics['best']]:6.2f}  ({metrics['best']} is the better one)")
+    if skipped:
+        log(f"{skipped} patches of images that could not be decoded were left out")
+    return metrics
+
+
+
+
+def table(folder: Path) -> str:
+    """The retrieval half of table 3, in Markdown: published, ours, difference; the last result of each model and data
+    set under the default protocol. Raises UserError without results."""
+    published = json.loads(PAPER_TABLES.read_text())["table3_part_retrieval_ap"]
+    results, left_out, marked = {}, 0, False
+    for result in read_results(folder, "retrieval"):
+        args = result["args"]
+        usual = (result["weights"] != "random" and result["dataset"] in ("cub", "coco") and result["model"] in METHODS
+                 and "best" in result and result["num_queries"] == result["num_patches"] and args["crop_scale"] == 0.5
+                 and not args["exclude_query"] and not args["keypoints"] and not args["authors_defects"])
+        if usual:
+            results[result["model"], result["dataset"]] = result
+        else:
+            left_out += 1
+    rows = []
+    for model in METHODS:
+        row = [model]
+        for dataset in ("cub", "coco"):
+            result, paper = results.get((model, dataset), {}), published[model][dataset]
+            encoded = result.get(f"ap_{result.get('best')}")
+            cells = [*beside_published(paper["encoded"], encoded), result.get("best", "-")]
+            if result and result["num_patches"] != FULL_PATCHES.get(dataset, result["num_patches"]):
+                cells[1], marked = cells[1] + "*", True
+            row += cells + beside_published(paper.get("projected"), result.get("ap_projected"))
+        rows.append(row)
+    header = ["model"]
+    for dataset in ("CUB", "COCO"):
+        header += [f"{dataset} encoded, published", "ours", "difference", "token",
+                   f"{dataset} projected, published", "ours", "difference"]
+    text = "Part retrieval, AP in percent (paper, table 3)\n\n" + markdown_table(header, rows)
+    if marked:
+        text += f"\n\n\\* not the whole data set: CUB leaves {FULL_PATCHES['cub']:,} patches"
+    if left_out:
+        text += f"\n\n{left_out} results with random weights, other data or another protocol are left out."
+    return text
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser, ("cub", "coco", "imagenet", "synthetic"), batch_size=256)
+    group = parser.add_argument_group("retrieval")
+    group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
+                       help="(default: cls and avg, and projected where the checkpoint has a projector)")
+    group.add_argument("--crop-scale", type=float, default=0.5,
+                       help="patch side over d: 0.5 as the authors' code, 1.0 as the paper's text (default: 0.5)")
+    group.add_argument("--keypoints", nargs="+", metavar="N", help="numbers from 1 (synthetic: names), or all")
+    group.add_argument("--exclude-query", action="store_true", help="leave the query out of its own ranking")
+    group.add_argument("--num-queries", type=positive_int, metavar="N", help="a seeded sample, with its standard error")
+    group.add_argument("--save-features", type=Path, metavar="FILE")
+    group.add_argument("--load-features", type=Path, nargs="+", metavar="FILE",
+                       help="of one or several models, in place of encoding")
+    group.add_argument("--num-images", type=positive_int, metavar="N",
+                       help="of imagenet (drawn by the seed; default: all) or synthetic (default: 60)")
+    group.add_argument("--skip-bad-images", action="store_true", help="count undecodable images instead of stopping")
+    group.add_argument("--authors-defects", action="store_true", help="MAE: shuffled tokens; DINO: the student")
+    group = parser.add_argument_group("picture sheets (--dataset imagenet: any folder of images)")
+    group.add_argument("--queries", type=positive_int, default=10, metavar="N", help="query patches, drawn by the seed")
+    group.add_argument("--query", nargs="+", default=[], metavar="PATH:POSITION", help="these instead")
+    group.add_argument("--top", type=positive_int, default=24, help="patches shown (paper 24, code 84)")
+    group.add_argument("--columns", type=positive_int, default=6, help="of patches in a block")
+    args = parser.parse_args()
+
+    if args.table:
+        print(table(args.output_dir))
+        return
+    start = time.monotonic()
+    device = init_processes(args.device)
+    open_output(args.output_dir)
+    log = Log(args.output_dir)
+    log.start(args)
+    if args.load_features:
+        sources = [load_features(path) for path in args.load_features]
+    else:
+        sources = [extract_features(args, device, log)]
+    if args.save_features:
+        whole = {name: gather_rows(rows).cpu() for name, rows in sources[0]["features"].items()}
+        ids = gather_rows(sources[0]["ids"].to(device)).cpu()
+        if is_main():
+            save_features(args.save_features, {**sources[0], "features": whole, "ids": ids})
+    about = {"world_size": world_size(), "seed": args.seed, "args": plain_arguments(args)}
+    if sources[0]["paths"]:
+        files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed, args.output_dir,
+                             device)
+        log(f"{len(files)} sheets in {args.output_dir}")
+        results = [{"sheets": files, "models": [source["model"] for source in sources]}]
+    else:
+        results = []
+        for source in sources:
+            marks = labels_of_run(source)
+            log(f"{source['model']} on {source['dataset']}{f' ({marks})' if marks else ''}, {source['precision']}")
+            results.append(measure(source, args.exclude_query, args.num_queries, args.seed, device, log))
+    for source, result in zip(sources, results, strict=False):
+        names = ("model", "weights", "sha256", "dataset", "precision")
+        line = {"task": "retrieval" if "num_patches" in result else "retrieval-sheets",
+                **{name: source[name] for name in names}, **about, "seconds": time.monotonic() - start, **result}
+        if is_main():
+            append_result(args.output_dir, line)
+
+
+if __name__ == "__main__":
+    exit_with_one_line_errors(main)
