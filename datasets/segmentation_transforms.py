@@ -75,7 +75,8 @@ def rescale_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, 
 
 def pack_pixels(image: np.ndarray, label: np.ndarray) -> torch.Tensor:
     """uint8 [H, W, 3] and uint8 [H, W] -> int32 [H, W]."""
-    return torch.from_numpy(np.dstack([image, label])).view(torch.int32).squeeze(-1)
+    packed = np.ascontiguousarray(np.dstack([image, label]))
+    return torch.from_numpy(packed).view(torch.int32).squeeze(-1)
 
 
 def take(pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,225 @@
+"""The segmentation data sets by name: protocol, class names, folders, label maps; segmentation_store.py keeps them.
+
+A split has names, num_classes, len(), name(i), sizes() -> [(height, width)] and load(i) -> (uint8 [H, W, 3],
+uint8 [H, W]), the label map with 0 ("other") turned into 255 and the rest one less (PROTOCOL, section 6).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from .common import UserError
+from .segmentation_classes import class_names
+from .segmentation_transforms import IGNORE
+from .synthetic import NUM_IMAGES, OBJECT_NAMES, PART_NAMES, synthetic_segmentation
+
+
+class Protocol(NamedTuple):
+    """PROTOCOL, section 6. Scales are (long side, short side) limits."""
+    base_scale: tuple[int, int]
+    crop_size: int
+    test_scale: tuple[int, int]
+    stride: int
+
+
+_ADE20K = Protocol((2048, 512), 512, (2048, 512), 341)
+_PASCAL = Protocol((520, 520), 480, (3840, 480), 161)
+_SYNTHETIC = Protocol((1024, 256), 256, (1024, 256), 171)
+PROTOCOLS = {
+    "ade20k": _ADE20K, "ade20k-object": _ADE20K, "ade20k-part": _ADE20K,
+    "pascal-object": _PASCAL, "pascal-part": _PASCAL,
+    "lip": Protocol((1024, 320), 320, (4096, 320), 161),
+    "synthetic": _SYNTHETIC, "synthetic-object": _SYNTHETIC, "synthetic-part": _SYNTHETIC,
+}
+
+# Below --data-path, the first that holds the folders counts.
+ROOTS = {
+    "ade20k": ("ADEChallengeData2016", ""),
+    "ade20k-object": ("ade_59object/ADEChallengeData2016", "ADEChallengeData2016", ""),
+    "ade20k-part": ("ADE20K_Part", ""),
+    "pascal-object": ("pascal_semantic", ""),
+    "pascal-part": ("pascal_part", ""),
+    "lip": ("LIP", ""),
+}
+# Images, label maps. {0} is train or val, {1} training or validation; the last three are LIP's own folders, the same
+# as its archives unpack, and mmsegmentation's.
+LAYOUTS = (
+    ("img/{0}", "ann/{0}"),
+    ("images/{1}", "annotations/{1}"),
+    ("TrainVal_images/{0}_images", "TrainVal_parsing_annotations/{0}_segmentations"),
+    ("TrainVal_images/TrainVal_images/{0}_images",
+     "TrainVal_parsing_annotations/TrainVal_parsing_annotations/{0}_segmentations"),
+    ("{0}_images", "{0}_segmentations"),
+)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def open_split(dataset: str, data_path: Path | None, split: str, extra_label: bool = False) -> "Files | Synthetic":
+    """The split "train" or "val" of a data set. extra_label: let a label one above the class count through, as the
+    authors' metrics do. Raises UserError where folders or files are missing or do not pair."""
+    if dataset.startswith("synthetic"):
+        return Synthetic("object" if dataset == "synthetic-object" else "part", split)
+    if data_path is None:
+        raise UserError(f"--dataset {dataset} needs --data-path, the folder that holds it")
+    return Files(*find_folders(dataset, data_path, split), dataset, extra_label)
+
+
+def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path, Path]:
+    """The root, the image folder and the label folder of a split. Raises UserError where no known layout is there."""
+    if not data_path.is_dir():
+        raise UserError(f"--data-path {data_path} is not a folder")
+    layouts = LAYOUTS if dataset == "lip" else LAYOUTS[:2]
+    words = (split, {"train": "training", "val": "validation"}[split])
+    for root in (data_path / name for name in ROOTS[dataset]):
+        for folders in layouts:
+            images, labels = (root / folder.format(*words) for folder in folders)
+            if images.is_dir() and labels.is_dir():
+                return root, images, labels
+    expected = " or ".join(f"{image.format(*words)} and {label.format(*words)}" for image, label in layouts)
+    raise UserError(f"{data_path} does not hold {dataset}: expected {expected}, there or in "
+                    f"{' or '.join(name for name in ROOTS[dataset] if name)}; python -m datasets.prepare makes them")
+
+
+class Files:
+    """A split in two folders, images and label maps of the same names."""
+
+    def __init__(self, root: Path, images: Path, labels: Path, dataset: str, extra_label: bool = False):
+        self.names = class_names(dataset, root)
+        self.num_classes = len(self.names)
+        if self.num_classes > 254:
+            raise UserError(f"{root / 'names.txt'} holds {self.num_classes} names; 8-bit label maps hold up to 254")
+        self.largest_label = self.num_classes + extra_label
+        self.pairs = pair_files(images, labels)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        return self.pairs[index][0].stem
+
+    def sizes(self, workers: int) -> list[tuple[int, int]]:
+        """(height, width) of all images, from the headers. Raises UserError naming every label map of another size."""
+        pairs = list(in_order(lambda pair: [open_image(path).size for path in pair], self.pairs, workers))
+        different = [f"{self.name(i)} ({' / '.join(f'{w} x {h}' for w, h in pair)})"
+                     for i, pair in enumerate(pairs) if pair[0] != pair[1]]
+        if different:
+            raise UserError(f"{len(different)} images differ in size from their label maps: {', '.join(different)}; "
+                            "replace one of the two files")
+        return [(height, width) for (width, height), _ in pairs]
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image_path, label_path = self.pairs[index]
+        image, label = read_image(image_path), read_label(label_path, self.largest_label)
+        if image.shape[:2] != label.shape:
+            raise UserError(f"{image_path} is {image.shape[1]} x {image.shape[0]} pixels, its label map {label_path} "
+                            f"{label.shape[1]} x {label.shape[0]}; replace one of them")
+        return image, label
+
+
+class Synthetic:
+    """Pictures drawn by code, with part or object masks, kept once drawn."""
+
+    def __init__(self, kind: str, split: str):
+        self.kind, self.split = kind, split
+        self.names = PART_NAMES if kind == "part" else OBJECT_NAMES
+        self.num_classes = len(self.names)
+        self.drawn: dict[int, tuple] = {}
+
+    def __len__(self) -> int:
+        return NUM_IMAGES[self.split]
+
+    def name(self, index: int) -> str:
+        return f"{self.split}_{index:05}"
+
+    def sizes(self, workers: int) -> list[tuple[int, int]]:
+        return [self.load(index)[1].shape for index in range(len(self))]
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index not in self.drawn:
+            image, label = synthetic_segmentation(index, self.split, self.kind)
+            self.drawn[index] = np.array(image), reduce_label(label)
+        return self.drawn[index]
+
+
+def pair_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
+    """Sorted pairs (image, label map). Raises UserError naming all that have no partner."""
+    def by_stem(folder, suffixes):
+        return {path.stem: path for path in sorted(folder.iterdir())
+                if path.suffix.lower() in suffixes and not path.name.startswith(".")}
+    image_files, label_files = by_stem(images, IMAGE_SUFFIXES), by_stem(labels, (".png",))
+    if not image_files.keys() & label_files.keys():
+        raise UserError(f"no image of {images} ({len(image_files)} images) has a label map of its name in {labels} "
+                        f"({len(label_files)} PNG files)")
+    for have, lack, what, missing in ((image_files, label_files, "images", f"label map in {labels}"),
+                                      (label_files, image_files, "label maps", f"image in {images}")):
+        alone = sorted(have.keys() - lack.keys())
+        if alone:
+            raise UserError(f"{len(alone)} {what} have no {missing}: {', '.join(alone)}; add or remove them")
+    return [(image_files[stem], label_files[stem]) for stem in sorted(image_files)]
+
+
+def open_image(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); replace the file") from None
+
+
+def read_image(path: Path) -> np.ndarray:
+    """uint8 [H, W, 3], whatever the file's colours."""
+    with open_image(path) as image:
+        try:
+            return np.array(image.convert("RGB"))
+        except OSError as error:
+            raise UserError(f"{path} cannot be decoded ({error}); replace the file") from None
+
+
+def read_label(path: Path, largest: int) -> np.ndarray:
+    """A label map as uint8 [H, W], reduced: raw 0 and 255 -> 255, the others one less.
+
+    Palette and 16-bit files give their indices. Raises UserError for a colour picture or a label above largest.
+    """
+    with open_image(path) as image:
+        if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+            raise UserError(f"{path} is a picture of mode {image.mode}; a label map holds one class number per pixel")
+        try:
+            raw = np.asarray(image)
+        except OSError as error:
+            raise UserError(f"{path} cannot be decoded ({error}); replace the file") from None
+    above = raw[(raw > largest) & (raw != IGNORE)]
+    if above.size:
+        raise UserError(f"{path}: label {above.max()} is above the class count {largest}; "
+                        "is it the label map of another data set? (python -m datasets.prepare)")
+    return reduce_label(raw)
+
+
+def reduce_label(raw: np.ndarray) -> np.ndarray:
+    """0 -> 255, 255 -> 255, the others one less; uint8."""
+    # In uint8, 0 - 1 is 255 and 255 - 1 is put right.
+    reduced = raw.astype(np.uint8) - np.uint8(1)
+    reduced[raw == IGNORE] = IGNORE
+    return reduced
+
+
+def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """map(function, items) by threads, at most two items ahead per thread, results in order."""
+    if workers == 0:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,179 @@
+"""Decoded images of a segmentation split, kept in one tensor, and the training batches made from them.
+
+Nothing is decoded twice, and the batches of a run are a pure function of seed, iteration and place in the batch.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+
+import numpy as np
+import torch
+
+from .common import Progress, UserError, free_memory, write_whole
+from .distributed import one_per_node_first, shard
+from .segmentation import Files, Synthetic, in_order
+from .segmentation_transforms import (
+    Packed,
+    draw_augmentation,
+    linear_taps,
+    pack_pixels,
+    rescale_size,
+    resized_labels,
+    resized_pixels,
+    to_device,
+    training_batch,
+)
+
+LARGEST_RATIO = 2.0  # of the base scale
+# Left free beside the images: what training takes on a GPU, and the rest of the machine.
+RESERVED_BYTES = {"cuda": 12 << 30, "cpu": 2 << 30}
+
+
+class PixelStore:
+    """All images of a split, decoded once, as int32 pixels (colour and label) in one flat tensor.
+
+    Images larger than what the largest training scale needs are kept at that size. place: "gpu", "cpu", "disk" (a
+    memory-mapped file in folder, found again by the next run) or "auto": the first of these that has room.
+    """
+
+    def __init__(self, split: Files | Synthetic, base_scale: tuple[int, int], device: torch.device, folder: Path,
+                 place: str = "auto", workers: int = 0, log: Callable[[str], None] = print):
+        self.split, self.workers = split, workers
+        self.sizes = split.sizes(workers)
+        largest = tuple(int(side * LARGEST_RATIO) for side in base_scale)
+        self.stored = [min(size, rescale_size(*size, largest)) for size in self.sizes]
+        counts = torch.tensor([height * width for height, width in self.stored])
+        self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        total = 4 * int(self.starts[-1])
+        place = choose_place(total, device) if place == "auto" else place
+        log(f"{len(split)} training images, {total / 1e9:.2f} GB decoded, kept "
+            + {"gpu": f"on {device}", "cpu": "in host memory", "disk": f"in a file in {folder}"}[place])
+        if place == "disk":
+            self.pixels = self._on_disk(folder)
+        else:
+            memory = device if place == "gpu" else torch.device("cpu")
+            self.pixels = torch.empty(total // 4, dtype=torch.int32, device=memory)
+            self._fill(self.pixels)
+
+    def _fill(self, pixels: torch.Tensor) -> None:
+        progress = Progress(len(self.split), "decoding", "images")
+        for index, image in enumerate(in_order(self._packed, range(len(self.split)), self.workers)):
+            pixels[self.starts[index]:self.starts[index + 1]] = image
+            progress.update()
+
+    def _packed(self, index: int) -> torch.Tensor:
+        pixels = pack_pixels(*self.split.load(index))
+        if pixels.shape == self.stored[index]:
+            return pixels.flatten()
+        return shrink(pixels, *self.stored[index]).flatten()
+
+    def _on_disk(self, folder: Path) -> torch.Tensor:
+        listing = [(self.split.name(i), self.stored[i]) for i in range(len(self.split))]
+        if isinstance(self.split, Files):
+            stats = [path.stat() for pair in self.split.pairs for path in pair]
+            listing += [(str(self.split.pairs[0][0].parent), [(stat.st_size, stat.st_mtime_ns) for stat in stats])]
+        else:
+            listing += [self.split.kind]
+        path = folder / f"pixels-{hashlib.sha256(repr(listing).encode()).hexdigest()[:16]}.int32"
+
+        def write(temporary):
+            self._fill(torch.from_file(str(temporary), shared=True, size=int(self.starts[-1]), dtype=torch.int32))
+
+        with one_per_node_first():
+            if not path.exists():
+                needed, free = 4 * int(self.starts[-1]), os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+                if needed > free:
+                    raise UserError(f"{folder} has {free / 1e9:.1f} GB free, the decoded images need "
+                                    f"{needed / 1e9:.1f} GB; choose another folder with --output-dir")
+                write_whole(path, write)
+        return torch.from_file(str(path), shared=True, size=int(self.starts[-1]), dtype=torch.int32)
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Packed, list[tuple[int, int]]]:
+        """Some images on the device, as the transforms take them, and their original sizes."""
+        pixels, starts = self.pixels, self.starts[indices]
+        if pixels.device != device:
+            parts = [pixels[self.starts[index]:self.starts[index + 1]] for index in indices]
+            ends = torch.tensor([part.numel() for part in parts]).cumsum(0)
+            starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
+            pixels = torch.cat(parts, out=torch.empty(int(ends[-1]), dtype=torch.int32, pin_memory=True))
+            pixels = pixels.to(device, non_blocking=True)
+        numbers = torch.stack([starts, *torch.tensor([self.stored[index] for index in indices]).T])
+        return Packed(pixels, *to_device(numbers, device)), [self.sizes[index] for index in indices]
+
+
+def choose_place(total: int, device: torch.device) -> str:
+    """Where total bytes of images have room: "gpu", "cpu" (as many times as this machine has processes), or "disk"."""
+    if device.type == "cuda" and total <= free_memory(device) - RESERVED_BYTES["cuda"]:
+        return "gpu"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if total * processes <= free_memory(torch.device("cpu")) - RESERVED_BYTES["cpu"]:
+        return "cpu"
+    return "disk"
+
+
+def shrink(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """int32 [H, W] colour and label -> int32 [height, width], bilinear and nearest."""
+    numbers = [0, *pixels.shape, height, width]
+    start, in_height, in_width, out_height, out_width = torch.tensor(numbers)[:, None]
+    batch = Packed(pixels.flatten(), start, in_height, in_width)
+    rows, columns = torch.arange(height)[None], torch.arange(width)[None]
+    colours = resized_pixels(batch, linear_taps(rows, out_height, in_height, across=False),
+                             linear_taps(columns, out_width, in_width, across=True))[0]
+    labels = resized_labels(batch, rows, columns, out_height, out_width)[0]
+    return pack_pixels(colours.permute(1, 2, 0).to(torch.uint8).numpy(), labels.numpy())
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_images)
+
+
+def batch_indices(seed: int, iteration: int, batch_size: int, num_images: int) -> list[int]:
+    """The images of one global batch: epochs are permutations, laid end to end and cut into batches."""
+    places = range(iteration * batch_size, (iteration + 1) * batch_size)
+    return [int(epoch_order(seed, place // num_images, num_images)[place % num_images]) for place in places]
+
+
+def training_batches(store: PixelStore, iterations: range, batch_size: int, base_scale: tuple[int, int], crop_size: int,
+                     mean: torch.Tensor, std: torch.Tensor, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This process's share of each global batch: images float32 [b, 3, c, c] and labels uint8 [b, c, c]."""
+    share = shard(batch_size)
+    for iteration in iterations:
+        indices = batch_indices(seed, iteration, batch_size, len(store.sizes))[share.start:share.stop]
+        augmentations = [draw_augmentation(seed, iteration, position) for position in share]
+        batch, sizes = store.batch(indices, mean.device)
+        yield training_batch(batch, sizes, augmentations, base_scale, crop_size, mean, std)
+
+
+def prefetched(batches: Iterator, device: torch.device) -> Iterator:
+    """The same batches; on a GPU made two ahead, by a thread, on a stream of its own."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    queue, stream = Queue(maxsize=2), torch.cuda.Stream(device)
+
+    def produce():
+        try:
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                for batch in batches:
+                    queue.put((batch, stream.record_event()))
+            queue.put((None, None))
+        except BaseException as error:  # handed to the training loop, which raises it
+            queue.put((error, None))
+
+    Thread(target=produce, daemon=True).start()
+    while True:
+        batch, ready = queue.get()
+        if batch is None:
+            return
+        if isinstance(batch, BaseException):
+            raise batch
+        torch.cuda.current_stream(device).wait_event(ready)
+        for tensor in batch:
+            tensor.record_stream(torch.cuda.current_stream(device))
+        yield batch

@@ -1,0 +1,535 @@
+"""segment.py: metrics, sliding windows and schedule against the reference pipeline; runs from the command line's own
+main(), in one process, on several, killed and resumed, and with what users get wrong."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
+
+import segment
+from datasets import segmentation, segmentation_pictures, segmentation_store
+from datasets.common import UserError, exit_with_one_line_errors
+from datasets.segmentation import reduce_label
+from datasets.segmentation_store import batch_indices
+from models.encoder import Encoder
+
+GOLDEN = Path(__file__).parent / "golden" / "segmentation"
+NUM_CLASSES = 19  # LIP's
+TRAIN_SIZES = [(40, 56), (64, 48), (33, 90), (50, 50), (20, 24)]
+TEST_SIZES = [(45, 60), (64, 31), (30, 200), (52, 52), (40, 41), (48, 70), (61, 50)]
+
+
+def golden(name):
+    return torch.load(GOLDEN / f"{name}.pt", weights_only=True)
+
+
+# Against the reference pipeline
+
+@pytest.mark.parametrize("case", golden("metrics")["cases"], ids=lambda case: case["name"])
+def test_metrics(case):
+    classes, quirk = case["num_classes"], case["name"].startswith("quirk")
+    bins = classes + 2 * quirk
+    confusion = torch.zeros(bins, bins, dtype=torch.int64)
+    for pred, label in zip(case["pred"], case["label"], strict=True):
+        if case["reduce_zero_label"]:
+            label = torch.from_numpy(reduce_label(label.numpy()))
+        confusion += segment.confusion_matrix(pred, label, bins)
+    metrics = segment.segmentation_metrics(confusion, classes if quirk else None)
+    if not quirk:
+        assert torch.equal(confusion.diag(), case["intersect"])
+        assert torch.equal(confusion.sum(0), case["pred_area"])
+        assert torch.equal(confusion.sum(1), case["label_area"])
+    for name in ("mIoU", "mAcc", "aAcc"):
+        assert metrics[name] == pytest.approx(100 * case[name], rel=1e-12, nan_ok=True)
+    assert torch.allclose(metrics["iou_per_class"], 100 * case["class_iou"], rtol=1e-12, equal_nan=True)
+    assert torch.allclose(metrics["acc_per_class"], 100 * case["class_acc"], rtol=1e-12, equal_nan=True)
+
+
+def test_confusion_matrix_against_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 7, (90, 110), generator=generator)
+    pred = torch.randint(0, 7, (90, 110), generator=generator)
+    label[10:30] = 255
+    ours = segment.confusion_matrix(pred, label.to(torch.uint8), 7)
+    kept = label != 255
+    assert np.array_equal(ours.numpy(), sklearn_confusion_matrix(label[kept], pred[kept], labels=range(7)))
+
+
+def toy_model(data, name):
+    def conv3(images):
+        return F.conv2d(images, data["conv3_weight"], data["conv3_bias"], padding=1)
+
+    def patch4(images):
+        logits = F.conv2d(images, data["patch4_weight"], data["patch4_bias"], stride=4)
+        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+    return {"conv3": conv3, "patch4": patch4}[name]
+
+
+@pytest.mark.parametrize("window_batch", [1, 5])
+def test_sliding_windows(window_batch):
+    data = golden("slide")
+    for case in data["cases"]:
+        image, sizes = case["input"].float() * data["input_scale"], []
+        model = toy_model(data, case["model"])
+
+        def watched(windows, model=model, sizes=sizes):
+            sizes.extend([list(windows.shape[2:])] * len(windows))
+            return model(windows)
+
+        logits = segment.slide_inference(watched, image, case["crop"], case["stride"], window_batch)
+        assert len(sizes) == case["windows"]
+        assert sizes == case["window_sizes"]
+        assert torch.allclose(logits[0], case["logits"], atol=1e-5)
+        for limit in (1, 256 << 20):
+            pred = segment.upsampled_argmax(logits[0], tuple(case["out_size"]), limit)
+            assert (pred != case["pred"]).sum() <= case["near_ties"]
+
+
+def test_windows_of_several_images_go_through_the_model_together():
+    data = golden("slide")
+    cases = [case for case in data["cases"] if case["model"] == "conv3" and case["crop"] == 40]
+    images = [case["input"][0].float() * data["input_scale"] for case in cases]
+    counts = []
+
+    def model(windows):
+        counts.append(len(windows))
+        return toy_model(data, "conv3")(windows)
+
+    together = segment.slide_inference(model, images, 40, 20, window_batch=4)
+    assert max(counts) > 1
+    assert sum(counts) == sum(case["windows"] for case in cases)
+    for logits, case in zip(together, cases, strict=True):
+        assert torch.allclose(logits, case["logits"], atol=1e-5)
+
+
+def test_learning_rate():
+    for setting in golden("lr")["settings"]:
+        assert setting["power"] == 1
+        ours = [segment.learning_rate(iteration, setting["lr"], setting["total"], setting["warmup"],
+                                      setting["warmup_ratio"]) for iteration in setting["iterations"]]
+        assert ours == pytest.approx(setting["values"].tolist(), rel=1e-12)
+
+
+def test_every_image_once_an_epoch():
+    """Batches that do not divide the data set run on into the next epoch, which has another order."""
+    places = [index for iteration in range(21) for index in batch_indices(3, iteration, 4, 12)]
+    epochs = [places[i:i + 12] for i in range(0, 84, 12)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 7
+    assert batch_indices(3, 8, 4, 12) == places[32:36]
+    assert batch_indices(4, 0, 4, 12) != places[:4]
+
+
+# Whole runs on a small encoder and a made-up LIP
+
+class Block(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = torch.nn.Linear(width, width)
+
+    def forward(self, tokens):
+        return tokens + torch.tanh(self.linear(tokens))
+
+
+class SmallVit(torch.nn.Module):
+    """What Encoder wants of timm's VisionTransformer, with blocks that look at no neighbours."""
+
+    def __init__(self, width=24, depth=4):
+        super().__init__()
+        self.patch_embed = PatchEmbed(width)
+        self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = torch.nn.ModuleList(Block(width) for _ in range(depth))
+        for block in self.blocks:
+            block.attn = torch.nn.Identity()
+            block.attn.num_heads = 1
+        self.embed_dim, self.num_prefix_tokens, self.norm = width, 1, torch.nn.LayerNorm(width)
+
+
+class PatchEmbed(torch.nn.Module):
+    patch_size = (16, 16)
+
+    def __init__(self, width):
+        super().__init__()
+        self.proj = torch.nn.Conv2d(3, width, 16, 16)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+def small_encoder(*args, **kwargs):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = Encoder(SmallVit(), None)
+    encoder.weights, encoder.sha256 = "random", None
+    return encoder
+
+
+def draw_lip(root):
+    """Blobs of colour and their labels, in the authors' folders."""
+    generator = np.random.default_rng(0)
+    palette = generator.integers(0, 256, (NUM_CLASSES + 1, 3), dtype=np.uint8)
+    for split, sizes in (("train", TRAIN_SIZES), ("val", TEST_SIZES)):
+        for folder in ("img", "ann"):
+            (root / folder / split).mkdir(parents=True)
+        for i, (height, width) in enumerate(sizes):
+            small = generator.integers(0, NUM_CLASSES + 1, (3, 4), dtype=np.uint8)
+            label = Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST)
+            noise = generator.integers(-20, 20, (height, width, 3))
+            image = np.clip(palette[np.asarray(label)] + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(image).save(root / "img" / split / f"{i}.jpg", quality=95)
+            label.save(root / "ann" / split / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def lip(tmp_path_factory):
+    return draw_lip(tmp_path_factory.mktemp("lip"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setattr(segment, "build_model", small_encoder)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def arguments(data, output, *more):
+    return ["--model", "mae", "--weights", "random", "--dataset", "lip", "--data-path", str(data), "--device", "cpu",
+            "--output-dir", str(output), "--layers", "0", "3", "--batch-size", "3", "--workers", "0",
+            "--base-scale", "128", "48", "--crop-size", "48", "--test-scale", "128", "48", "--stride", "32",
+            "--iterations", "8", "--lr", "0.05", "--warmup-iterations", "2", "--checkpoint-every", "2", *map(str, more)]
+
+
+def run(monkeypatch, data, output, *more):
+    """main() in this process; returns the last line of results.jsonl."""
+    monkeypatch.setattr(sys, "argv", ["segment.py", *arguments(data, output, *more)])
+    segment.main()
+    return json.loads((output / "results.jsonl").read_text().splitlines()[-1])
+
+
+def fails(monkeypatch, capsys, data, output, *more):
+    """The one line that a user's mistake ends with."""
+    monkeypatch.setattr(sys, "argv", ["segment.py", *arguments(data, output, *more)])
+    with pytest.raises(SystemExit) as exit_info:
+        exit_with_one_line_errors(segment.main)
+    assert exit_info.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+def saved_head(output):
+    return torch.load(output / "mae_lip_segment.pt", weights_only=True)["head"]
+
+
+@pytest.fixture(scope="module")
+def finished(lip, tmp_path_factory):
+    """An uninterrupted run: its folder and its results line."""
+    output = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment, "build_model", small_encoder)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        result = run(patch, lip, output, "--save-pictures", 2, "--eval-every", 4)
+        torch.set_num_threads(threads)
+    return output, result
+
+
+def test_results_line_and_pictures(finished):
+    output, result = finished
+    assert result["task"] == "segment"
+    assert result["num_images"] == len(TEST_SIZES)
+    assert result["iterations"] == 8
+    assert len(result["iou_per_class"]) == NUM_CLASSES
+    assert result["args"]["lr"] == 0.05
+    assert 0 <= result["mIoU"] <= 100
+    for i in range(2):
+        with Image.open(output / "mae_lip_pictures" / f"{i}.png") as picture:
+            assert picture.width >= 3 * 512 * TEST_SIZES[i][1] // max(TEST_SIZES[i])
+    assert (output / "log.txt").read_text().count("mIoU") >= 2
+    assert not list(output.glob(".*"))
+
+
+def test_training_learns_the_colours(finished, monkeypatch, lip, tmp_path):
+    """Better than always answering with the class that is best to answer with."""
+    result = run(monkeypatch, lip, tmp_path, "--iterations", 60)
+    labels = [np.asarray(Image.open(path)) for path in sorted((lip / "ann" / "val").iterdir())]
+    counts = np.bincount(np.concatenate([label.ravel() for label in labels]), minlength=NUM_CLASSES + 1)[1:]
+    majority = 100 * counts.max() / counts.sum() / (counts > 0).sum()
+    assert result["mIoU"] > 2 * majority
+    assert result["aAcc"] > 2 * 100 * counts.max() / counts.sum()
+
+
+def test_a_killed_run_resumes_to_the_same_bits(finished, monkeypatch, lip, tmp_path):
+    """Killed in iteration 6, after the checkpoint of iteration 4."""
+    calls = []
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise Killed
+        return segment_loss(*args, **kwargs)
+
+    segment_loss = segment.upsampled_cross_entropy
+    with monkeypatch.context() as patch:
+        patch.setattr(segment, "upsampled_cross_entropy", dies)
+        with pytest.raises(Killed):
+            run(patch, lip, tmp_path)
+    assert torch.load(tmp_path / "mae_lip_segment.pt", weights_only=True)["iteration"] == 4
+    assert not (tmp_path / "results.jsonl").exists()
+    result = run(monkeypatch, lip, tmp_path, "--resume")
+    output, expected = finished
+    for name, value in saved_head(output).items():
+        assert torch.equal(saved_head(tmp_path)[name], value)
+    assert result["iou_per_class"] == expected["iou_per_class"]
+
+
+@pytest.mark.parametrize("cache", ["disk"])
+def test_images_from_a_file_give_the_same(finished, monkeypatch, lip, tmp_path, cache):
+    run(monkeypatch, lip, tmp_path, "--cache", cache)
+    store = list(tmp_path.glob("pixels-*.int32"))
+    assert len(store) == 1
+    assert store[0].stat().st_size == 4 * sum(height * width for height, width in TRAIN_SIZES)
+    written = store[0].stat().st_mtime_ns
+    run(monkeypatch, lip, tmp_path, "--cache", cache)
+    assert store[0].stat().st_mtime_ns == written
+    for name, value in saved_head(finished[0]).items():
+        assert torch.equal(saved_head(tmp_path)[name], value)
+
+
+def test_evaluate_a_head(finished, monkeypatch, lip, tmp_path):
+    output, expected = finished
+    head = output / "mae_lip_segment.pt"
+    result = run(monkeypatch, lip, tmp_path, "--evaluate", head)
+    assert result["iou_per_class"] == expected["iou_per_class"]
+    assert result["iterations"] == 8
+    # From Python, in the words of the README.
+    loaded = segment.LinearHead(2 * 24, NUM_CLASSES)
+    loaded.load_state_dict(torch.load(head, weights_only=True)["head"])
+
+
+def worker(rank, world, port, lines):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    segment.build_model = small_encoder
+    sys.argv = ["segment.py", *lines]
+    segment.main()
+    dist.destroy_process_group()
+
+
+def run_in_processes(world, lines):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=worker, args=(rank, world, port, lines)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    still = [process for process in processes if process.is_alive()]
+    for process in still:
+        process.kill()
+    assert not still
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_number_of_processes_changes_nothing(finished, lip, tmp_path, world):
+    """Batch 3 and 7 test images over 2 and 3 processes: uneven shares of both."""
+    run_in_processes(world, arguments(lip, tmp_path, "--save-pictures", 7))
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 1
+    result, (output, expected) = json.loads(lines[0]), finished
+    assert result["world_size"] == world
+    assert result["num_images"] == len(TEST_SIZES)
+    for name, value in saved_head(output).items():
+        assert torch.allclose(saved_head(tmp_path)[name], value, atol=1e-5)
+    assert result["mIoU"] == pytest.approx(expected["mIoU"], abs=0.1)
+    assert result["aAcc"] == pytest.approx(expected["aAcc"], abs=0.1)
+    assert len(list((tmp_path / "mae_lip_pictures").iterdir())) == len(TEST_SIZES)
+
+
+def test_each_test_pixel_is_counted_once(finished, lip):
+    """The confusion matrix holds as many pixels as the label files have labelled ones, at full resolution."""
+    seen = []
+    split = segmentation.open_split("lip", lip, "val")
+    segmenter = segment.Segmenter(small_encoder(), segment.LinearHead(48, NUM_CLASSES), (0, 3), "fp32")
+    metrics = segment.segmentation_metrics
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment, "segmentation_metrics", lambda *given: seen.append(given[0]) or metrics(*given))
+        segment.evaluate(segmenter, split, (128, 48), 48, 32, workers=2)
+    labels = [np.asarray(Image.open(path)) for path in sorted((lip / "ann" / "val").iterdir())]
+    expected = np.bincount(np.concatenate([label.ravel() for label in labels]), minlength=NUM_CLASSES + 1)[1:]
+    assert seen[0].sum(1).tolist() == expected.tolist()
+
+
+def test_frozen_encoder_gets_no_gradient(lip):
+    encoder = small_encoder()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    segmenter = segment.Segmenter(encoder, segment.LinearHead(48, NUM_CLASSES), (0, 3), "fp32")
+    logits = segmenter.patch_logits(torch.randn(2, 3, 48, 48))
+    segment.upsampled_cross_entropy(logits, torch.zeros(2, 48, 48, dtype=torch.uint8)).backward()
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in segmenter.head.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_the_authors_small_windows_repeat_the_window_before(lip):
+    def model(windows):
+        return windows[:, :1] * 2
+
+    repeats = segment.RepeatsSmallWindows(model, 4, 1)
+    small = torch.ones(1, 3, 2, 4)
+    assert (repeats(small) == 0).all()
+    large = torch.arange(96.0).view(2, 3, 4, 4)
+    assert torch.equal(repeats(large), 2 * large[:, :1])
+    assert torch.equal(repeats(torch.cat([small, small])), (2 * large[1:, :1, :2]).expand(2, -1, -1, -1))
+
+
+# What users get wrong
+
+@pytest.fixture
+def broken(lip, tmp_path):
+    return shutil.copytree(lip, tmp_path / "data")
+
+
+def test_files_without_partner(monkeypatch, capsys, broken, tmp_path):
+    (broken / "ann" / "train" / "1.png").unlink()
+    (broken / "ann" / "train" / "3.png").unlink()
+    line = fails(monkeypatch, capsys, broken, tmp_path / "out")
+    assert "2 images have no label map" in line
+    assert ": 1, 3;" in line
+    (broken / "img" / "val" / "6.jpg").unlink()
+    line = fails(monkeypatch, capsys, broken, tmp_path / "out")
+    assert "1 label maps have no image" in line
+    assert ": 6;" in line
+
+
+def test_sizes_that_differ(monkeypatch, capsys, broken, tmp_path):
+    for number in (0, 4):
+        Image.new("L", (7, 9)).save(broken / "ann" / "train" / f"{number}.png")
+    line = fails(monkeypatch, capsys, broken, tmp_path / "out")
+    assert "2 images differ in size" in line
+    assert "0 (56 x 40 / 7 x 9), 4 (24 x 20 / 7 x 9)" in line
+
+
+def test_a_label_above_the_class_count(monkeypatch, capsys, broken, tmp_path):
+    path = broken / "ann" / "train" / "2.png"
+    label = np.array(Image.open(path))
+    label[3, 5] = 20
+    Image.fromarray(label).save(path)
+    line = fails(monkeypatch, capsys, broken, tmp_path / "out")
+    assert str(path) in line
+    assert "label 20" in line
+
+
+def test_the_authors_metrics_take_a_label_equal_to_the_class_count(monkeypatch, finished, broken, tmp_path):
+    path = broken / "ann" / "val" / "2.png"
+    label = np.array(Image.open(path))
+    label[label == 19] = 0
+    label[:10] = 20
+    Image.fromarray(label).save(path)
+    head = finished[0] / "mae_lip_segment.pt"
+    result = run(monkeypatch, broken, tmp_path / "out", "--evaluate", head, "--authors-defects")
+    assert result["num_images"] == len(TEST_SIZES)
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (("--layers", "9"), "blocks 0 to 3"),
+    (("--crop-size", "50"), "patch size 16"),
+    (("--dataset", "ade20k"), "does not hold ade20k"),
+    (("--data-path", "nowhere"), "nowhere is not a folder"),
+    (("--resume",), "does not exist"),
+    (("--evaluate", "nothing.pt"), "nothing.pt does not exist"),
+    (("--evaluate", __file__), "is not a checkpoint of segment.py"),
+    (("--cache", "gpu"), "no GPU"),
+    (("--lr", "1e30"), "the loss is"),
+])
+def test_mistakes_are_one_line(monkeypatch, capsys, lip, tmp_path, more, words):
+    data = tmp_path if more == ("--dataset", "ade20k") else lip
+    assert words in fails(monkeypatch, capsys, data, tmp_path / "out", *more)
+
+
+def test_a_head_of_another_class_count(monkeypatch, capsys, finished, lip, tmp_path):
+    head = finished[0] / "mae_lip_segment.pt"
+    line = fails(monkeypatch, capsys, lip, tmp_path, "--evaluate", head, "--dataset", "pascal-object")
+    assert "head for 19 classes; pascal-object has 16" in line
+
+
+def test_resuming_another_run(monkeypatch, capsys, finished, lip, tmp_path):
+    shutil.copy(finished[0] / "mae_lip_segment.pt", tmp_path)
+    assert "lr 0.05 there and 0.1 here" in fails(monkeypatch, capsys, lip, tmp_path, "--resume", "--lr", "0.1")
+
+
+def test_disk_full_leaves_the_checkpoint_before(monkeypatch, capsys, finished, lip, tmp_path):
+    shutil.copy(finished[0] / "mae_lip_segment.pt", tmp_path)
+    good = (tmp_path / "mae_lip_segment.pt").read_bytes()
+
+    def full(content, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    line = fails(monkeypatch, capsys, lip, tmp_path)
+    assert "No space left" in line
+    assert (tmp_path / "mae_lip_segment.pt").read_bytes() == good
+    assert not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+# Tables and figure
+
+def fake_result(model, dataset, iou, **more):
+    return {"task": "segment", "model": model, "weights": "x.pth", "dataset": dataset, "iterations": 160_000,
+            "mIoU": iou, "mAcc": iou + 1, "aAcc": iou + 2, "args": {"authors_defects": False}} | more
+
+
+def test_tables_and_figure(tmp_path):
+    results = [fake_result("ibot", "ade20k-part", 30.0), fake_result("ibot", "ade20k-part", 33.2),
+               fake_result("ibot", "ade20k-part", 1.0, weights="random"), fake_result("cae", "lip", 43.7),
+               fake_result("mae", "ade20k", 27.0, iterations=300), fake_result("dino", "synthetic", 50.0)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    text = segmentation_pictures.tables(tmp_path)
+    for title in ("Table 2", "Table 4", "Table 5", "Table 6", "Synthetic data"):
+        assert title in text
+    assert "| ibot | 32.2 | 33.2 | +1.0 | 40.0 | 34.2 | -5.8 | 73.4 | 35.2 | -38.2 |" in text
+    assert "| ibot (random weights) | 32.2 | 1.0 | -31.2 |" in text
+    assert "| mae (300 iterations) | 27.1 | 27.0 | -0.1 |" in text
+    assert "| mae | 27.1 | - | - |" in text
+    assert "| deit | 92.2 | - | - | 95.3 | - | - | 96.8 | - | - |" in text
+    assert "| dino | - | - | - | 50.0 | 51.0 | 52.0 |" in text
+    segmentation_pictures.figure6(tmp_path / "figure.png", tmp_path)
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.width > 800
+        colours = {colour for _, colour in figure.getcolors(1 << 20)}
+    assert {(0x9e, 0xca, 0xe1), (0xd9, 0x48, 0x01)} <= colours
+    with pytest.raises(UserError, match="cannot be written"):
+        segmentation_pictures.figure6(tmp_path / "no" / "figure.png", tmp_path)
+
+
+def test_where_images_are_kept(monkeypatch):
+    gib, gpu, cpu = 1 << 30, torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(segmentation_store, "free_memory", lambda device: (40 if device.type == "cuda" else 100) * gib)
+    assert segmentation_store.choose_place(20 * gib, gpu) == "gpu"
+    assert segmentation_store.choose_place(30 * gib, gpu) == "cpu"
+    assert segmentation_store.choose_place(20 * gib, cpu) == "cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert segmentation_store.choose_place(30 * gib, gpu) == "disk"

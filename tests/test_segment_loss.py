@@ -1,0 +1,127 @@
+"""The head and its loss against the reference pipeline's values and against float64 autograd."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import segmentation_head
+from models.segmentation_head import LinearHead, strip_loss_and_gradient, upsampled_cross_entropy
+
+GOLDEN = Path(__file__).parent / "golden" / "segmentation"
+CASES = torch.load(GOLDEN / "head.pt", weights_only=True)["cases"]
+
+
+@pytest.mark.parametrize("strip_bytes", [1, 16 << 20], ids=["one row", "whole image"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_logits_loss_and_gradients(case, strip_bytes, monkeypatch):
+    monkeypatch.setitem(segmentation_head.STRIP_BYTES, "cpu", strip_bytes)
+    channels = sum(block.shape[1] for block in case["features"])
+    head = LinearHead(channels, case["num_classes"])
+    head.load_state_dict({"weight": case["weight"], "bias": case["bias"]})
+    logits = head(case["features"])
+    assert torch.allclose(logits, case["logits"], atol=1e-5)
+    loss = upsampled_cross_entropy(logits, case["label"])
+    assert abs(loss.item() - case["loss"]) < 1e-5
+    loss.backward()
+    assert torch.allclose(head.weight.grad, case["grad_weight"], atol=1e-5)
+    assert torch.allclose(head.bias.grad, case["grad_bias"], atol=1e-5)
+
+
+def reference(logits, label):
+    """float64: upsample everything, let autograd differentiate."""
+    logits = logits.double().requires_grad_()
+    upsampled = F.interpolate(logits, size=label.shape[1:], mode="bilinear", align_corners=False)
+    loss = F.cross_entropy(upsampled, label.long(), ignore_index=255, reduction="sum")
+    loss.backward()
+    return loss.detach(), logits.grad
+
+
+def example(batch=2, classes=209, height=2, width=3, scale=16):
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(batch, classes, height, width, generator=generator)
+    label = torch.randint(0, classes, (batch, height * scale, width * scale), dtype=torch.uint8, generator=generator)
+    label[:, 1:scale // 2, 5:] = 255
+    return logits, label
+
+
+def test_against_float64():
+    logits, label = example()
+    loss, gradient = strip_loss_and_gradient(logits, label, 255)
+    expected_loss, expected_gradient = reference(logits, label)
+    assert torch.allclose(loss.double(), expected_loss, rtol=1e-6)
+    assert torch.allclose(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_large_logits_do_not_overflow():
+    logits, label = example(classes=7)
+    loss, gradient = strip_loss_and_gradient(300 * logits, label, 255)
+    expected_loss, _ = reference(300 * logits, label)
+    assert torch.allclose(loss.double(), expected_loss, rtol=1e-6)
+    assert gradient.isfinite().all()
+
+
+def test_gradient_of_a_batch_is_the_sum_over_processes():
+    """Shares of a batch, each divided by the pixels of the whole, add up."""
+    logits, label = example(batch=3, classes=5)
+    logits.requires_grad_()
+    whole = upsampled_cross_entropy(logits, label)
+    parts = [upsampled_cross_entropy(logits[i:i + 1], label[i:i + 1], total_pixels=label.numel()) for i in range(3)]
+    assert torch.allclose(sum(parts), whole)
+
+
+def test_memory_is_bounded_by_the_strips(monkeypatch):
+    """No tensor that the loss makes is larger than a strip or the logits; the upsampled ones would be 32 times that."""
+    logits, label = example(batch=2, classes=64, height=8, width=8)
+    monkeypatch.setitem(segmentation_head.STRIP_BYTES, "cpu", 4 * 64 * 128 * 4)
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.bytes = max(self.bytes, result.numel() * result.element_size())
+            return result
+
+    with Largest() as largest:
+        strip_loss_and_gradient(logits, label, 255)
+    # The strip, and one image's logits after the interpolation across.
+    assert largest.bytes <= max(4 * 64 * 128 * 4, 64 * 8 * 128 * 4)
+    assert 4 * label.numel() * 64 >= 32 * largest.bytes
+
+
+INTERPRETED = """
+import torch
+from models.segmentation_head import fused_loss_and_gradient, strip_loss_and_gradient
+from test_segment_loss import example
+for size in (dict(classes=21, scale=4), dict(batch=1, classes=209, height=1, width=2, scale=6)):
+    logits, label = example(**size)
+    fused, strips = (function(logits, label, 255) for function in (fused_loss_and_gradient, strip_loss_and_gradient))
+    assert torch.allclose(fused[0], strips[0], rtol=1e-5), (fused[0], strips[0])
+    assert torch.allclose(fused[1], strips[1], rtol=1e-5, atol=1e-5)
+"""
+
+
+@pytest.mark.skipif(segmentation_head.triton is None, reason="Triton is not installed")
+def test_fused_kernel_in_tritons_interpreter():
+    """The kernel's arithmetic, run without a GPU; its speed and its compilation are not tested here."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True,
+                         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths})
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fused_kernel_on_a_gpu():
+    for size in ({}, {"classes": 150, "height": 5, "width": 7}, {"classes": 19, "height": 20, "width": 20}):
+        logits, label = (tensor.cuda() for tensor in example(**size))
+        logits.requires_grad_()
+        upsampled_cross_entropy(logits, label).backward()
+        _, expected = reference(logits.detach().cpu(), label.cpu())
+        assert torch.allclose(logits.grad.cpu().double() * label.numel(), expected, rtol=1e-4, atol=1e-4)
