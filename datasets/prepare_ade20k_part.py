@@ -19,7 +19,16 @@ import numpy as np
 from PIL import Image
 
 from .common import UserError, open_output
-from .prepare_common import Item, first_folder, import_loadmat, in_parallel, prepare, read_name_list, write_text
+from .prepare_common import (
+    Item,
+    first_folder,
+    import_loadmat,
+    in_parallel,
+    prepare,
+    raise_failures,
+    read_name_list,
+    write_text,
+)
 from .segmentation_classes import ADE20K_OBJECT_59
 
 TREE = ("DIR/images/{training,validation}/**/*_seg.png (2016_07_26) or "
@@ -31,10 +40,11 @@ MAX_CLASSES = 254
 
 
 def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Class indices (int64) and instance codes (uint8) of a _seg.png or _parts_N.png, each [height, width]."""
+    """Class indices (uint16) and instance codes (uint8) of a _seg.png or _parts_N.png, each [height, width]."""
     with Image.open(path) as image:
-        red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
-    return (red // 10).astype(np.int64) * 256 + green, blue
+        pixels = np.asarray(image.convert("RGB"))
+    high_byte = (np.arange(256) // 10 * 256).astype(np.uint16)
+    return high_byte[pixels[..., 0]] + pixels[..., 1], pixels[..., 2]
 
 
 def part_instances(segmentation: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -43,20 +53,21 @@ def part_instances(segmentation: Path) -> tuple[np.ndarray, np.ndarray]:
     Returns instance [height, width], 0 = none, i = row i - 1 of pairs, and pairs [N, 2]: object index (0 where nothing
     is under the part) and part index. Raises ValueError where the two files differ in size.
     """
-    objects, _ = read_classes(segmentation)
-    instance = np.zeros(objects.shape, dtype=np.int64)
     parts_file = segmentation.with_name(segmentation.name.replace("_seg.png", "_parts_1.png"))
     if not parts_file.is_file():
-        return instance, np.zeros((0, 2), dtype=np.int64)
+        with Image.open(segmentation) as image:
+            return np.zeros((image.height, image.width), dtype=np.int32), np.zeros((0, 2), dtype=np.int64)
     parts, codes = read_classes(parts_file)
+    objects, _ = read_classes(segmentation)
     if parts.shape != objects.shape:
         raise ValueError(f"{parts_file.name} is {parts.shape[::-1]}, {segmentation.name} {objects.shape[::-1]}")
     inside = parts > 0
-    keys, rows = np.unique(parts[inside] * 256 + codes[inside], return_inverse=True)
+    keys, rows = np.unique(parts[inside] * np.int64(256) + codes[inside], return_inverse=True)
     candidates, columns = np.unique(objects[inside], return_inverse=True)
     shape = (len(keys), len(candidates))
-    votes = np.bincount(rows * len(candidates) + columns, minlength=shape[0] * shape[1]).reshape(shape)
+    votes = np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]).reshape(shape)
     votes[:, candidates == 0] = 0
+    instance = np.zeros(parts.shape, dtype=np.int32)
     instance[inside] = rows + 1
     parents = np.where(votes.any(axis=1), candidates[votes.argmax(axis=1)], 0) if len(keys) else keys
     return instance, np.stack([parents, keys // 256], axis=1)
@@ -68,16 +79,17 @@ def read_parts(segmentation: Path, labels: dict[tuple[int, int], int]) -> np.nda
     return np.array([0] + [labels.get((thing, part), 0) for thing, part in pairs.tolist()], dtype=np.uint8)[instance]
 
 
-def scan(segmentation: Path, read_names: bool) -> tuple[set[tuple[int, int]], dict[int, str]] | None:
-    """The pairs in an image and, from its json, the names of all its classes. None where a file cannot be read."""
+def scan(segmentation: Path, read_names: bool) -> tuple[set[tuple[int, int]], dict[int, str], str]:
+    """The pairs in an image, the names of all its classes from its json, and what went wrong, "" for nothing."""
     try:
         _, pairs = part_instances(segmentation)
-        names = names_from_json(segmentation.with_name(segmentation.name.replace("_seg.png", ".json"))) \
-            if read_names else {}
-    # A damaged file is reported when its label map is made.
-    except Exception:
-        return None
-    return {(thing, part) for thing, part in pairs.tolist() if thing}, names
+        names = {}
+        if read_names:
+            names = names_from_json(segmentation.with_name(segmentation.name.replace("_seg.png", ".json")))
+    # Whatever a damaged file raises, it is named in the report.
+    except Exception as error:
+        return set(), {}, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return {(thing, part) for thing, part in pairs.tolist() if thing}, names, ""
 
 
 def names_from_json(path: Path) -> dict[int, str]:
@@ -132,7 +144,10 @@ def find_segmentations(folder: Path) -> Iterable[Path]:
 
 
 def find_pairs(root: Path, release: Path, items: dict[str, list[Item]], workers: int) -> list[dict]:
-    """Every pair in the release with its names and its numbers of images, from root/parts.json if that is complete."""
+    """Every pair in the release with its names and its numbers of images, from root/parts.json where that is complete.
+
+    Raises UserError where a file cannot be read, for the class list hangs on every image.
+    """
     report = root / "parts.json"
     numbers = {"release": release.name, **{split: len(listed) for split, listed in items.items()}}
     if report.is_file():
@@ -140,24 +155,24 @@ def find_pairs(root: Path, release: Path, items: dict[str, list[Item]], workers:
         if {key: known[key] for key in numbers} == numbers:
             return known["parts"]
     names = read_index(release)
-    everything = [item for listed in items.values() for item in listed]
+    everything = items["train"] + items["val"]
     if names is None and not everything[0].image.with_suffix(".json").is_file():
         raise UserError(f"{release} has neither index_ade20k.mat nor index_ade20k.pkl, which name the classes; "
                         "put the release's index there")
     results = in_parallel(partial(scan, read_names=names is None), [item.annotation for item in everything], workers,
                           "looking for parts")
+    raise_failures(root, [f"{item.annotation}\t{error}\n"
+                          for item, (_, _, error) in zip(everything, results, strict=True) if error], len(everything))
     counts = {"train": Counter(), "val": Counter()}
-    names = dict(names or {})
-    for number, result in enumerate(results):
-        if result is not None:
-            counts["train" if number < len(items["train"]) else "val"].update(result[0])
-            names.update(result[1])
+    names = names or {}
+    for number, (pairs, names_here, _) in enumerate(results):
+        counts["train" if number < len(items["train"]) else "val"].update(pairs)
+        names.update(names_here)
     parts = [{"object": names.get(thing, f"class {thing}"), "part": names.get(part, f"class {part}"),
               "indices": [thing, part], "train": counts["train"][thing, part], "val": counts["val"][thing, part]}
              for thing, part in sorted(set(counts["train"]) | set(counts["val"]))]
-    if None not in results:
-        lines = ",\n".join(json.dumps(part, ensure_ascii=False) for part in parts)
-        write_text(report, json.dumps(numbers)[:-1] + f', "parts": [\n{lines}\n]}}\n')
+    lines = ",\n".join(json.dumps(part, ensure_ascii=False) for part in parts)
+    write_text(report, json.dumps(numbers)[:-1] + f', "parts": [\n{lines}\n]}}\n')
     return parts
 
 

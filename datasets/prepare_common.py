@@ -155,10 +155,15 @@ def prepare(root: Path, items: dict[str, list[Item]], names: Sequence[str], read
             print(f"  {count} left out: {rule}")
     failed = [f"{item.annotation}\t{reason}\n"
               for item, (outcome, reason) in zip(everything, results, strict=True) if outcome == "failed"]
+    raise_failures(root, failed, len(everything))
+
+
+def raise_failures(root: Path, failed: list[str], total: int) -> None:
+    """Writes the lines "file, tab, reason" to root/failed.txt and raises UserError; without any, removes that file."""
     report = root / "failed.txt"
     if not failed:
         report.unlink(missing_ok=True)
         return
     write_text(report, "".join(failed))
-    raise UserError(f"{len(failed)} of {len(everything)} images could not be prepared, the first: "
-                    f"{failed[0].strip()}; all are in {report}; mend them and run again, what is done is kept")
+    raise UserError(f"{len(failed)} of {total} images could not be prepared, the first: {failed[0].strip()}; "
+                    f"all are in {report}; mend them and run again, what is done is kept")
