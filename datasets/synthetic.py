@@ -262,12 +262,11 @@ def paint(seed: int, scene: Scene, shape_map: np.ndarray) -> Image.Image:
             pair = [near(dice, dice.pick(dice.pick(palettes)), 25) if dice.chance(0.5) else colour(dice) for _ in "ab"]
         rows = (*pair, [channel // 3 for channel in pair[0]])
         colours[:, :, label] = np.array(rows).T * (7 if shape.far else 10) // 10
-        texts = texture(shape, style, period, dice)
-        polygons += texts
-        values += [label] * len(texts)
-    kind = np.zeros(shape_map.shape, np.uint16)  # a row of colours
-    if polygons:
-        kind[fill(scene.size, scan(scene.size, polygons), values) == shape_map] = 1
+        patterns = texture(shape, style, period, dice)
+        polygons += patterns
+        values += [label] * len(patterns)
+    # Which of the three rows of colours a pixel takes: first colour, second colour, contour.
+    kind = (fill(scene.size, scan(scene.size, polygons), values) == shape_map).astype(np.uint16)
     edge = np.zeros(shape_map.shape, bool)
     edge[1:] = shape_map[1:] != shape_map[:-1]
     edge[:, 1:] |= shape_map[:, 1:] != shape_map[:, :-1]
