@@ -1,0 +1,206 @@
+"""The segmentation data sets: folders, label files, what is kept in memory, batches."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.common import UserError
+from datasets.segmentation import PROTOCOLS, in_order, open_split, pair_files, read_image, read_label, reduce_label
+from datasets.segmentation_store import PixelStore, training_batches
+from datasets.segmentation_transforms import rescale_size, resize_image
+from datasets.synthetic import OBJECT_NAMES, PART_NAMES
+
+REAL = Path(__file__).parents[2] / "shared" / "real"
+needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real is not on this machine")
+CPU = torch.device("cpu")
+MEAN, STD = torch.full((1, 3, 1, 1), 0.5), torch.full((1, 3, 1, 1), 0.25)
+
+
+def write_pair(images, labels, name="a", size=(24, 16), label=1):
+    for folder in (images, labels):
+        folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(images / f"{name}.jpg")
+    Image.new("L", size, label).save(labels / f"{name}.png")
+
+
+def test_protocols_are_those_of_the_paper():
+    """PROTOCOL, section 6: base scale, crop, test scale, stride, number of classes."""
+    ade, pascal = ((2048, 512), 512, (2048, 512), 341), ((520, 520), 480, (3840, 480), 161)
+    assert {name: tuple(PROTOCOLS[name]) for name in PROTOCOLS if "synthetic" not in name} == {
+        "ade20k": ade, "ade20k-object": ade, "ade20k-part": ade, "pascal-object": pascal, "pascal-part": pascal,
+        "lip": ((1024, 320), 320, (4096, 320), 161)}
+
+
+@pytest.mark.parametrize(("dataset", "images", "labels", "classes"), [
+    ("ade20k", "ADEChallengeData2016/images/validation", "ADEChallengeData2016/annotations/validation", 150),
+    ("ade20k", "images/validation", "annotations/validation", 150),
+    ("ade20k-object", "ade_59object/ADEChallengeData2016/images/validation",
+     "ade_59object/ADEChallengeData2016/annotations/validation", 59),
+    ("ade20k-part", "ADE20K_Part/img/val", "ADE20K_Part/ann/val", 209),
+    ("pascal-object", "pascal_semantic/img/val", "pascal_semantic/ann/val", 16),
+    ("pascal-part", "pascal_part/img/val", "pascal_part/ann/val", 193),
+    ("pascal-part", "img/val", "ann/val", 193),
+    ("lip", "LIP/img/val", "LIP/ann/val", 19),
+    ("lip", "TrainVal_images/val_images", "TrainVal_parsing_annotations/val_segmentations", 19),
+    ("lip", "TrainVal_images/TrainVal_images/val_images",
+     "TrainVal_parsing_annotations/TrainVal_parsing_annotations/val_segmentations", 19),
+    ("lip", "val_images", "val_segmentations", 19),
+])
+def test_layouts(tmp_path, dataset, images, labels, classes):
+    write_pair(tmp_path / images, tmp_path / labels, label=classes)
+    split = open_split(dataset, tmp_path, "val")
+    assert len(split) == 1
+    assert split.num_classes == classes
+    image, label = split.load(0)
+    assert image.shape == (16, 24, 3)
+    assert (label == classes - 1).all()
+
+
+def test_object_maps_go_before_the_original_of_the_same_parent(tmp_path):
+    for root in ("ADEChallengeData2016", "ade_59object/ADEChallengeData2016"):
+        write_pair(tmp_path / root / "images/training", tmp_path / root / "annotations/training", name=root[:3])
+    assert open_split("ade20k-object", tmp_path, "train").name(0) == "ade"
+    assert open_split("ade20k", tmp_path, "train").name(0) == "ADE"
+
+
+def test_names_beside_the_maps_decide_the_class_count(tmp_path):
+    write_pair(tmp_path / "img/val", tmp_path / "ann/val", label=3)
+    (tmp_path / "names.txt").write_text("car wheel\ncar door\nchair leg\n")
+    split = open_split("ade20k-part", tmp_path, "val")
+    assert split.names == ("car wheel", "car door", "chair leg")
+    (tmp_path / "names.txt").write_text("car wheel\ncar door\n")
+    with pytest.raises(UserError, match="label 3 is above the class count 2"):
+        open_split("ade20k-part", tmp_path, "val").load(0)
+    (tmp_path / "names.txt").write_text("".join(f"part {i}\n" for i in range(255)))
+    with pytest.raises(UserError, match="255 names"):
+        open_split("ade20k-part", tmp_path, "val")
+
+
+def test_reduced_labels_are_those_of_the_reference():
+    cases = torch.load(Path(__file__).parent / "golden/segmentation/labels.pt", weights_only=True)["cases"]
+    for case in cases:
+        assert np.array_equal(reduce_label(case["raw"].numpy()), case["reduced"].numpy())
+
+
+def test_kinds_of_label_files(tmp_path):
+    """Palette, 16-bit and 1-bit files give their numbers; colours are refused."""
+    values = np.array([[0, 1, 2], [3, 255, 5]], dtype=np.uint8)
+    expected = np.array([[255, 0, 1], [2, 255, 4]], dtype=np.uint8)
+    palette = Image.fromarray(values).convert("P")
+    palette.putdata(values.ravel().tolist())
+    palette.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    files = {"grey": Image.fromarray(values), "palette": palette, "16": Image.fromarray(values.astype(np.uint16))}
+    for name, image in files.items():
+        image.save(tmp_path / f"{name}.png")
+        assert np.array_equal(read_label(tmp_path / f"{name}.png", 5), expected), name
+    Image.fromarray(values > 2).save(tmp_path / "bits.png")
+    assert np.array_equal(read_label(tmp_path / "bits.png", 5), np.where(values > 2, 0, 255))
+    Image.fromarray(values.astype(np.uint16) * 200).save(tmp_path / "large.png")
+    with pytest.raises(UserError, match="label 51000 is above"):
+        read_label(tmp_path / "large.png", 5)
+    Image.new("RGB", (3, 2)).save(tmp_path / "colour.png")
+    with pytest.raises(UserError, match="colour.png is a picture of mode RGB"):
+        read_label(tmp_path / "colour.png", 5)
+
+
+def test_files_that_are_no_pictures(tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(UserError, match="text.jpg cannot be read as an image"):
+        read_image(tmp_path / "text.jpg")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
+    with pytest.raises(UserError, match="cut.jpg cannot be decoded"):
+        read_image(tmp_path / "cut.jpg")
+
+
+def test_no_image_has_a_label(tmp_path):
+    write_pair(tmp_path / "a", tmp_path / "b", name="x")
+    write_pair(tmp_path / "c", tmp_path / "d", name="y")
+    with pytest.raises(UserError, match="no image of"):
+        pair_files(tmp_path / "a", tmp_path / "d")
+
+
+def test_in_order_keeps_order_and_raises():
+    assert list(in_order(lambda x: x * x, range(50), 4)) == [x * x for x in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(lambda x: 1 // (x - 9), range(50), 3))
+
+
+def test_large_images_are_kept_at_the_largest_size_that_is_needed(tmp_path):
+    """What is kept is the image resized as at ratio 2; sizes of the crops still follow from the original."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "img/train").mkdir(parents=True)
+    (tmp_path / "ann/train").mkdir(parents=True)
+    for name, (height, width) in (("large", (300, 420)), ("small", (60, 50))):
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
+            tmp_path / "img/train" / f"{name}.png")
+        Image.fromarray(generator.integers(0, 20, (height, width), dtype=np.uint8)).save(
+            tmp_path / "ann/train" / f"{name}.png")
+    split, lines = open_split("lip", tmp_path, "train"), []
+    store = PixelStore(split, (128, 48), CPU, tmp_path, "cpu", 0, lines.append)
+    size = rescale_size(300, 420, (256, 96))
+    assert store.stored == [size, (60, 50)]
+    batch, sizes = store.batch([0, 1], CPU)
+    assert sizes == [(300, 420), (60, 50)]
+    kept = batch.pixels[:size[0] * size[1]].view(torch.uint8).view(*size, 4)
+    image, label = split.load(0)
+    assert torch.equal(kept[..., :3].permute(2, 0, 1), resize_image(torch.from_numpy(image), *size))
+    assert set(kept[..., 3].unique().tolist()) <= set(np.unique(label).tolist())
+    assert f"{4 * (size[0] * size[1] + 3000) / 1e9:.2f} GB" in lines[0]
+    for images, labels in training_batches(store, range(3), 4, (128, 48), 48, MEAN, STD, seed=0):
+        assert images.shape == (4, 3, 48, 48)
+        assert labels.shape == (4, 48, 48)
+
+
+def test_batches_start_anywhere(tmp_path):
+    """A stream that starts at iteration 5 is the rest of the stream that starts at 0."""
+    for i in range(3):
+        write_pair(tmp_path / "img/train", tmp_path / "ann/train", name=str(i), size=(40 + i, 30), label=i + 1)
+    store = PixelStore(open_split("lip", tmp_path, "train"), (64, 32), CPU, tmp_path, "cpu", 0, lambda line: None)
+    streams = [training_batches(store, range(first, 7), 2, (64, 32), 32, MEAN, STD, seed=1) for first in (0, 5)]
+    whole, rest = (list(stream) for stream in streams)
+    for expected, ours in zip(whole[5:], rest, strict=True):
+        assert torch.equal(expected[0], ours[0])
+        assert torch.equal(expected[1], ours[1])
+
+
+def test_synthetic():
+    kinds = {"synthetic": PART_NAMES, "synthetic-part": PART_NAMES, "synthetic-object": OBJECT_NAMES}
+    for dataset, names in kinds.items():
+        split = open_split(dataset, None, "val")
+        assert split.names == names
+        image, label = split.load(3)
+        assert image.shape == (*label.shape, 3)
+        values = np.unique(label)
+        assert len(values) > 1
+        assert all(value < len(names) or value == 255 for value in values)
+
+
+@needs_real_data
+def test_real_ade20k():
+    """Counts of labels against the files themselves."""
+    split = open_split("ade20k", REAL / "ADEChallengeData2016", "val")
+    assert [split.name(i) for i in range(3)] == [f"ADE_val_0000000{i}" for i in (1, 2, 3)]
+    assert split.names[0] == "wall"
+    for i, (height, width) in enumerate(split.sizes(2)):
+        image, label = split.load(i)
+        raw = np.asarray(Image.open(split.pairs[i][1]))
+        assert image.shape[:2] == label.shape == (height, width)
+        for k in range(1, 151):
+            assert (label == k - 1).sum() == (raw == k).sum()
+        assert (label == 255).sum() == (raw == 0).sum()
+    assert len(open_split("ade20k", REAL, "train")) == 4
+
+
+@needs_real_data
+def test_real_lip():
+    """mmsegmentation's folders; the validation image is grey."""
+    expected = {"train": {0, 2, 5, 13, 14, 15}, "val": {0, 1, 5, 9, 13, 15}}
+    for part, values in expected.items():
+        split = open_split("lip", REAL / "lip_sample", part)
+        image, label = split.load(0)
+        assert image.shape == (*label.shape, 3)
+        assert set(np.unique(label)) == {255 if value == 0 else value - 1 for value in values}
