@@ -1,4 +1,4 @@
-"""Getting and opening checkpoint files: download, hashes, refusals. A server on 127.0.0.1 stands for the official ones."""
+"""Checkpoint files: download, hashes, refusals. A server on 127.0.0.1 stands for the official ones."""
 
 import argparse
 import hashlib
