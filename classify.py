@@ -19,7 +19,6 @@ import torch.nn as nn
 
 from datasets.classification import load_classification
 from datasets.common import (
-    MODELS,
     PAPER_TABLES,
     Log,
     OneLineParser,
@@ -52,7 +51,7 @@ from datasets.feature_cache import Features, encode, encode_batch_size, encode_f
 from datasets.patches import PatchDataset, patch_batches
 from datasets.plots import draw_confusion, draw_curves
 from datasets.random_views import RandomViews, random_crop_flip
-from models import build_model
+from models import METHODS, build_model
 from models.encoder import Encoder
 from models.probe_training import RECIPES, Probe
 from models.probes import build_heads, knn_predict, load_head
@@ -255,7 +254,7 @@ def print_table(folder: Path) -> None:
         rows, remarks = [], []
         ours = {(result["model"], result["dataset"], result["probe"]): result for result in results}
         others = (result["model"] for result in results if result["dataset"] in datasets)
-        for model in dict.fromkeys((*MODELS, *others)):
+        for model in dict.fromkeys((*METHODS, *others)):
             cells = []
             for dataset, probe in columns:
                 result = ours.get((model, dataset, probe))
@@ -434,7 +433,8 @@ def main() -> None:
         if time.monotonic() - saved >= args.checkpoint_seconds and epoch + 1 < args.epochs:
             save_checkpoint(checkpoint, fixed, epoch + 1, probes)
             saved = time.monotonic()
-    log(f"trained in {time.monotonic() - encoded:.1f} s; {memory_peak(device)}")
+    result |= {"seconds_features": encoded - started, "seconds_training": time.monotonic() - encoded}
+    log(f"trained in {result['seconds_training']:.1f} s; {memory_peak(device)}")
 
     results = []
     for probe in probes:

@@ -1,0 +1,526 @@
+"""classify.py from the command line's side, on a small CUB that is drawn here, with a small real encoder file."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import classify
+import datasets.feature_cache as feature_cache
+from datasets import synthetic
+from datasets.classification import load_classification
+from datasets.common import UserError
+from datasets.feature_cache import encode, encode_features
+from datasets.random_views import RandomViews, random_crop_flip
+from models import build_model
+from models.probe_training import Probe, Recipe
+from models.probes import load_head
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "tests" / "golden" / "ibot" / "checkpoint.pth"
+COLOURS = {9: (190, 60, 60), 11: (60, 190, 60), 12: (60, 60, 190), 14: (190, 190, 190)}
+PLACES = {9: (60, 60), 11: (140, 60), 12: (60, 140), 14: (140, 140)}
+
+
+@pytest.fixture(scope="session")
+def cub(tmp_path_factory):
+    """24 birds of nothing but parts, a shape and colour each, on noise: 4 patches an image, 16 images for training."""
+    root = tmp_path_factory.mktemp("birds") / "CUB_200_2011"
+    (root / "parts").mkdir(parents=True)
+    (root / "images" / "001.Bird").mkdir(parents=True)
+    chance = np.random.default_rng(0)
+    rows = []
+    for image in range(1, 25):
+        picture = Image.fromarray(chance.integers(0, 255, (200, 200, 3), dtype=np.uint8))
+        draw = ImageDraw.Draw(picture)
+        for part, (x, y) in PLACES.items():
+            x, y = x + int(chance.integers(-4, 5)), y + int(chance.integers(-4, 5))
+            colour = tuple(int(value) for value in np.array(COLOURS[part]) + chance.integers(-40, 41, 3))
+            shape = draw.ellipse if part in (9, 14) else draw.rectangle
+            shape((x - 18, y - 18, x + 18, y + 18), fill=colour)
+            rows.append(f"{image} {part} {x}.0 {y}.0 1")
+        picture.save(root / "images" / "001.Bird" / f"{image}.jpg", quality=90)
+    (root / "images.txt").write_text("".join(f"{i} 001.Bird/{i}.jpg\n" for i in range(1, 25)))
+    (root / "train_test_split.txt").write_text("".join(f"{i} {int(i <= 16)}\n" for i in range(1, 25)))
+    (root / "parts" / "parts.txt").write_text("9 left wing\n11 right eye\n12 right leg\n14 tail\n")
+    (root / "parts" / "part_locs.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """24 + 9 images of three classes in class folders."""
+    root = tmp_path_factory.mktemp("folder")
+    chance = np.random.default_rng(1)
+    for split, count in (("train", 8), ("val", 3)):
+        for label, name in enumerate(("cats", "dogs", "emus")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = chance.integers(0, 200, (40, 50, 3), dtype=np.uint8)
+                pixels[..., label] += 55
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def common(dataset, root, output, weights=WEIGHTS):
+    return ["--model", "ibot", "--weights", str(weights), "--num-heads", "3", "--dataset", dataset, "--data-path",
+            str(root), "--output-dir", str(output), "--workers", "0", "--device", "cpu"]
+
+
+def run(monkeypatch, *words):
+    """Runs main in this process; returns the results it appended, by probe."""
+    monkeypatch.setattr(sys, "argv", ["classify.py", *map(str, words)])
+    output = Path(words[words.index("--output-dir") + 1])
+    before = len(results(output))
+    classify.main()
+    return {result["probe"]: result for result in results(output)[before:]}
+
+
+def results(output):
+    path = output / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def count_encoded(monkeypatch):
+    """Counts the images that are encoded from now on."""
+    seen = []
+
+    def counting(encoder, images, precision):
+        seen.append(len(images))
+        return encode(encoder, images, precision)
+
+    monkeypatch.setattr(feature_cache, "encode", counting)
+    monkeypatch.setattr(classify, "encode", counting)
+    return seen
+
+
+def test_one_run_all_probes_and_the_saved_heads(monkeypatch, cub, tmp_path, capsys):
+    encoded, encoders = count_encoded(monkeypatch), []
+
+    def build(*arguments, **options):
+        encoder = build_model(*arguments, **options)
+        encoders.append((encoder, {name: tensor.clone() for name, tensor in encoder.state_dict().items()}))
+        return encoder
+
+    monkeypatch.setattr(classify, "build_model", build)
+    found = run(monkeypatch, *common("cub", cub, tmp_path), "--probe", "linear", "attentive", "knn", "--batch-size", 32,
+                "--epochs", 12, "--lr", 0.1, 0.02, "--seeds", 2, "--save-plots")
+    assert set(found) == {"linear", "attentive", "knn"}
+    # 12 epochs, 3 probes, 4 heads each: every patch once, 64 for training and 32 for test.
+    assert sum(encoded) == 96
+    [(encoder, before)] = encoders
+    after = encoder.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+    for kind in ("linear", "attentive"):
+        result = found[kind]
+        assert (result["task"], result["dataset"]) == ("classify", "cub")
+        assert (result["num_train"], result["num_test"]) == (64, 32)
+        assert len(result["sha256"]) == 64 and result["args"]["epochs"] == 12 and result["world_size"] == 1
+        matrix = np.array(result["confusion"])
+        assert matrix.sum() == 32 and len(result["heads"]) == 4
+        chosen = [head for head in result["heads"] if head["lr"] == result["lr"]]
+        assert result["best_acc1"] == pytest.approx(np.mean([head["best_acc1"] for head in chosen]))
+        assert result["best_acc1_std"] == pytest.approx(np.std([head["best_acc1"] for head in chosen], ddof=1))
+        # The saved head is the best of those, and gives its accuracy again.
+        best = max(head["best_acc1"] for head in chosen)
+        assert 100 * np.trace(matrix) / 32 == pytest.approx(best)
+        assert best > 60, "chance is 25"
+        path = tmp_path / f"ibot_cub_{kind}_head.pth"
+        again = run(monkeypatch, *common("cub", cub, tmp_path), "--evaluate", path)[kind]
+        assert again["acc1"] == pytest.approx(best) and again["confusion"] == result["confusion"]
+        assert Image.open(tmp_path / f"ibot_cub_{kind}_accuracy.png").size == (960, 560)
+        assert Image.open(tmp_path / f"ibot_cub_{kind}_confusion.png").width > 200
+        assert load_head(path).info["classes"] == ["right eye", "right leg", "left wing", "tail"]
+    assert set(found["knn"]["acc1_by_k"]) == {"10", "20", "100", "200"}
+    assert found["knn"]["best_acc1"] == max(found["knn"]["acc1_by_k"].values())
+    printed = capsys.readouterr().out
+    assert "chosen on the test set" in printed and "tokens of 64 patches, 197 x 48 fp32 each: 0.00 GB" in printed
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+
+def test_heads_of_a_grid_are_those_of_single_runs(monkeypatch, cub, tmp_path):
+    words = ["--probe", "linear", "attentive", "--batch-size", 24, "--epochs", 4]
+    grid = run(monkeypatch, *common("cub", cub, tmp_path / "grid"), *words, "--lr", 0.3, 0.05, "--seeds", 2)
+    single = run(monkeypatch, *common("cub", cub, tmp_path / "single"), *words, "--lr", 0.05)
+    for kind in ("linear", "attentive"):
+        [head] = [head for head in grid[kind]["heads"] if head["lr"] == 0.05 and head["seed"] == 0]
+        assert head["acc1"] == pytest.approx(single[kind]["acc1"])
+        assert head["best_acc1"] == pytest.approx(single[kind]["best_acc1"])
+
+
+def small_encoder():
+    return build_model("ibot", str(WEIGHTS), 3, projector=False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cached_features_are_bit_equal_to_encoding_again(cub, tmp_path, precision, monkeypatch):
+    encoder = small_encoder()
+    train, _ = load_classification("cub", cub)
+    lines = []
+
+    def features(place, keep):
+        return encode_features(encoder, train, "train", True, precision, 0, place, tmp_path / "files", keep,
+                               lines.append)
+
+    images = torch.cat([train[index][0] for index in range(len(train))])
+    direct = torch.cat([encode(encoder, part, precision) for part in images.split(16)])
+    kept = tmp_path / "kept"
+    for place, keep in (("cpu", None), ("disk", None), ("cpu", kept), ("disk", kept)):
+        one = features(place, keep)
+        assert one.tokens.dtype == feature_cache.DTYPES[precision]
+        assert torch.equal(one.tokens, direct) and torch.equal(one.cls, direct[:, 0])
+        tokens, rstd, rows, labels = next(one.batches([torch.tensor([50, 3, 3 + 40])], True))
+        assert torch.equal(tokens[rows], direct[[3, 43, 50]]) and torch.equal(labels, train.labels[[3, 43, 50]])
+    assert [line for line in lines if "come from the cache" in line] == lines[-1:]
+    assert not list((tmp_path / "files").iterdir()), "a mapped file of this process alone is already unlinked"
+
+    def refuse(*_):
+        raise AssertionError("encoded again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(feature_cache, "encode", refuse)
+        again = features("auto", kept)
+        assert torch.equal(again.tokens, direct)
+
+
+def test_a_kept_cache_of_other_inputs_or_half_written_is_not_used(cub, tmp_path, monkeypatch):
+    encoder, lines = small_encoder(), []
+    train, test = load_classification("cub", cub)
+    encoded = count_encoded(monkeypatch)
+
+    def features(encoder=encoder, dataset=train, precision="fp32"):
+        encoded.clear()
+        one = encode_features(encoder, dataset, "train", True, precision, 0, "auto", tmp_path, tmp_path, lines.append)
+        return sum(encoded), one
+
+    count, first = features()
+    assert count == 64 and features()[0] == 0
+    assert features(precision="bf16")[0] == 64
+    other = small_encoder()
+    other.vit.norm.bias.data[0] += 1e-6
+    assert features(encoder=other)[0] == 64
+    assert features(dataset=test)[0] == 32
+    changed, _ = load_classification("cub", cub)
+    changed.transform.transforms[0].size = 257
+    assert features(dataset=changed)[0] == 64
+    assert features()[0] == 0
+
+    name = feature_cache.fingerprint(encoder, train, "fp32", True)[:20]
+    path = tmp_path / f"{name}-tokens"
+    with open(path / "tokens", "rb+") as file:
+        file.truncate(1000)
+    lines.clear()
+    count, again = features()
+    assert count == 64 and torch.equal(again.tokens, first.tokens)
+    assert any("half-written: refused" in line for line in lines)
+    path.rename(path.with_name(path.name + ".partial"))  # as a killed run leaves it
+    lines.clear()
+    assert features()[0] == 64 and any("half-written: refused" in line for line in lines)
+    assert features()[0] == 0
+
+
+def test_a_cache_folder_that_is_full_or_not_writable_is_said_and_done_without(cub, tmp_path, monkeypatch):
+    encoder, lines = small_encoder(), []
+    _, test = load_classification("cub", cub)
+    (tmp_path / "file").write_text("")
+
+    def features(place, folder, keep):
+        return encode_features(encoder, test, "test", True, "fp32", 0, place, folder, keep, lines.append)
+
+    expected = features("cpu", tmp_path, None).tokens
+    assert torch.equal(features("auto", tmp_path, tmp_path / "file" / "kept").tokens, expected)
+    assert any("not kept" in line and "Not a directory" in line for line in lines)
+    lines.clear()
+    assert torch.equal(features("disk", tmp_path / "file", None).tokens, expected)
+    assert "in memory" in lines[-1] and "cannot take the file" in lines[-1]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    lines.clear()
+    assert torch.equal(features("disk", tmp_path / "disk", tmp_path / "kept").tokens, expected)
+    assert any("not kept" in line and "No space left" in line for line in lines) and "in memory" in lines[-1]
+    monkeypatch.setattr(feature_cache, "free_memory", lambda device: 1000)
+    with pytest.raises(UserError, match=r"0.00 GB fit nowhere: only 0.00 GB are free in memory, .*No space left"):
+        features("auto", tmp_path / "disk", None)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dataset", ["cub", "folder"])
+def test_a_run_that_was_killed_resumes_to_the_same_result(monkeypatch, cub, folder, tmp_path, dataset):
+    root = cub if dataset == "cub" else folder
+    words = ["--probe", "linear", "attentive", "--batch-size", 12, "--epochs", 5, "--seeds", 2,
+             "--checkpoint-seconds", 0]
+    whole = run(monkeypatch, *common(dataset, root, tmp_path / "whole"), *words)
+    parts = common(dataset, root, tmp_path / "parts")
+    save = classify.save_checkpoint
+
+    def save_and_die(path, fixed, epoch, probes):
+        save(path, fixed, epoch, probes)
+        if epoch == 3:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(classify, "save_checkpoint", save_and_die)
+        with pytest.raises(Killed):
+            run(monkeypatch, *parts, *words)
+    assert not results(tmp_path / "parts")
+    with pytest.raises(UserError, match="--resume: epochs was 5 .* and is 6 now"):
+        run(monkeypatch, *parts, *words, "--epochs", 6, "--resume")
+    with pytest.raises(UserError, match="--resume: lr was None"):
+        run(monkeypatch, *parts, *words, "--lr", 0.1, "--resume")
+    resumed = run(monkeypatch, *parts, *words, "--resume")
+    for kind in ("linear", "attentive"):
+        for key in ("acc1", "best_acc1", "best_epoch", "heads", "confusion"):
+            assert resumed[kind][key] == whole[kind][key]
+        one, other = (load_head(tmp_path / name / f"ibot_{dataset}_{kind}_head.pth").state_dict()
+                      for name in ("whole", "parts"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def launch(processes, *words):
+    """Runs classify.py as torchrun would; returns the outputs of the processes."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen([sys.executable, "classify.py", *map(str, words)], cwd=ROOT, env=environment,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate(timeout=600)[0] for process in started]
+    assert all(process.returncode == 0 for process in started), "\n".join(outputs)
+    return outputs
+
+
+@pytest.mark.parametrize(("dataset", "batch"), [("cub", 20), ("folder", 12)])
+def test_two_and_three_processes_agree_with_one(monkeypatch, cub, folder, tmp_path, dataset, batch):
+    root = cub if dataset == "cub" else folder
+    words = ["--batch-size", batch, "--epochs", 6, "--probe", "linear", "attentive", "knn", "--lr", 0.1]
+    expected = run(monkeypatch, *common(dataset, root, tmp_path / "1"), *words)
+    for processes in (2, 3):
+        output = tmp_path / str(processes)
+        # Two processes write one kept cache, three read it.
+        launch(processes, *common(dataset, root, output), *words, "--cache-dir", tmp_path / "kept")
+        found = {result["probe"]: result for result in results(output)}
+        assert found["linear"]["world_size"] == processes
+        for kind in ("linear", "attentive", "knn"):
+            assert found[kind]["acc1"] == pytest.approx(expected[kind]["acc1"], abs=0.1)
+            assert found[kind]["best_acc1"] == pytest.approx(expected[kind]["best_acc1"], abs=0.1)
+        for kind in ("linear", "attentive"):
+            assert np.array(found[kind]["confusion"]).sum() == expected[kind]["num_test"]
+            one, other = (load_head(tmp_path / name / f"ibot_{dataset}_{kind}_head.pth").state_dict()
+                          for name in ("1", str(processes)))
+            for name in one:
+                torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4, msg=f"{kind} {name}")
+
+
+def test_more_processes_than_images(monkeypatch, cub, tmp_path):
+    """Some processes hold no row of a batch, and none of the test set."""
+    root = tmp_path / "CUB_200_2011"
+    root.mkdir()
+    for path in cub.iterdir():
+        (root / path.name).symlink_to(path)
+    (root / "train_test_split.txt").unlink()
+    (root / "train_test_split.txt").write_text("".join(f"{i} {int(i <= 23)}\n" for i in range(1, 25)))
+    words = ["--probe", "attentive", "--batch-size", 2, "--epochs", 1, "--lr", 0.01]
+    expected = run(monkeypatch, *common("cub", root, tmp_path / "1"), *words)["attentive"]
+    launch(2, *common("cub", root, tmp_path / "2"), *words)
+    [found] = results(tmp_path / "2")
+    assert found["num_test"] == 4 and found["acc1"] == pytest.approx(expected["acc1"], abs=0.1)
+
+
+def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, cub, folder, tmp_path, capsys):
+    train, _ = load_classification("cub", cub)
+    held_out = classify.hold_out(train, 0)
+    assert 0 < held_out.sum() < 10 and not set(train.image_index[held_out].tolist()) & set(
+        train.image_index[~held_out].tolist())
+    seen = []
+    steps = Probe.steps
+    monkeypatch.setattr(Probe, "steps", lambda self, ids: seen.append(ids) or steps(self, ids))
+    words = ["--select", "held-out", "--epochs", 3, "--batch-size", 16]
+    found = run(monkeypatch, *common("cub", cub, tmp_path), *words, "--probe", "linear", "knn", "--lr", 0.1, 0.5)
+    assert all(set(ids.tolist()) == set((~held_out).nonzero().flatten().tolist()) for ids in seen)
+    assert found["linear"]["num_train"] == 60 and found["linear"]["num_held_out"] == 4
+    assert "chosen on a held-out tenth" in capsys.readouterr().out
+    chosen = [head for head in found["linear"]["heads"] if head["lr"] == found["linear"]["lr"]]
+    assert chosen[0]["best_score"] == max(head["best_score"] for head in found["linear"]["heads"])
+    augmented = run(monkeypatch, *common("folder", folder, tmp_path), *words, "--probe", "attentive", "--lr", 0.1)
+    assert augmented["attentive"]["num_held_out"] == 2 and augmented["attentive"]["num_train"] == 22
+
+
+def test_authors_defects_use_and_move_the_statistics_at_test_time(cub):
+    encoder = small_encoder()
+    train, _ = load_classification("cub", cub)
+    features = encode_features(encoder, train, "train", True, "fp32", 0, "auto", Path(), None, lambda line: None)
+    ids = torch.arange(64)
+    probe = Probe("attentive", Recipe(0.1, 32), 32, [0.1], [0], 5, 48, 4, 3, torch.device("cpu"))
+    classify.train_on_features(probe, features, ids, 0)
+    before = probe.heads.norm.running_mean.clone()
+    right = classify.confusion_matrix(probe.heads, features, ids, 4)
+    assert torch.equal(probe.heads.norm.running_mean, before)
+    # One image alone: with the statistics of the batch every output is the bias, with the running ones it is not.
+    wrong = classify.confusion_matrix(probe.heads, features, ids, 4, authors_defects=True)
+    assert not torch.equal(probe.heads.norm.running_mean, before)
+    assert right.sum() == wrong.sum() == 64 and not torch.equal(right, wrong)
+
+
+def test_batches_of_views_are_those_of_one_process(folder, monkeypatch):
+    train, _ = load_classification("folder", folder)
+    encoder = small_encoder()
+    views = RandomViews(train, random_crop_flip(), 0)
+    steps = []
+    probes = [Probe(kind, Recipe(0.1, size, every_step=True), size, [0.1], [0], 4, 48, 3, 3, torch.device("cpu"))
+              for kind, size in (("linear", 16), ("attentive", 8))]
+    for probe in probes:
+        probe.step = lambda tokens, rstd, rows, labels, epoch, probe=probe: steps.append(
+            (probe.kind, tuple(tokens.shape), labels.tolist(), epoch))
+    order = classify.epoch_order(torch.arange(24), 0, 1)
+    assert sorted(order.tolist()) == list(range(24)) and order.tolist() != list(range(24))
+    classify.train_on_views(probes, encoder, views, order, 1, "fp32", 0)
+    labels = train.labels[order].tolist()
+    assert steps == [("attentive", (8, 197, 48), labels[:8], 1), ("linear", (16, 1, 48), labels[:16], 1),
+                     ("attentive", (8, 197, 48), labels[8:16], 1 + 1 / 3),
+                     ("attentive", (8, 197, 48), labels[16:], 1 + 2 / 3)] or steps == [
+        ("attentive", (8, 197, 48), labels[:8], 1), ("attentive", (8, 197, 48), labels[8:16], 1 + 1 / 3),
+        ("linear", (16, 1, 48), labels[:16], 1), ("attentive", (8, 197, 48), labels[16:], 1 + 2 / 3)]
+
+
+def test_views_depend_on_image_and_epoch_alone(folder):
+    train, _ = load_classification("folder", folder)
+    one, other = (RandomViews(train, random_crop_flip(), 0) for _ in range(2))
+    state = torch.get_rng_state()
+    first = one[5][0]
+    assert torch.equal(torch.get_rng_state(), state)
+    other[3]
+    assert torch.equal(first, other[5][0]) and first.shape == (1, 3, 224, 224) and first.dtype == torch.uint8
+    other.epoch = 1
+    assert not torch.equal(first, other[5][0])
+    assert not torch.equal(first, RandomViews(train, random_crop_flip(), 1)[5][0])
+
+
+def test_images_without_augmentation_are_encoded_once(monkeypatch, folder, tmp_path):
+    encoded = count_encoded(monkeypatch)
+    run(monkeypatch, *common("folder", folder, tmp_path), "--no-augment", "--epochs", 3, "--batch-size", 12, "--probe",
+        "linear", "attentive")
+    assert sum(encoded) == 24 + 9
+    encoded.clear()
+    run(monkeypatch, *common("folder", folder, tmp_path), "--epochs", 3, "--batch-size", 12, "--probe", "linear")
+    assert sum(encoded) == 3 * 24 + 9
+
+
+def test_untrained_encoder_beats_chance_on_synthetic_parts(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(synthetic, "NUM_IMAGES", {"train": 200, "test": 100, "val": 100})
+    found = run(monkeypatch, "--model", "timm/vit_tiny_patch16_224", "--weights", "random", "--output-dir", tmp_path,
+                "--workers", 1, "--device", "cpu", "--batch-size", 64, "--probe", "linear", "attentive", "--epochs", 60,
+                "--lr", 0.05)
+    matrix = np.array(found["linear"]["confusion"])
+    chance = 100 * matrix.sum(1).max() / matrix.sum()  # the largest class
+    with capsys.disabled():
+        print(f"\nuntrained ViT-Ti on synthetic parts: largest class {chance:.1f}%, " + ", ".join(
+            f"{kind} {result['acc1']:.1f}% (last epoch)" for kind, result in found.items()))
+    for result in found.values():
+        assert result["acc1"] > chance + 8
+        assert result["weights"] == "random" and result["dataset"] == "synthetic"
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--batch-size", "65"], r"--batch-size 65 is larger than the training set \(64 patches\)"),
+    (["--cache", "gpu"], "--cache gpu: this run has no GPU"),
+    (["--lr", "0.1", "0.1"], "must be positive and differ"),
+    (["--no-augment"], "--no-augment is for whole images"),
+    (["--evaluate", "nothing.pth"], "--evaluate nothing.pth does not exist"),
+    (["--evaluate", str(WEIGHTS)], "is not a head that classify.py saved"),
+])
+def test_mistakes_in_arguments(monkeypatch, cub, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, *common("cub", cub, tmp_path), *words)
+    assert not results(tmp_path)
+
+
+def test_a_mistake_is_one_line_and_status_2(cub, tmp_path):
+    done = subprocess.run([sys.executable, "classify.py", "--dataset", "cub", "--output-dir", str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: --dataset cub needs --data-path DIR; --dataset synthetic needs no files\n"
+
+
+def test_a_head_of_another_width_or_other_classes_is_refused(monkeypatch, cub, folder, tmp_path):
+    run(monkeypatch, *common("folder", folder, tmp_path), "--no-augment", "--epochs", 1, "--batch-size", 12)
+    head = tmp_path / "ibot_folder_linear_head.pth"
+    with pytest.raises(UserError, match=r"knows 3 classes \(cats, dogs, emus, ...\), the data set has 4 \(right eye"):
+        run(monkeypatch, *common("cub", cub, tmp_path), "--evaluate", head)
+    content = torch.load(head, weights_only=True)
+    content["head"]["weight"] = torch.zeros(1, 3, 64)
+    for name in ("norm.running_mean", "norm.running_var"):
+        content["head"][name] = torch.zeros(1, 64)
+    torch.save(content, head)
+    with pytest.raises(UserError, match="takes features of width 64, the encoder gives 48"):
+        run(monkeypatch, *common("folder", folder, tmp_path), "--evaluate", head)
+
+
+def test_class_folders_that_do_not_fit(monkeypatch, folder, tmp_path):
+    root = tmp_path / "data"
+    (root / "train").mkdir(parents=True)
+    (root / "val").mkdir()
+    for name in ("cats", "emus"):
+        (root / "train" / name).symlink_to(folder / "train" / name)
+    for name in ("emus", "dogs"):
+        (root / "val" / name).symlink_to(folder / "val" / name)
+    with pytest.raises(UserError, match="class dogs is in the test set and has no training patch"):
+        load_classification("folder", root)
+    (root / "val" / "dogs").unlink()
+    train, test = load_classification("folder", root)
+    assert train.classes == test.classes == ["cats", "emus"] and test.labels.tolist() == [1, 1, 1]
+    (root / "val" / "emus").unlink()
+    with pytest.raises(UserError, match="val"):
+        load_classification("folder", root)
+    (root / "val").rmdir()
+    with pytest.raises(UserError, match="has no folder val or test"):
+        load_classification("folder", root)
+
+
+def test_table_puts_published_and_ours_side_by_side(monkeypatch, tmp_path, capsys):
+    line = {"task": "classify", "model": "ibot", "weights": "checkpoint.pth", "dataset": "cub", "probe": "attentive",
+            "best_acc1": 96.04, "select": "test", "num_train": 15000, "args": {"authors_defects": False}}
+    other = line | {"model": "mae", "dataset": "imagenet", "probe": "linear", "best_acc1": 12.0, "weights": "random"}
+    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(other) + "\n")
+    monkeypatch.setattr(sys, "argv", ["classify.py", "--table", "--output-dir", str(tmp_path)])
+    classify.main()
+    printed = capsys.readouterr().out
+    assert "| ibot | 93.8 | - | - | 95.8 | 96.0 | +0.2 | 92.1 | - | - | 95.1 | - | - |" in printed
+    assert "| mae | 67.8 | 12.0 | -55.8 | 74.2 | - | - |" in printed
+    assert "* mae, imagenet linear: random weights" in printed
+
+
+def test_real_cub_sample(monkeypatch, tmp_path):
+    root = ROOT.parent / "shared" / "real" / "CUB_200_2011"
+    if not root.is_dir():
+        pytest.skip(f"the real CUB sample is not at {root}")
+    words = [*common("cub", root, tmp_path), "--epochs", 2, "--probe", "linear", "knn"]
+    found = run(monkeypatch, *words)
+    assert found["linear"]["num_train"] == 467 and found["linear"]["num_test"] == 447
+    assert found["linear"]["batch_size"] == 467, "the default batch shrinks to the training set"
+    assert found["linear"]["lr"] == pytest.approx(0.4 * 467 / 1024)
