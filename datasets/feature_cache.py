@@ -132,6 +132,8 @@ def encode_features(encoder: Encoder, dataset: PatchDataset, label: str, with_to
         raise UserError(f"{label}: the encoder gave features that are not finite at --precision {precision}; "
                         "take bf16 or fp32")
     missing = (gather_rows(arrays["found"]) == 0).nonzero().flatten().cpu()
+    if len(missing):
+        log(f"{label}: {len(missing)} patches are left out, their images could not be decoded")
     return Features(first, dataset.labels[first:last].to(device), arrays["cls"], arrays.get("tokens"),
                     arrays.get("rstd"), missing)
 
@@ -303,7 +305,7 @@ class KeptCache:
 
 def fingerprint(encoder: Encoder, dataset: PatchDataset, precision: str, with_tokens: bool) -> str:
     """SHA-256 of all that the features depend on: weights and buffers, images (path, size, time of change, boxes,
-    labels), transform, precision, device type, code of models/ (but for the probes) and of datasets/, versions."""
+    labels), transform, precision, device type, the code of encoders and patches, versions."""
     digest = hashlib.sha256()
     device = next(encoder.parameters()).device.type
     for text in (precision, device, torch.__version__, timm.__version__, str(with_tokens), repr(dataset.transform),
@@ -312,10 +314,11 @@ def fingerprint(encoder: Encoder, dataset: PatchDataset, precision: str, with_to
     for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers()):
         digest.update(name.encode() + str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    root = Path(__file__).parent
-    for path in sorted((*root.glob("*.py"), *(root.parent / "models").glob("*.py"))):
-        if path.name not in ("probes.py", "plots.py"):
-            digest.update(path.read_bytes())
+    root = Path(__file__).parents[1]
+    for pattern in ("models/*.py", "datasets/patches.py", "datasets/synthetic*.py"):
+        for path in sorted(root.glob(pattern)):
+            if not path.name.startswith(("probe", "segmentation")):
+                digest.update(path.read_bytes())
     for image in dataset.images:
         digest.update(repr(image).encode())
         if isinstance(image.path, str) and os.path.exists(image.path):

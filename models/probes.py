@@ -1,7 +1,7 @@
 """Probing heads on frozen tokens: linear and attentive, many of each trained at once; SGD, LARS, schedule, kNN.
 
 A module here holds K heads of one kind, which see the same batches and differ in learning rate or initial weights.
-Every parameter has a leading dimension K. Sources: section 5.2 and appendix A.4 of the paper and the code behind it;
+Every parameter has a leading dimension K. Sources: sections 4.1, 4.2 and A.4 of the paper and the code behind it;
 the attentive head is CAE's (Chen et al. 2022).
 """
 

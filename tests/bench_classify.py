@@ -181,7 +181,8 @@ def main():
 
     patches = train.num_patches + test.num_patches
     machine = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{machine}, ViT-B/16, {precision}, {train.num_patches} + {test.num_patches} patches, {args.epochs} epochs, batch {batch_size}")
+    print(f"\n{machine}, ViT-B/16, {precision}, {train.num_patches} + {test.num_patches} patches, {args.epochs} "
+          f"epochs, batch {batch_size}")
     print(f"one pass over train and test, the encoder alone as the plain way runs it: {epoch['encoding']:.1f} s "
           f"({patches / epoch['encoding']:.1f} patches/s)")
     print("| probe | plain way, s | ours, s | times faster | of one pass | features, s | training, s | GPU peak, GB |\n"

@@ -446,6 +446,26 @@ def test_untrained_encoder_beats_chance_on_synthetic_parts(monkeypatch, tmp_path
         assert result["weights"] == "random" and result["dataset"] == "synthetic"
 
 
+def test_an_image_that_cannot_be_decoded(monkeypatch, cub, tmp_path, capsys):
+    root = tmp_path / "CUB_200_2011"
+    (root / "images" / "001.Bird").mkdir(parents=True)
+    for path in cub.iterdir():
+        if path.name != "images":
+            (root / path.name).symlink_to(path)
+    for path in (cub / "images" / "001.Bird").iterdir():
+        (root / "images" / "001.Bird" / path.name).symlink_to(path)
+    bad = root / "images" / "001.Bird" / "3.jpg"
+    bad.unlink()
+    bad.write_bytes(b"no image")
+    words = [*common("cub", root, tmp_path), "--epochs", 1, "--probe", "linear", "attentive", "knn"]
+    with pytest.raises(UserError, match=r"3\.jpg cannot be decoded .*--skip-bad-images"):
+        run(monkeypatch, *words)
+    assert not results(tmp_path)
+    found = run(monkeypatch, *words, "--skip-bad-images")
+    assert found["attentive"]["num_train"] == found["knn"]["num_train"] == 60
+    assert "training set: 4 patches are left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--batch-size", "65"], r"--batch-size 65 is larger than the training set \(64 patches\)"),
     (["--cache", "gpu"], "--cache gpu: this run has no GPU"),
