@@ -107,7 +107,8 @@ def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: 
             for number, block in enumerate(blocks):
                 similarity.addmm_(block[at], block.T, beta=min(number, 1))
             if exclude_query:
-                similarity[torch.arange(len(chunk), device=device), at] = float("-inf")
+                # Below every cosine, so that it is the last of the positives, which the ranking then skips.
+                similarity[torch.arange(len(chunk), device=device), at] = -1.5
             rank = ranked_precision_cpu if device.type == "cpu" else ranked_precision
             result[chunk] = rank(similarity, start, stop, skip=int(exclude_query)).cpu()
     return result
@@ -138,15 +139,15 @@ def ranked_precision(similarity: torch.Tensor, start: int, stop: int, skip: int)
 
 
 def ranked_precision_cpu(similarity: torch.Tensor, start: int, stop: int, skip: int) -> torch.Tensor:
-    """ranked_precision for the CPU, where NumPy's sort of plain integers is the fast one, one thread to a few rows."""
+    """ranked_precision of similarities in (-2, 2) for the CPU, where NumPy's sort of plain integers is the fast one."""
     count, positives = similarity.shape[1], stop - start
     numbers = np.arange(positives)
 
     def rank(rows: np.ndarray) -> np.ndarray:
-        # 33-bit integers in the order of the floats (-0 made 0), the lowest bit 0 for positives and 1 for the others:
-        # one sort without indices, and among equal similarities the positives come first.
-        bits = (rows + 0.0).view(np.int32)
-        keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+        # Whole numbers in the order of the floats (-0 made 0). Below 2 in size they take 31 bits, so a lowest bit fits in
+        # that is 0 for positives and 1 for the others: one sort without indices, with positives first among equals.
+        keys = (rows + 0.0).view(np.int32)
+        keys ^= (keys >> 31) & 0x7FFFFFFF
         keys <<= 1
         keys |= 1
         keys[:, start:stop] -= 1
@@ -154,14 +155,17 @@ def ranked_precision_cpu(similarity: torch.Tensor, start: int, stop: int, skip: 
         at = np.flatnonzero((keys & 1) == 0)
         values = keys.ravel()[at].reshape(len(rows), positives)
         below = at.reshape(len(rows), positives) - count * np.arange(len(rows))[:, None]
-        # Equal positives share a threshold: all take the place of the first of them.
-        first = np.where(np.diff(values, axis=1, prepend=-1) != 0, numbers, 0)
-        first = np.maximum.accumulate(first, axis=1)
-        below = np.take_along_axis(below, first, axis=1)
+        first = numbers
+        new = values[:, 1:] != values[:, :-1]
+        if not new.all():
+            # Equal positives share a threshold: all take the place of the first of them.
+            first = np.zeros_like(below)
+            np.maximum.accumulate(numbers[1:] * new, axis=1, out=first[:, 1:])
+            below = np.take_along_axis(below, first, axis=1)
         return ((positives - first) / (count - below))[:, skip:].mean(axis=1)
 
     # As many rows as a core's second-level cache holds.
-    rows = max(1, 2**16 // count)
+    rows = max(1, 2**17 // count)
     if positives == skip:
         return torch.full((len(similarity),), float("nan"), dtype=torch.float64)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

@@ -1,0 +1,139 @@
+"""How fast retrieval is, and what reduced precision costs; run by hand on a quiet machine:
+
+    python tests/bench_retrieval.py ranking      ours against broadcast cosine similarity and scikit-learn per query
+    python tests/bench_retrieval.py encoder      images per second, eager and compiled, against the matrix rate
+    python tests/bench_retrieval.py precision    AP at fp32, bf16, fp16 (--model, --weights, --data-path as retrieval.py)
+
+Every figure stands beside the floor that this machine allows: operations over the rate of a plain product, and elements
+over the rate of a plain sort, both measured here in the same run.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import average_precision_score
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from datasets.common import autocast
+from datasets.cub import load_cub
+from datasets.synthetic import load_synthetic_patches
+from models import build_model
+from retrieval import average_precision, encode, mean_average_precision
+
+VIT_B_FLOP = 35.1e9  # ViT-B/16 at 224, one image, a multiplication and an addition counted as two
+
+
+def seconds(function, device, repeats=3):
+    """The best of several runs, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def matrix_rate(device, dtype, size):
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, device)
+
+
+def peak(device):
+    if device.type == "cuda":
+        return f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the device"
+    return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of the process"
+
+
+def ranking(device, sizes, sample):
+    product_rate = matrix_rate(device, torch.float32, 8192 if device.type == "cuda" else 2048)
+    row = torch.randn(64, 30000, device=device)
+    sort = (lambda: row.sort(dim=1)) if device.type == "cuda" else (lambda: row.clone().numpy().sort(axis=1))
+    sort_rate = row.numel() / seconds(sort, device)
+    print(f"{device}: float32 products {product_rate / 1e12:.2f} TFLOP/s, sort {sort_rate / 1e9:.2f} G elements/s")
+    for count in sizes:
+        features = torch.randn(count, 768, generator=torch.Generator().manual_seed(0)).to(device)
+        labels = torch.arange(count) % 4
+        ours = seconds(lambda f=features, y=labels: average_precision(f, y), device, repeats=3 if count < 50000 else 1)
+        floor = 2 * count**2 * 768 / product_rate, count**2 / sort_rate
+        line = (f"N = {count:,} x 768, 4 classes: {ours:.3f} s; floor {floor[0]:.3f} s of products and "
+                f"{floor[1]:.3f} s of sorting; {peak(device)}")
+        if count <= 5000:
+            queries = torch.randperm(count, generator=torch.Generator().manual_seed(1))[:sample].tolist()
+
+            def plain(features=features, labels=labels, queries=queries):
+                for query in queries:
+                    similarity = F.cosine_similarity(features[query][None], features, dim=1)
+                    average_precision_score((labels == labels[query]).numpy(), similarity.cpu().numpy())
+
+            plain_time = seconds(plain, device) * count / sample
+            line += f"; plain way {plain_time:.1f} s ({sample} queries, scaled): {plain_time / ours:.0f} times ours"
+        print(line, flush=True)
+
+
+def encoder(device, batch, compiled):
+    model = build_model("ibot", "random", projector=False).to(device)
+    images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8).to(device)
+    rate = matrix_rate(device, torch.bfloat16, 8192 if device.type == "cuda" else 2048)
+    print(f"{device}: bf16 products {rate / 1e12:.2f} TFLOP/s; ViT-B/16 at 224, batches of {batch}")
+    first = None
+    for precision in ("fp32", "bf16", "fp16"):
+        for way in ("eager", "compiled") if compiled else ("eager",):
+            run = torch.compile(model) if way == "compiled" else model
+
+            def forward(run=run, precision=precision):
+                with torch.inference_mode(), autocast(device, precision):
+                    run(model.preprocess(images))
+
+            per_second = batch / seconds(forward, device)
+            first = first or per_second
+            print(f"{precision} {way}: {per_second:,.1f} images/s, {per_second / first:.2f} times fp32 eager, "
+                  f"{100 * per_second * VIT_B_FLOP / rate:.0f}% of the bf16 matrix rate; {peak(device)}", flush=True)
+
+
+def precision(device, model, weights, num_heads, data_path, num_images):
+    dataset = load_cub(data_path) if data_path else load_synthetic_patches("train", num_images)
+    network = build_model(model, weights, num_heads).to(device)
+    names = ["cls", "avg"] + ["projected"] * network.has_projector
+    reference = None
+    for name in ("fp32", "bf16", "fp16"):
+        features, ids = encode(network, dataset, names, 64, 0, name, device)
+        ap = {key: mean_average_precision(average_precision(rows, dataset.labels[ids]), dataset.labels[ids])[0]
+              for key, rows in features.items()}
+        reference = reference or ap
+        figures = ", ".join(f"{key} {ap[key]:.3f} ({ap[key] - reference[key]:+.3f})" for key in ap)
+        print(f"{model} {weights} {name}: {figures} on {len(ids)} patches", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("ranking", "encoder", "precision"))
+    parser.add_argument("--sizes", type=int, nargs="+", help="rows (default: 4000; on CUDA 30543 and 150000 too)")
+    parser.add_argument("--sample", type=int, default=50, help="queries of the plain way")
+    parser.add_argument("--batch-size", type=int, help="(default: 16, on CUDA 512)")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too: minutes on a CPU")
+    parser.add_argument("--model", default="ibot")
+    parser.add_argument("--weights", default="random")
+    parser.add_argument("--num-heads", type=int)
+    parser.add_argument("--data-path", help="CUB_200_2011 (default: synthetic)")
+    parser.add_argument("--num-images", type=int, default=60)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.what == "ranking":
+        ranking(device, args.sizes or ([4000, 30543, 150000] if device.type == "cuda" else [4000]), args.sample)
+    elif args.what == "encoder":
+        encoder(device, args.batch_size or (512 if device.type == "cuda" else 16), args.compiled)
+    else:
+        precision(device, args.model, args.weights, args.num_heads, args.data_path, args.num_images)
+
+
+if __name__ == "__main__":
+    main()
