@@ -144,8 +144,8 @@ def ranked_precision_cpu(similarity: torch.Tensor, start: int, stop: int, skip: 
     numbers = np.arange(positives)
 
     def rank(rows: np.ndarray) -> np.ndarray:
-        # Whole numbers in the order of the floats (-0 made 0). Below 2 in size they take 31 bits, so a lowest bit fits in
-        # that is 0 for positives and 1 for the others: one sort without indices, with positives first among equals.
+        # Whole numbers in the order of the floats (-0 made 0). Below 2 in size they take 31 bits: a lowest bit fits in
+        # that is 0 for positives and 1 for others, so one sort without indices does, positives first among equals.
         keys = (rows + 0.0).view(np.int32)
         keys ^= (keys >> 31) & 0x7FFFFFFF
         keys <<= 1

@@ -44,7 +44,7 @@ def _process(main, words, rank, processes, port, pipe):
 
 @pytest.fixture
 def launch():
-    """launch(main, words, processes=1, status=0) -> (standard output, error) of the first process; all have that status.
+    """launch(main, words, processes=1, status=0) -> (standard output, error) of the first process; all end in status.
     Several processes join through gloo, by torchrun's variables."""
     def run(main, words, processes=1, status=0):
         if processes == 1:
