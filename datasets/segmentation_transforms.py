@@ -16,8 +16,8 @@ import torch
 IGNORE = 255
 CROP_DRAWS = 10
 CPU_BAND = 64  # rows
-# Hue, saturation -> what value is multiplied by to give red, green, blue; made on first use, one per device.
-_hsv_factors: dict[torch.device, torch.Tensor] = {}
+# Made on first use, for each device.
+_colour_tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
 
 class Augmentation(NamedTuple):
@@ -149,12 +149,15 @@ def resized_pixels(batch: Packed, rows: Taps, columns: Taps) -> torch.Tensor:
     lines.bitwise_right_shift_(4)
 
     def weighted(row, weight):
-        index = (row - first)[:, None, :, None].expand(-1, 3, -1, lines.shape[3])
-        chosen = lines[:, :, index[0, 0, :, 0]] if len(lines) == 1 else lines.gather(2, index)
+        index = row - first
+        if len(lines) == 1:
+            chosen = lines.index_select(2, index[0])
+        else:
+            chosen = lines.gather(2, index[:, None, :, None].expand(-1, 3, -1, lines.shape[3]))
         return chosen.mul_(weight[:, None, :, None]).bitwise_right_shift_(16)
 
-    mixed = weighted(rows.lower, rows.lower_weight) + weighted(rows.upper, rows.upper_weight)
-    return mixed.add_(2).bitwise_right_shift_(2)
+    mixed = weighted(rows.lower, rows.lower_weight)
+    return mixed.add_(weighted(rows.upper, rows.upper_weight)).add_(2).bitwise_right_shift_(2)
 
 
 def resize_image(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -196,14 +199,16 @@ def choose_crops(cut, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def crop_indices(offset: torch.Tensor, size: torch.Tensor, crop: int, flip: torch.Tensor | None = None) -> tuple:
-    """Rows or columns of the resized image under a crop, int64 [B, crop], and where there are any, bool [B, crop]:
-    an image smaller than the crop leaves the rest empty. flip: bool [B], columns in reverse."""
+    """Rows or columns of the resized image under a crop, int64 [B, crop], and where there are any, bool [B, crop]: an
+    image smaller than the crop leaves the rest empty, given as its edge. flip: bool [B], columns in reverse."""
     place = torch.arange(crop, device=size.device)[None]
     covered = torch.minimum(size, torch.full_like(size, crop))[:, None]
     inside = place < covered
+    # Beyond the image the last place again, which costs resized_pixels no source rows.
+    place = torch.minimum(place, covered - 1)
     if flip is not None:
         place = torch.where(flip[:, None], covered - 1 - place, place)
-    return torch.where(inside, offset[:, None] + place, 0), inside
+    return offset[:, None] + place, inside
 
 
 def choose_crop_region(batch: Packed, augmentations: list[Augmentation], out_sizes: list[tuple[int, int]],
@@ -243,27 +248,33 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """int32 [256] and [256], round(255 * 4096 / i) and round(30 * 4096 / i) with 0 for 0; float32 [3, 180 * 256]."""
+    if device not in _colour_tables:
+        quotients = [torch.tensor([0, *(round(numerator / i) for i in range(1, 256))], dtype=torch.int32)
+                     for numerator in (255 * 4096, 30 * 4096)]
+        _colour_tables[device] = tuple(table.to(device) for table in (*quotients, _make_hsv_factors()))
+    return _colour_tables[device]
+
+
 def rgb_to_hsv(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """int32 [B, 3, H, W], 0 to 255 -> hue 0 to 179, saturation and value 0 to 255, int32 [B, H, W] (OpenCV, 8 bits)."""
+    per_value, per_spread, _ = _tables(rgb.device)
     red, green, blue = rgb.unbind(1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    spread = value - torch.minimum(torch.minimum(red, green), blue)
-    # Rounded quotients of numbers below 2^21: float32 gives the same whole numbers as exact arithmetic (tested). Where
-    # the divisor is 0 so is what the quotient is multiplied by.
-    per_value = _quotient(255 * 4096, value)
-    per_spread = _quotient(30 * 4096, spread)
-    saturation = (spread * per_value).add_(2048).bitwise_right_shift_(12)
-    # All ones where red (green) is not the largest: bits choose among three numerators faster than where() does.
+    value = torch.maximum(red, green)
+    value = torch.maximum(value, blue, out=value)
+    spread = torch.minimum(red, green)
+    spread = torch.sub(value, torch.minimum(spread, blue, out=spread), out=spread)
+    saturation = take(per_value, value).mul_(spread).add_(2048).bitwise_right_shift_(12)
+    # Bits choose among the three numerators, several times faster than where(): a mask is all ones where red (green) is
+    # not the largest, and a ^ ((a ^ b) & mask) is b there and a elsewhere.
     not_red, not_green = (red - value).bitwise_right_shift_(31), (green - value).bitwise_right_shift_(31)
-    if_green, if_blue = (blue - red).add_(spread, alpha=2), (red - green).add_(spread, alpha=4)
-    numerator = ((green - blue) & ~not_red) | (not_red & ((if_green & ~not_green) | (if_blue & not_green)))
-    hue = numerator.mul_(per_spread).add_(2048).bitwise_right_shift_(12)
+    numerator, if_green = green - blue, (blue - red).add_(spread, alpha=2)
+    if_blue = (red - green).add_(spread, alpha=4)
+    if_green ^= if_blue.bitwise_xor_(if_green).bitwise_and_(not_green)
+    numerator ^= if_green.bitwise_xor_(numerator).bitwise_and_(not_red)
+    hue = numerator.mul_(take(per_spread, spread)).add_(2048).bitwise_right_shift_(12)
     return wrap_hue(hue), saturation, value
-
-
-def _quotient(numerator: int, divisor: torch.Tensor) -> torch.Tensor:
-    divisor = divisor.clamp(min=1).float()
-    return torch.full_like(divisor, numerator).div_(divisor).round_().int()
 
 
 def wrap_hue(hue: torch.Tensor) -> torch.Tensor:
@@ -274,13 +285,12 @@ def wrap_hue(hue: torch.Tensor) -> torch.Tensor:
 
 def hsv_to_rgb(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """int32 [B, H, W] each, ranges as in rgb_to_hsv -> int32 [B, 3, H, W] (OpenCV, 8 bits, fractions dropped)."""
-    device = hue.device
-    if device not in _hsv_factors:
-        _hsv_factors[device] = _make_hsv_factors().to(device)
     index = (hue * 256).add_(saturation)
-    scaled = value.float() * torch.tensor(1 / 255, dtype=torch.float32, device=device)
-    colours = [take(factors, index).mul_(scaled).mul_(255).int() for factors in _hsv_factors[device]]
-    return torch.stack(colours, dim=1)
+    scaled = value.float().mul_(torch.tensor(1 / 255, dtype=torch.float32))
+    colours = torch.empty(len(hue), 3, *hue.shape[1:], dtype=torch.int32, device=hue.device)
+    for channel, factors in enumerate(_tables(hue.device)[2]):
+        colours[:, channel] = take(factors, index).mul_(scaled).mul_(255)
+    return colours
 
 
 def _make_hsv_factors() -> torch.Tensor:
@@ -312,16 +322,20 @@ def photometric_distortion(images: torch.Tensor, augmentations: list[Augmentatio
         images = cut(images.float() + per_sample([one.brightness for one in augmentations]))
     if any(one.contrast_first and one.contrast != 1 for one in augmentations):
         images = cut(images * per_sample([one.contrast if one.contrast_first else 1.0 for one in augmentations]))
-    if chosen := [place for place, one in enumerate(augmentations) if one.saturation is not None]:
-        factor = per_sample([augmentations[place].saturation for place in chosen])[:, 0]
+    for name in ("saturation", "hue"):
+        chosen = [place for place, one in enumerate(augmentations) if getattr(one, name) is not None]
+        if not chosen:
+            continue
+        amount = per_sample([getattr(augmentations[place], name) for place in chosen])[:, 0]
         index = to_device(torch.tensor(chosen), images.device)
-        hue, saturation, value = rgb_to_hsv(images[index])
-        images[index] = hsv_to_rgb(hue, cut(saturation * factor), value)
-    if chosen := [place for place, one in enumerate(augmentations) if one.hue is not None]:
-        shift = per_sample([augmentations[place].hue for place in chosen])[:, 0].int()
-        index = to_device(torch.tensor(chosen), images.device)
-        hue, saturation, value = rgb_to_hsv(images[index])
-        images[index] = hsv_to_rgb(wrap_hue(hue + shift), saturation, value)
+        everything = len(chosen) == len(images)
+        hue, saturation, value = rgb_to_hsv(images if everything else images[index])
+        if name == "saturation":
+            saturation = cut(saturation * amount)
+        else:
+            hue = wrap_hue(hue.add_(amount.int()))
+        colours = hsv_to_rgb(hue, saturation, value)
+        images = colours if everything else images.index_copy_(0, index, colours)
     if any(not one.contrast_first and one.contrast != 1 for one in augmentations):
         images = cut(images * per_sample([1.0 if one.contrast_first else one.contrast for one in augmentations]))
     return images
@@ -349,8 +363,8 @@ def training_batch(batch: Packed, sizes: list[tuple[int, int]], augmentations: l
             lines = slice(row, row + band)
             colours = resized_pixels(sources, Taps(*(field[part, lines] for field in rows)),
                                      Taps(*(field[part] for field in columns)))
-            colours = photometric_distortion(colours, augmentations[part]).float()
-            colours = colours.sub_(255 * mean).mul_(1 / (255 * std))
-            inside = region.inside_rows[part, None, lines, None] & region.inside_columns[part, None, None]
-            torch.mul(colours, inside, out=images[part, :, lines])
+            images[part, :, lines] = photometric_distortion(colours, augmentations[part])
+    images.sub_(255 * mean).mul_(1 / (255 * std))
+    if any(min(size) < crop_size for size in out_sizes):
+        images *= region.inside_rows[:, None, :, None] & region.inside_columns[:, None, None]
     return images, labels
