@@ -47,8 +47,9 @@ def exit_with_one_line_errors(main: Callable[[], None]) -> None:
         dist.destroy_process_group()
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, datasets: Sequence[str], batch_size: int) -> None:
-    """Adds the options that mean the same in all scripts (DESIGN: command line)."""
+def add_common_arguments(parser: argparse.ArgumentParser, datasets: Sequence[str],
+                         batch_size: int | None) -> None:
+    """Adds the options that mean the same in all scripts."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="ibot", help=f"{', '.join(METHODS)}, or timm/NAME (default: %(default)s)")
     group.add_argument("--weights", default="official", help="official, random (seeded control), a path or a URL")
@@ -59,7 +60,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, datasets: Sequence[str
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
     group.add_argument("--batch-size", type=positive_int, default=batch_size,
-                       help="over all processes together (default: %(default)s)")
+                       help=f"over all processes together (default: {batch_size or 'the published one'})")
     group.add_argument("--workers", type=non_negative_int, default=min(16, os.cpu_count() or 1),
                        help="data loading processes per process (default: %(default)s)")
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"),

@@ -1,8 +1,8 @@
 """How fast retrieval is, and what reduced precision costs; run by hand on a quiet machine:
 
-    python tests/bench_retrieval.py ranking      ours against broadcast cosine similarity and scikit-learn per query
-    python tests/bench_retrieval.py encoder      images per second, eager and compiled, against the matrix rate
     python tests/bench_retrieval.py ranking      ours against cosine similarity and scikit-learn, query by query
+    python tests/bench_retrieval.py encoder      images per second, eager and compiled, against the matrix rate
+    python tests/bench_retrieval.py precision    AP at fp32, bf16, fp16 (--model, --weights as retrieval.py)
 
 Every figure stands beside the floor that this machine allows: operations over the rate of a plain product, and elements
 over the rate of a plain sort, both measured here in the same run.
