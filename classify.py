@@ -73,7 +73,8 @@ def confusion_matrix(heads: nn.Module, features: Features, ids: torch.Tensor, nu
     """
     heads.train(authors_defects)
     matrix = None
-    for tokens, rstd, rows, labels in features.batches(ids.split(256), heads.kind == "attentive"):
+    batches = features.batches(ids.split(256 if authors_defects else 1024), heads.kind == "attentive")
+    for tokens, rstd, rows, labels in batches:
         predicted = heads(tokens, rstd, rows).argmax(-1)
         if matrix is None:
             matrix = labels.new_zeros(len(predicted), num_classes * num_classes)
@@ -262,6 +263,7 @@ def print_table(folder: Path) -> None:
                                           result and result["best_acc1"])
                 marks = [mark for mark in (labels_of_run(result), result["select"] == "held-out" and "chosen held out",
                          result["args"]["authors_defects"] and "authors' defects",
+                         result["args"]["crop_scale"] != 0.5 and f"crop scale {result['args']['crop_scale']}",
                          f"{result['num_train']} training patches") if mark] if result else []
                 if marks:
                     remarks.append(f"{model}, {dataset} {probe}: {', '.join(marks)}")

@@ -67,7 +67,8 @@ class Features:
             torch.index_select(self.tokens, 0, rows, out=staged)
             return staged.to(device, non_blocking=True), rows.to(device)
 
-        with ThreadPoolExecutor(1) as thread:
+        # CUDA's current device is a thread's own.
+        with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
             ahead = thread.submit(fetch, steps[0])
             for index in range(len(steps)):
                 tokens, rows = ahead.result()

@@ -381,7 +381,6 @@ def test_authors_defects_use_and_move_the_statistics_at_test_time(cub):
     before = probe.heads.norm.running_mean.clone()
     right = classify.confusion_matrix(probe.heads, features, ids, 4)
     assert torch.equal(probe.heads.norm.running_mean, before)
-    # One image alone: with the statistics of the batch every output is the bias, with the running ones it is not.
     wrong = classify.confusion_matrix(probe.heads, features, ids, 4, authors_defects=True)
     assert not torch.equal(probe.heads.norm.running_mean, before)
     assert right.sum() == wrong.sum() == 64 and not torch.equal(right, wrong)
@@ -524,7 +523,8 @@ def test_class_folders_that_do_not_fit(monkeypatch, folder, tmp_path):
 
 def test_table_puts_published_and_ours_side_by_side(monkeypatch, tmp_path, capsys):
     line = {"task": "classify", "model": "ibot", "weights": "checkpoint.pth", "dataset": "cub", "probe": "attentive",
-            "best_acc1": 96.04, "select": "test", "num_train": 15000, "args": {"authors_defects": False}}
+            "best_acc1": 96.04, "select": "test", "num_train": 15000,
+            "args": {"authors_defects": False, "crop_scale": 1.0}}
     other = line | {"model": "mae", "dataset": "imagenet", "probe": "linear", "best_acc1": 12.0, "weights": "random"}
     (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(other) + "\n")
     monkeypatch.setattr(sys, "argv", ["classify.py", "--table", "--output-dir", str(tmp_path)])
@@ -533,6 +533,7 @@ def test_table_puts_published_and_ours_side_by_side(monkeypatch, tmp_path, capsy
     assert "| ibot | 93.8 | - | - | 95.8 | 96.0 | +0.2 | 92.1 | - | - | 95.1 | - | - |" in printed
     assert "| mae | 67.8 | 12.0 | -55.8 | 74.2 | - | - |" in printed
     assert "* mae, imagenet linear: random weights" in printed
+    assert "* ibot, cub attentive: crop scale 1.0, 15000 training patches" in printed
 
 
 def test_real_cub_sample(monkeypatch, tmp_path):
