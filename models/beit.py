@@ -46,9 +46,11 @@ class BEiTEncoder(Encoder):
         key = (height, width, table.device, table.dtype)
         if self._bias_key != key:
             native = native_grid(self.vit)
-            table = resize_relative_table(table, (native, native), (height, width))
-            index = gen_relative_position_index((height, width)).to(table.device)
-            self._bias_key, self._bias = key, table[index].permute(2, 0, 1)[None].contiguous()
+            # Kept beyond this call, so it must also serve one that wants gradients.
+            with torch.inference_mode(False):
+                table = resize_relative_table(table, (native, native), (height, width))
+                index = gen_relative_position_index((height, width)).to(table.device)
+                self._bias_key, self._bias = key, table[index].permute(2, 0, 1)[None].contiguous()
         return self._bias
 
     def block_options(self, height: int, width: int) -> dict:

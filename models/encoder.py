@@ -156,7 +156,9 @@ class WeightNormHead(nn.Module):
         if weight.shape[0] <= weight.shape[1]:
             return self(tokens)
         if getattr(self, "_triangle", None) is None or self._triangle.device != tokens.device:
-            self._triangle = torch.linalg.qr(weight.double(), mode="r")[1].float()
+            # Kept beyond this call, so it must also serve one that wants gradients.
+            with torch.inference_mode(False):
+                self._triangle = torch.linalg.qr(weight.double(), mode="r")[1].float()
         return F.linear(self.bottleneck(tokens), self._triangle)
 
     @classmethod

@@ -270,6 +270,16 @@ def test_timm_weights_from_a_file(tmp_path):
     assert error(encoder(images), vit.eval().forward_features(images).detach()) < 1e-6
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_reach_the_image_after_inference(method):
+    encoder, image = build(method), golden(method)["image"].clone()
+    with torch.inference_mode():
+        encoder.extract(image, isometric=True)
+    features = encoder.extract(image.requires_grad_(), isometric=True)
+    sum(rows.sum() for rows in features.values()).backward()
+    assert image.grad.abs().sum() > 0
+
+
 def test_mae_shuffle_is_the_defect_and_only_it():
     image = golden("mae")["image"]
     right, wrong = build("mae"), build("mae", shuffle_patches=True)
