@@ -30,7 +30,8 @@ TABLES = (
 )
 SYNTHETIC = ("synthetic-object", "synthetic-part")
 FIGURE6 = (("ADE20K", "ade20k-object", "ade20k-part"), ("Pascal", "pascal-object", "pascal-part"),
-           ("Synthetic data", *SYNTHETIC))
+           ("Synthetic data (not in the paper)", *SYNTHETIC))
+PUBLISHED6 = ("ADE20K", "Pascal")
 NAMES = {"deit": "DeiT", "mocov3": "MoCo v3", "dino": "DINO", "beit": "BEiT", "mae": "MAE", "cae": "CAE",
          "ibot": "iBOT"}
 
@@ -107,7 +108,7 @@ def tables(folder: Path) -> str:
     for title, datasets in TABLES:
         rows = [*METHODS, *sorted({row for row, dataset in results if dataset in datasets and row not in METHODS})]
         header = ["model"] + [text for dataset in datasets for metric in METRICS
-                              for text in (f"{dataset} {metric}", "ours", "difference")]
+                              for text in (f"{dataset} {metric}, paper", "ours", "difference")]
         lines = []
         for row in rows:
             cells = [row]
@@ -129,18 +130,21 @@ def tables(folder: Path) -> str:
 def figure6(path: Path, folder: Path) -> None:
     """Object against part segmentation, mIoU, as grouped bars: published and ours. Writes a PNG."""
     results = latest_results(folder)
-    others = sorted({row for row, dataset in results if row not in METHODS
-                     and any(dataset in panel[1:] for panel in FIGURE6)})
-    panels = [panel for panel in FIGURE6 if panel[1] not in SYNTHETIC or any(key[1] in panel[1:] for key in results)]
-    rows = [*METHODS, *others]
+    panels = []
+    for title, *datasets in FIGURE6:
+        ours = {row for row, dataset in results if dataset in datasets}
+        rows = [row for row in METHODS if row in ours or title in PUBLISHED6] + sorted(ours - set(METHODS))
+        if rows:
+            panels.append((title, datasets, rows))
     bar, gap, left, top, height = 22, 26, 60, 60, 240
     group = 4 * bar + gap
     panel_height = top + height + 50
-    canvas = Image.new("RGB", (left + group * len(rows) + 20, panel_height * len(panels)), "white")
+    width = left + group * max(len(rows) for *_, rows in panels) + 20
+    canvas = Image.new("RGB", (width, panel_height * len(panels)), "white")
     draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(14), ImageFont.load_default(10)
     kinds = (("object, published", "#9ecae1"), ("object, ours", "#2171b5"),
              ("part, published", "#fdd0a2"), ("part, ours", "#d94801"))
-    for number, (title, *datasets) in enumerate(panels):
+    for number, (title, datasets, rows) in enumerate(panels):
         base = number * panel_height + top + height
         draw.text((left, base - height - 54), f"{title}: mIoU in percent", fill="black", font=font)
         for i, (text, colour) in enumerate(kinds):

@@ -5,6 +5,7 @@ Nothing is decoded twice, and the batches of a run are a pure function of seed, 
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -52,7 +53,8 @@ class PixelStore:
         total = 4 * int(self.starts[-1])
         place = choose_place(total, device) if place == "auto" else place
         log(f"{len(split)} training images, {total / 1e9:.2f} GB decoded, kept "
-            + {"gpu": f"on {device}", "cpu": "in host memory", "disk": f"in a file in {folder}"}[place])
+            + {"gpu": f"on {device}", "cpu": "in host memory",
+               "disk": f"in a file in {folder}, for later runs too"}[place])
         if place == "disk":
             self.pixels = self._on_disk(folder)
         else:
@@ -81,12 +83,18 @@ class PixelStore:
             listing += [self.split.kind]
         path = folder / f"pixels-{hashlib.sha256(repr(listing).encode()).hexdigest()[:16]}.int32"
 
+        needed = 4 * int(self.starts[-1])
+
         def write(temporary):
+            # A mapped file that finds the disk full kills the process; space that is taken first cannot run out.
+            if hasattr(os, "posix_fallocate"):
+                with open(temporary, "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, needed)
             self._fill(torch.from_file(str(temporary), shared=True, size=int(self.starts[-1]), dtype=torch.int32))
 
         with one_per_node_first():
             if not path.exists():
-                needed, free = 4 * int(self.starts[-1]), os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+                free = shutil.disk_usage(folder).free
                 if needed > free:
                     raise UserError(f"{folder} has {free / 1e9:.1f} GB free, the decoded images need "
                                     f"{needed / 1e9:.1f} GB; choose another folder with --output-dir")
@@ -156,6 +164,8 @@ def prefetched(batches: Iterator, device: torch.device) -> Iterator:
         yield from batches
         return
     queue, stream = Queue(maxsize=2), torch.cuda.Stream(device)
+    # The images were written on the current stream.
+    stream.wait_stream(torch.cuda.current_stream(device))
 
     def produce():
         try:
