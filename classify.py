@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from datasets.classification import load_classification
+from datasets.classification import held_out_images, hold_out, load_classification
 from datasets.common import (
     PAPER_TABLES,
     Log,
@@ -143,13 +143,6 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
     train_up_to(len(order))
 
 
-def hold_out(dataset: PatchDataset, seed: int) -> torch.Tensor:
-    """bool [num_patches]: the patches of a tenth of the images, chosen at random; no image is on both sides."""
-    count = max(1, len(dataset.images) // 10)
-    images = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))[:count]
-    return torch.isin(dataset.image_index, images)
-
-
 def run_knn(train: Features, train_ids: torch.Tensor, held_out_ids: torch.Tensor, test: Features,
             test_ids: torch.Tensor, num_classes: int) -> dict:
     """k by the held-out ids, or by the test set where there are none; percentages on the test set for every k."""
@@ -166,13 +159,6 @@ def run_knn(train: Features, train_ids: torch.Tensor, held_out_ids: torch.Tensor
     scores = percent(train, held_out_ids) if len(held_out_ids) else by_k
     best = max(NEIGHBOURS, key=scores.get)
     return {"acc1": by_k[20], "best_acc1": by_k[best], "best_k": best, "acc1_by_k": by_k}
-
-
-def held_out_images(dataset: PatchDataset, held_out: torch.Tensor) -> PatchDataset:
-    """The images whose patches are held out, as a data set of its own."""
-    images = dataset.image_index[held_out].unique().tolist()
-    return PatchDataset([dataset.images[index] for index in images], dataset.classes, dataset.transform, dataset.load,
-                        dataset.skip_bad_images)
 
 
 def present(dataset: PatchDataset, features: Features) -> torch.Tensor:

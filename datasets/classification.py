@@ -60,3 +60,17 @@ def check_classes(train: PatchDataset, test: PatchDataset) -> None:
     if train.classes != test.classes:
         index = torch.tensor([train.classes.index(name) if name in trained else -1 for name in test.classes])
         test.labels, test.classes = index[test.labels], train.classes
+
+
+def hold_out(dataset: PatchDataset, seed: int) -> torch.Tensor:
+    """bool [num_patches]: the patches of a tenth of the images, chosen at random; no image is on both sides."""
+    count = max(1, len(dataset.images) // 10)
+    images = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.isin(dataset.image_index, images)
+
+
+def held_out_images(dataset: PatchDataset, held_out: torch.Tensor) -> PatchDataset:
+    """The images whose patches are held out, as a data set of its own."""
+    images = dataset.image_index[held_out].unique().tolist()
+    return PatchDataset([dataset.images[index] for index in images], dataset.classes, dataset.transform, dataset.load,
+                        dataset.skip_bad_images)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 import classify
 import datasets.feature_cache as feature_cache
 from datasets import synthetic
-from datasets.classification import load_classification
+from datasets.classification import hold_out, load_classification
 from datasets.common import UserError
 from datasets.feature_cache import encode, encode_features
 from datasets.random_views import RandomViews, random_crop_flip
@@ -354,7 +354,7 @@ def test_more_processes_than_images(monkeypatch, cub, tmp_path):
 
 def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, cub, folder, tmp_path, capsys):
     train, _ = load_classification("cub", cub)
-    held_out = classify.hold_out(train, 0)
+    held_out = hold_out(train, 0)
     assert 0 < held_out.sum() < 10 and not set(train.image_index[held_out].tolist()) & set(
         train.image_index[~held_out].tolist())
     seen = []
