@@ -56,7 +56,7 @@ from datasets.distributed import (
 from datasets.imagenet import GridDataset, load_grid
 from datasets.patches import PatchDataset, patch_batches
 from datasets.sheets import write_sheets
-from datasets.synthetic import load_synthetic_patches
+from datasets.synthetic import KEYPOINT_NAMES, load_synthetic_patches
 from models import METHODS, WITH_PROJECTOR, Encoder, build_model
 
 # Patches that the published rule leaves of the whole data set; a result on another number is marked in the table.
@@ -234,6 +234,7 @@ def load_dataset(name: str, root: Path | None, keypoints: Sequence[str] | None, 
                  num_images: int | None, seed: int, skip_bad_images: bool) -> PatchDataset:
     """The patches of a data set by its name on the command line. Raises UserError."""
     if name == "synthetic":
+        keypoints = KEYPOINT_NAMES if keypoints == ["all"] else keypoints
         return load_synthetic_patches("train", num_images or 60, seed, keypoints, crop_scale,
                                       skip_bad_images=skip_bad_images)
     if root is None:
