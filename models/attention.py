@@ -1,0 +1,237 @@
+"""How local attention is: distance, receptive field and likeness across images, for every encoder and MAE's decoder.
+
+    python -m models.attention --model mae --weights mae_pretrain_vit_base_full.pth --data-path FOLDER --output-dir OUT
+    torchrun --nproc-per-node 8 -m models.attention --model ibot --data-path FOLDER --output-dir OUT
+    python -m models.attention --model mae --weights random --dataset synthetic     nothing downloaded, a control
+    python -m models.attention --table --output-dir OUT      no run: table and plots from OUT/results.jsonl
+
+One results line (task "attention") for the encoder on whole images and one for MAE's decoder at each mask ratio, and
+plots of all models in the folder. Images are central crops at the size of the checkpoint's own grid. A line holds:
+
+distance_patches, distance_pixels [layers][heads]: the attention-weighted mean Euclidean distance between the centres
+    of a query patch and the key patches, itself included at 0. Class and other prefix tokens are left out as queries
+    and as keys, and a query's weights are divided by their sum over the patch keys. Mean over images and queries; in
+    the decoder over all of them, and apart over mask tokens (..._masked) and visible patches' tokens (..._visible).
+map_similarity [layers]: the mean cosine similarity of the N x N maps of two different images, mask tokens included,
+    rows divided as above, over all pairs of images; mean over heads. The decoder's sequence is whole and in order at
+    every ratio, so places coincide; above ratio 0 every image has another mask, and what that changes counts too.
+receptive_field: the gradient magnitude of a token with respect to the input patches, by their offset from the token's
+    patch (rows, columns; the middle is the patch itself). The token is the encoder's final one on whole images, or the
+    decoder's prediction of a masked patch, through decoder and encoder, with the visible patches as input. Magnitude:
+    the L2 norm, over a patch's normalised pixels, of the gradient of the token's product with a seeded standard normal
+    direction (MAE predicts normalised pixels, so their plain sum says little). Mean over the queries and images that
+    have a patch at that offset, receptive_field_count of them; null where none has.
+receptive_field_tokens: for the decoder alone, the same with respect to the encoder's output for the visible patches.
+*_radius50, *_radius90 (of both fields, _patches and _pixels): the smallest distance within which offsets hold that
+    share of the field's sum; offsets that no pair has hold nothing. It takes the values that patch distances have.
+
+Cost per image, in encoder passes: 1 forward, which also gives the attention, and --queries backward, each about one
+pass since weights are frozen; for the decoder at each ratio r > 0, 1 - r of that for the visible patches, and a decoder
+pass, about 0.3, likewise. --queries 0 leaves out receptive fields and all backward passes. Chance depends on the seed
+and an image's place in the list, so figures do not depend on batch size or number of processes, beyond rounding.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from datasets import UserError
+from datasets.common import (
+    Log,
+    OneLineParser,
+    Progress,
+    add_common_arguments,
+    append_result,
+    autocast,
+    default_precision,
+    exit_with_one_line_errors,
+    free_memory,
+    labels_of_run,
+    non_negative_int,
+    open_output,
+    plain_arguments,
+    positive_int,
+    read_results,
+)
+from datasets.distributed import init_processes, is_main, one_per_node_first, shard, world_size
+from datasets.imagenet import list_images
+from datasets.patches import PatchDataset, PatchImage, patch_batches, resize_center_crop
+from datasets.synthetic import draw_image, image_seeds
+
+from . import Encoder, build_model
+from .attention_maps import Sums, add_centred, patch_gradients, patch_norms
+from .attention_plots import summary_table, write_plots
+
+MASK_RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9)
+
+
+def draw_chance(ids: Sequence[int], seed: int, sizes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Standard normal values for every image, by its number and the seed alone: for each size a tensor [B, *size]."""
+    images = []
+    for number in ids:
+        # The generator takes 32 bits of a seed.
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + int(number)) % 2**32)
+        images.append([torch.randn(size, generator=generator) for size in sizes])
+    return [torch.stack(values) for values in zip(*images, strict=True)]
+
+
+def add_encoder(encoder: Encoder, images: torch.Tensor, queries: torch.Tensor, directions: torch.Tensor,
+                sums: Sums) -> torch.Tensor:
+    """Adds a pass over whole images [B, 3, H, W]; queries [B, Q], directions [B, Q, D]. Returns the final tokens."""
+    seen = torch.ones(len(images), len(sums.distances), device=images.device)
+    with torch.set_grad_enabled(queries.shape[1] > 0):
+        with sums.watch(1 - seen):
+            tokens = encoder(images)
+        for query, direction in zip(queries.T, directions.unbind(1), strict=True):
+            gradient, = patch_gradients(tokens[:, 1:], query, direction, [images])
+            magnitude = patch_norms(gradient, encoder.patch_size)
+            add_centred(sums.fields["receptive_field"], magnitude, seen, query, sums.grid)
+    return tokens.detach()
+
+
+def add_decoder(encoder: Encoder, images: torch.Tensor, latent: torch.Tensor | None, noise: torch.Tensor, ratio: float,
+                queries: torch.Tensor, directions: torch.Tensor, sums: Sums) -> None:
+    """Adds a pass of MAE's decoder. images [B, 3, H, W], noise [B, N]; queries [B, Q] are masked at every ratio but 0,
+    directions [B, Q, p * p * 3]. latent: the encoder's tokens of whole images, for ratio 0."""
+    if ratio == 0:
+        # Nothing is masked, so there is no prediction of a masked patch to take a gradient of.
+        with torch.no_grad(), sums.watch(torch.zeros_like(noise)):
+            encoder.decode(latent, torch.arange(noise.shape[1], device=noise.device).expand(len(noise), -1))
+        return
+    with torch.set_grad_enabled(queries.shape[1] > 0):
+        latent, mask, ids_restore = encoder.encode_visible(images, noise, ratio)
+        with sums.watch(mask):
+            prediction = encoder.decode(latent, ids_restore)
+        for query, direction in zip(queries.T, directions.unbind(1), strict=True):
+            pixels, tokens = patch_gradients(prediction, query, direction, [images, latent])
+            tokens = tokens[:, 1:].float().norm(dim=2)
+            tokens = F.pad(tokens, (0, noise.shape[1] - tokens.shape[1])).gather(1, ids_restore)
+            for name, magnitude in (("receptive_field", patch_norms(pixels, encoder.patch_size)),
+                                    ("receptive_field_tokens", tokens)):
+                add_centred(sums.fields[name], magnitude, 1 - mask, query, sums.grid)
+
+
+def load_images(root: Path | None, name: str, size: int, num_images: int, seed: int, skip_bad_images: bool,
+                ) -> PatchDataset:
+    """Whole images, size x size: a seeded sample of those below root, or drawn ones. Raises UserError."""
+    if name == "synthetic":
+        paths, options = image_seeds("test", num_images, seed), {"load": draw_image}
+    elif root is None:
+        raise UserError("--data-path is missing: give a folder of images, or --dataset synthetic, which needs none")
+    else:
+        paths, options = list_images(root), {"skip_bad_images": skip_bad_images}
+        if not paths:
+            raise UserError(f"no image below {root}; --data-path must be a folder of images")
+        chosen = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[:num_images]
+        paths = [paths[index] for index in sorted(chosen.tolist())]
+    images = [PatchImage(path, None, [0]) for path in paths]
+    return PatchDataset(images, ["image"], resize_center_crop(round(size * 256 / 224), size), **options)
+
+
+def measure(encoder: Encoder, dataset: PatchDataset, grid: tuple[int, int], ratios: Sequence[float], num_queries: int,
+            batch_size: int, workers: int, precision: str, seed: int, device: torch.device) -> dict[float | None, Sums]:
+    """This process's share of the images, added up: {None: the encoder's Sums, mask ratio: the decoder's, ...}."""
+    count, patch_size = grid[0] * grid[1], encoder.patch_size
+    sums = {None: Sums(encoder.vit.blocks, grid, encoder.vit.num_prefix_tokens, device)}
+    for ratio in ratios:
+        sums[ratio] = Sums(encoder.decoder.decoder_blocks, grid, 1, device, decoder=True)
+    share, progress = shard(len(dataset)), Progress(len(dataset), "attention", "images")
+    sizes = [(count,), (num_queries, encoder.embed_dim), (num_queries, patch_size**2 * 3)]
+    for images, ids in patch_batches(dataset, share, max(1, batch_size // world_size()), workers,
+                                     pin_memory=device.type == "cuda"):
+        noise, token_directions, pixel_directions = (x.to(device) for x in draw_chance(ids.tolist(), seed, sizes))
+        # The patches of the highest noise are the first to be masked: at every ratio the same queries, drawn evenly.
+        queries = noise.argsort(dim=1)[:, count - num_queries:]
+        images = encoder.preprocess(images.to(device, non_blocking=True)).requires_grad_(num_queries > 0)
+        with autocast(device, precision):
+            latent = add_encoder(encoder, images, queries, token_directions, sums[None])
+            for ratio in ratios:
+                add_decoder(encoder, images, latent, noise, ratio, queries, pixel_directions, sums[ratio])
+        progress.update(len(ids) * world_size())
+    return sums
+
+
+def main() -> None:
+    parser = OneLineParser(prog="models.attention", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser, ("imagenet", "synthetic"), batch_size=32)
+    parser.set_defaults(model="mae", dataset="imagenet")
+    group = parser.add_argument_group("attention (--dataset imagenet: any folder of images)")
+    group.add_argument("--num-images", type=positive_int, default=256, metavar="N",
+                       help="drawn by the seed (default: %(default)s)")
+    group.add_argument("--mask-ratios", type=float, nargs="+", default=MASK_RATIOS, metavar="R",
+                       help="of MAE's decoder (default: 0 0.25 0.5 0.75 0.9)")
+    group.add_argument("--queries", type=non_negative_int, default=2, metavar="N",
+                       help="per image, for the receptive fields; 0: none of them (default: %(default)s)")
+    group.add_argument("--encoder-only", action="store_true", help="leave MAE's decoder out; the base file is enough")
+    group.add_argument("--skip-bad-images", action="store_true",
+                       help="leave out undecodable images instead of stopping")
+    args = parser.parse_args()
+
+    if args.table:
+        results = read_results(args.output_dir, "attention")
+        print(summary_table(results))
+        write_plots(results, args.output_dir)
+        return
+    start = time.monotonic()
+    device = init_processes(args.device)
+    open_output(args.output_dir)
+    log = Log(args.output_dir)
+    log.start(args)
+    wants_decoder = args.model == "mae" and not args.encoder_only
+    with one_per_node_first():
+        encoder = build_model(args.model, args.weights, args.num_heads, projector=False, seed=args.seed,
+                              decoder=wants_decoder and args.weights == "official")
+    encoder = encoder.to(device)
+    if wants_decoder and not encoder.has_decoder:
+        raise UserError(f"{encoder.weights} has no decoder; mae_pretrain_vit_base_full.pth has one. "
+                        "--encoder-only measures the encoder alone")
+    grid = tuple(encoder.vit.patch_embed.grid_size)
+    if grid[0] != grid[1]:
+        raise UserError(f"{args.model} has a grid of {grid[0]} x {grid[1]} patches; only square ones are measured")
+    count, ratios = grid[0] * grid[1], sorted(set(args.mask_ratios)) if wants_decoder else []
+    masked = [count - int(count * (1 - ratio)) for ratio in ratios if 0 <= ratio < 1]
+    if len(masked) < len(ratios) or count in masked:
+        raise UserError(f"--mask-ratios {' '.join(map(str, args.mask_ratios))}: of {count} patches each must leave one "
+                        "visible, from 0 up to below 1")
+    most = min([number for ratio, number in zip(ratios, masked, strict=True) if ratio > 0], default=count)
+    if args.queries > most:
+        raise UserError(f"--queries {args.queries}: only {most} of {count} patches are masked at the smallest ratio")
+    parts = [encoder.vit.blocks] + [encoder.decoder.decoder_blocks for _ in ratios]
+    need = sum(len(blocks) * blocks[0].attn.num_heads for blocks in parts) * count**2 * 8
+    log(f"{args.model}: weights {encoder.weights}, SHA-256 {encoder.sha256}; sums of maps need {need / 1e9:.2f} GB")
+    if need > free_memory(device) / 2:
+        raise UserError(f"sums of attention maps need {need / 1e9:.1f} GB, more than half of the "
+                        f"{free_memory(device) / 1e9:.1f} GB free on {device}; take fewer --mask-ratios")
+    size = grid[0] * encoder.patch_size
+    dataset = load_images(args.data_path, args.dataset, size, args.num_images, args.seed, args.skip_bad_images)
+    precision = args.precision or default_precision(device)
+    sums = measure(encoder, dataset, grid, ratios, args.queries, args.batch_size, args.workers, precision, args.seed,
+                   device)
+    lines = []
+    for ratio, part in sums.items():
+        figures = part.figures(encoder.patch_size)
+        num_images = round(float(part.queries[:, 0].sum()) / count)
+        if not num_images:
+            raise UserError("no image could be read, so there is nothing to measure")
+        lines.append({"task": "attention", "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
+                      "dataset": args.dataset, "part": "encoder" if ratio is None else "decoder",
+                      "mask_ratio": ratio or 0.0, "num_images": num_images, "image_size": size,
+                      "patch_size": encoder.patch_size, "world_size": world_size(), "precision": precision,
+                      "seed": args.seed, "seconds": time.monotonic() - start, **figures, "args": plain_arguments(args)})
+    marks = labels_of_run(lines[0])
+    log(f"{args.model} on {lines[0]['num_images']} images{f' ({marks})' if marks else ''}, {precision}")
+    log(summary_table(lines))
+    if is_main():
+        for line in lines:
+            append_result(args.output_dir, line)
+        names = write_plots(read_results(args.output_dir, "attention"), args.output_dir)
+        log(f"{', '.join(names)} in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    exit_with_one_line_errors(main)

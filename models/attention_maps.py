@@ -1,0 +1,208 @@
+"""Attention weights of timm's modules, and what is summed of them over images: mean distances, likeness of maps, and
+receptive fields. models/attention.py is the command, and its docstring defines the figures.
+
+Each function stands alone; copied out, they need UserError and free_memory of datasets/, Sums also sum_over_processes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models.beit import Attention as BeitAttention
+from timm.models.vision_transformer import Attention as VitAttention
+
+from datasets import UserError
+from datasets.common import free_memory
+from datasets.distributed import sum_over_processes
+
+
+def query_key(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries, already scaled, and keys of timm's attention module for its input tokens [B, T, D]: [B, heads, T, d],
+    in the weights' own precision whatever autocast says."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        # Rows of queries and keys, without those of the values.
+        weight = attn.qkv.weight[:attn.qkv.weight.shape[0] // 3 * 2]
+        if isinstance(attn, BeitAttention):
+            bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias])
+        else:
+            bias = None if attn.qkv.bias is None else attn.qkv.bias[:len(weight)]
+        both = F.linear(tokens.to(weight.dtype), weight, bias)
+        query, key = both.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if isinstance(attn, VitAttention):
+            query, key = attn.q_norm(query), attn.k_norm(key)
+        return query * attn.scale, key
+
+
+def attention_chunks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None,
+                     max_bytes: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The attention weights softmax(query key^T + bias) in float32, a few at a time.
+
+    query (scaled), key: [B, heads, T, d]; bias [1, heads, T, T]. Yields (which, weights [c, T, T]): a slice of the
+    B * heads pairs of image and head, image by image. max_bytes, by default a share of the free memory, bounds what a
+    chunk and what is made of it take; one pair is the least.
+    """
+    heads, count = query.shape[1:3]
+    max_bytes = max_bytes or min(2**28 if query.device.type == "cpu" else 2**31, free_memory(query.device) // 4)
+    # Scores, weights, those of the patches, and the float64 copy that is added up.
+    size = max(1, max_bytes // (count * count * 24))
+    query, key = query.flatten(0, 1), key.flatten(0, 1)
+    for start in range(0, len(query), size):
+        which = slice(start, min(start + size, len(query)))
+        scores = (query[which] @ key[which].mT).float()
+        if bias is not None:
+            scores += bias[0, torch.arange(which.start, which.stop, device=scores.device) % heads]
+        yield which, scores.softmax(dim=-1)
+
+
+@contextmanager
+def watch_attention(blocks: Sequence[nn.Module], receive: Callable) -> Iterator[None]:
+    """Inside, every attention module of timm's blocks calls receive(layer, module, tokens [B, T, D], bias or None)
+    before it runs; bias is Beit's relative position bias, [1, heads, T, T]. Raises UserError for another attention."""
+    def before(layer, attn, inputs, keywords):
+        bias = keywords.get("shared_rel_pos_bias")
+        if getattr(attn, "relative_position_bias_table", None) is not None:
+            own = attn._get_rel_pos_bias()
+            bias = own if bias is None else bias + own
+        receive(layer, attn, inputs[0], bias)
+
+    modules = [getattr(block, "attn", block) for block in blocks]
+    # By exact type: a subclass may make other weights of its queries and keys.
+    unknown = [type(attn) for attn in modules if type(attn) not in (VitAttention, BeitAttention)]
+    if unknown:
+        raise UserError(f"the weights of {unknown[0].__module__}.{unknown[0].__name__} are not known here; take a "
+                        "model of timm's VisionTransformer or Beit")
+    hooks = [attn.register_forward_pre_hook(partial(before, layer), with_kwargs=True)
+             for layer, attn in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def patch_distances(height: int, width: int) -> torch.Tensor:
+    """Euclidean distances between the centres of a grid's patches, row by row, in patches: [N, N]."""
+    centres = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
+    return (centres[:, None] - centres).square().sum(2).sqrt()
+
+
+def attention_distance(weights: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+    """[..., N, N] with rows that sum to 1 and distances [N, N] -> each query's mean distance to its keys, [..., N]."""
+    return torch.einsum("...qk,qk->...q", weights, distances)
+
+
+def pair_similarity(unit_sum: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """The mean cosine similarity of all pairs of `count` different vectors, from the sum [..., D] of the vectors, each
+    of length 1: the sum's squared length is count plus twice the sum over pairs. Not finite below two vectors."""
+    return (unit_sum.square().sum(-1) - count) / (count * (count - 1))
+
+
+def patch_gradients(outputs: torch.Tensor, query: torch.Tensor, direction: torch.Tensor,
+                    inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Gradients with respect to the inputs of outputs[b, query[b]] . direction[b], summed over b: each image's own
+    where images do not mix. outputs [B, N, C], query [B], direction [B, C]. The graph stays, for the next query."""
+    chosen = outputs[torch.arange(len(query), device=query.device), query]
+    return torch.autograd.grad((chosen.float() * direction).sum(), inputs, retain_graph=True)
+
+
+def patch_norms(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """L2 norms of the patches of [B, C, H, W], all channels together: [B, N], row by row."""
+    squares = images.float().square().sum(1)
+    squares = squares.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))
+    return squares.sum((2, 4)).sqrt().flatten(1)
+
+
+def add_centred(field: torch.Tensor, magnitude: torch.Tensor, seen: torch.Tensor, query: torch.Tensor,
+                grid: tuple[int, int]) -> None:
+    """Adds maps over a grid of h x w patches to field [2, (2h - 1)(2w - 1)], sums and counts by offset from the query.
+
+    magnitude, seen (1 = this patch counts): [B, N]; query: [B], patch numbers.
+    """
+    height, width = grid
+    place = torch.arange(height * width, device=query.device)
+    rows = place // width - query[:, None] // width + height - 1
+    columns = place % width - query[:, None] % width + width - 1
+    values = torch.stack([magnitude * seen, seen]).to(field.dtype)
+    field.index_add_(1, (rows * (2 * width - 1) + columns).flatten(), values.flatten(1))
+
+
+def radius_holding(field: torch.Tensor, share: float) -> float:
+    """The smallest distance from the middle of field [2h - 1, 2w - 1] within which its values have that share of their
+    sum, in patches; NaN values count 0. NaN for a field without any."""
+    rows, columns = (torch.arange(side) - side // 2 for side in field.shape)
+    squares, ring = (rows[:, None] ** 2 + columns**2).flatten().unique(return_inverse=True)
+    held = torch.zeros(len(squares), dtype=torch.float64).index_add_(0, ring, field.double().nan_to_num(0).flatten())
+    held = held.cumsum(0)
+    return float(squares[(held >= share * held[-1]).nonzero()[0, 0]]) ** 0.5 if held[-1] > 0 else float("nan")
+
+
+class Sums:
+    """What is summed over images for one row of attention layers: the encoder's, or the decoder's at one mask ratio.
+
+    blocks: timm's. grid: rows and columns of patches. prefix: tokens before those of the patches. decoder: queries are
+    also told apart by mask, and there is a second receptive field, that of the decoder alone.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], grid: tuple[int, int], prefix: int, device: torch.device,
+                 decoder: bool = False):
+        self.blocks, self.grid, self.prefix, self.decoder = blocks, grid, prefix, decoder
+        layers, heads, count = len(blocks), blocks[0].attn.num_heads, grid[0] * grid[1]
+        self.distances = patch_distances(*grid).to(device)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        # Two groups of queries: tokens of visible patches, mask tokens.
+        self.distance, self.queries = zeros(2, layers, heads), zeros(2, layers, 1)
+        self.maps = zeros(layers, heads, count * count)
+        names = ["receptive_field"] + ["receptive_field_tokens"] * decoder
+        self.fields = {name: zeros(2, (2 * grid[0] - 1) * (2 * grid[1] - 1)) for name in names}
+
+    def watch(self, mask: torch.Tensor):
+        """A context in which a pass through the blocks is added up. mask [B, N]: 1 = a mask token stands there."""
+        return watch_attention(self.blocks, partial(self._add, mask))
+
+    @torch.no_grad()
+    def _add(self, mask, layer, attn, tokens, bias):
+        distance = torch.empty(len(tokens) * attn.num_heads, mask.shape[1], device=tokens.device)
+        for which, weights in attention_chunks(*query_key(attn, tokens), bias):
+            weights = F.normalize(weights[:, self.prefix:, self.prefix:], p=1, dim=-1)
+            distance[which] = attention_distance(weights, self.distances)
+            head = torch.arange(which.start, which.stop, device=tokens.device) % attn.num_heads
+            self.maps[layer].index_add_(0, head, F.normalize(weights.flatten(1).double(), dim=1))
+        groups = torch.stack([1 - mask, mask]).double()
+        distance = distance.unflatten(0, (len(tokens), -1)).double()
+        self.distance[:, layer] += torch.einsum("gbn,bhn->gh", groups, distance)
+        self.queries[:, layer, 0] += groups.sum((1, 2))
+
+    def figures(self, patch_size: int) -> dict:
+        """The metrics of a results line, over all processes."""
+        for value in (self.distance, self.queries, self.maps, *self.fields.values()):
+            sum_over_processes(value)
+        groups = {"": (self.distance.sum(0), self.queries.sum(0))}
+        if self.decoder:
+            groups.update({f"_{name}": (self.distance[group], self.queries[group])
+                           for group, name in enumerate(("visible", "masked"))})
+        figures = {}
+        for name, (total, queries) in groups.items():
+            figures[f"distance_patches{name}"] = plain(total / queries)
+            figures[f"distance_pixels{name}"] = plain(total / queries * patch_size)
+        images = (self.queries.sum(0) / len(self.distances)).round()
+        figures["map_similarity"] = plain(pair_similarity(self.maps, images).mean(1))
+        for name, (total, count) in self.fields.items():
+            field = (total / count).view(2 * self.grid[0] - 1, -1).cpu()
+            figures[name] = plain(field) if count.any() else None
+            if name == "receptive_field":
+                figures["receptive_field_count"] = count.view_as(field).long().tolist() if count.any() else None
+            for share in (50, 90):
+                radius = torch.tensor(radius_holding(field, share / 100), dtype=torch.float64)
+                figures[f"{name}_radius{share}_patches"] = plain(radius)
+                figures[f"{name}_radius{share}_pixels"] = plain(radius * patch_size)
+        return figures
+
+
+def plain(values: torch.Tensor) -> list | float | None:
+    """As nested lists of numbers of six digits; what is not finite becomes None, JSON's null."""
+    if values.dim():
+        return [plain(value) for value in values.cpu()]
+    return float(f"{values.item():.6g}") if values.isfinite() else None
