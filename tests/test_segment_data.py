@@ -1,5 +1,6 @@
 """The segmentation data sets: folders, label files, what is kept in memory, batches."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets import segmentation_store
 from datasets.common import UserError
 from datasets.segmentation import PROTOCOLS, in_order, open_split, pair_files, read_image, read_label, reduce_label
-from datasets.segmentation_store import PixelStore, training_batches
+from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from datasets.synthetic import OBJECT_NAMES, PART_NAMES
 
@@ -165,6 +167,60 @@ def test_batches_start_anywhere(tmp_path):
     for expected, ours in zip(whole[5:], rest, strict=True):
         assert torch.equal(expected[0], ours[0])
         assert torch.equal(expected[1], ours[1])
+
+
+class FakeCuda:
+    """The part of torch.cuda that prefetched uses; notes what is waited for."""
+
+    def __init__(self):
+        self.log = []
+
+    def Stream(self, device):
+        return self
+
+    current_stream = Stream
+
+    def device(self, device):
+        return nullcontext()
+
+    def stream(self, stream):
+        return nullcontext()
+
+    def wait_stream(self, stream):
+        self.log.append("wait_stream")
+
+    def record_event(self):
+        return "event"
+
+    def wait_event(self, event):
+        self.log.append(event)
+
+
+class FakeTensor:
+    def __init__(self, value):
+        self.value, self.recorded = value, 0
+
+    def record_stream(self, stream):
+        self.recorded += 1
+
+
+def test_the_prefetching_thread(monkeypatch):
+    """Order, waiting, the end, and an error of the thread, without a GPU."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(segmentation_store.torch, "cuda", cuda)
+    batches = list(prefetched(((FakeTensor(i), FakeTensor(-i)) for i in range(9)), torch.device("cuda", 0)))
+    assert [(image.value, label.value) for image, label in batches] == [(i, -i) for i in range(9)]
+    assert all(tensor.recorded == 1 for batch in batches for tensor in batch)
+    assert cuda.log == ["wait_stream"] + ["event"] * 9
+
+    def failing():
+        yield FakeTensor(0), FakeTensor(0)
+        raise UserError("a file that cannot be read")
+
+    stream = prefetched(failing(), torch.device("cuda", 0))
+    next(stream)
+    with pytest.raises(UserError, match="cannot be read"):
+        next(stream)
 
 
 def test_synthetic():
