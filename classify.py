@@ -47,8 +47,8 @@ from datasets.distributed import (
     sum_over_processes,
     world_size,
 )
-from datasets.feature_cache import Features, encode, encode_batch_size, encode_features
-from datasets.patches import PatchDataset, patch_batches
+from datasets.feature_cache import Features, encode, encode_batch_size, encode_features, present
+from datasets.patches import patch_batches
 from datasets.plots import draw_confusion, draw_curves
 from datasets.random_views import RandomViews, random_crop_flip
 from models import METHODS, build_model
@@ -159,15 +159,6 @@ def run_knn(train: Features, train_ids: torch.Tensor, held_out_ids: torch.Tensor
     scores = percent(train, held_out_ids) if len(held_out_ids) else by_k
     best = max(NEIGHBOURS, key=scores.get)
     return {"acc1": by_k[20], "best_acc1": by_k[best], "best_k": best, "acc1_by_k": by_k}
-
-
-def present(dataset: PatchDataset, features: Features) -> torch.Tensor:
-    """The ids of the patches that have features. Raises UserError where none has."""
-    ids = torch.arange(dataset.num_patches)
-    ids = ids[~torch.isin(ids, features.missing)]
-    if len(ids) == 0:
-        raise UserError("no image of a split could be decoded; restore the files")
-    return ids
 
 
 def per_class(matrix: torch.Tensor) -> dict:

@@ -48,17 +48,23 @@ class Features:
         return rows[(rows >= 0) & (rows < len(self.labels))].sort().values
 
     def batches(self, steps: Sequence[torch.Tensor], with_tokens: bool) -> Iterator[tuple]:
-        """For each tensor of ids (of the global batch) yields this process's part: (tokens, rstd, rows, labels of the
-        rows), where the batch is tokens[rows], on the device. Without tokens: of the class token alone, [n, 1, D].
+        """For each tensor of ids (of the global batch) yields this process's part: (tokens, rstd, rows, labels), where
+        the batch is tokens[rows], or all tokens where rows is None. Without tokens: of the class token, [n, 1, D].
 
         Tokens that lie elsewhere are fetched by a thread, one step ahead.
         """
         device = self.labels.device
         if not with_tokens or self.tokens.device == device:
+            tokens, rstd = (self.tokens, self.rstd) if with_tokens else (self.cls[:, None], None)
             for ids in steps:
-                rows = self.rows(ids).to(device)
-                tokens = self.tokens if with_tokens else self.cls[:, None]
-                yield tokens, self.rstd if with_tokens else None, rows, self.labels[rows]
+                rows = self.rows(ids)
+                if len(rows) and len(rows) == rows[-1] - rows[0] + 1:
+                    # Neighbours, as in every test batch, need not be gathered.
+                    part = slice(int(rows[0]), int(rows[-1]) + 1)
+                    yield tokens[part], rstd[part] if with_tokens else None, None, self.labels[part]
+                else:
+                    rows = rows.to(device)
+                    yield tokens, rstd, rows, self.labels[rows]
             return
 
         def fetch(ids):
@@ -74,7 +80,16 @@ class Features:
                 tokens, rows = ahead.result()
                 if index + 1 < len(steps):
                     ahead = thread.submit(fetch, steps[index + 1])
-                yield tokens, self.rstd[rows], torch.arange(len(rows), device=device), self.labels[rows]
+                yield tokens, self.rstd[rows], None, self.labels[rows]
+
+
+def present(dataset: PatchDataset, features: Features) -> torch.Tensor:
+    """The ids of the patches that have features. Raises UserError where none has."""
+    ids = torch.arange(dataset.num_patches)
+    ids = ids[~torch.isin(ids, features.missing)]
+    if len(ids) == 0:
+        raise UserError("no image of a split could be decoded; restore the files")
+    return ids
 
 
 @torch.inference_mode()

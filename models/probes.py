@@ -91,7 +91,7 @@ class AttentiveHeads(nn.Module):
     """K attentive heads: a learnable query attends to all tokens; projection, batch norm (eps 1e-5), linear layer.
 
     tokens [B, N, D], any float type -> logits [K, B, classes]. rstd [B, N]: token_rstd(tokens), where it is at hand.
-    rows: the batch is tokens[rows], read in place.
+    rows: the batch is tokens[rows], read in place; None: it is all of them.
 
     The textbook form projects every token to keys and values. With one query the same function of the same parameters
     is much cheaper. Let x^ = r (x - m) be a token without mean and of unit variance, q a head's query, W_k and W_v its
@@ -136,8 +136,6 @@ class AttentiveHeads(nn.Module):
                 rows: torch.Tensor | None = None) -> torch.Tensor:
         if rstd is None:
             rstd = token_rstd(tokens, dtype=self.weight.dtype)
-        if rows is None:
-            rows = torch.arange(len(tokens), device=tokens.device)
         count, width = self.query.shape
         heads, head_width = self.num_heads, width // self.num_heads
 
@@ -170,15 +168,16 @@ def token_rstd(tokens: torch.Tensor, dtype: torch.dtype = torch.float32, chunk: 
 class AttentionPool(torch.autograd.Function):
     """For every direction w: sum_t a_t r_t x_t, where a = softmax_t(r_t w . x_t).
 
-    tokens x [M, N, D], rstd r [M, N], rows [B] choose from both, directions w [H, D] -> [B, H, D], in w's type.
+    tokens x [M, N, D], rstd r [M, N], rows [B] choose from both (None: all), directions w [H, D] -> [B, H, D].
     Gradients for w only. The rows are read once forward and once backward, in chunks that stay in the processor's cache
     for both of their products; a copy of the batch, or of the tokens in another type, never exists.
     """
 
     @staticmethod
     def forward(ctx, tokens, rstd, rows, directions):
-        pooled = directions.new_empty(len(rows), *directions.shape)
-        weights = directions.new_empty(len(rows), len(directions), tokens.shape[1])
+        batch = len(tokens) if rows is None else len(rows)
+        pooled = directions.new_empty(batch, *directions.shape)
+        weights = directions.new_empty(batch, len(directions), tokens.shape[1])
         for part, x, r in row_chunks(tokens, rstd, rows, directions.dtype):
             scores = (x.flatten(0, 1) @ directions.T).view(*x.shape[:2], -1).transpose(1, 2) * r
             torch.softmax(scores, dim=2, out=weights[part])
@@ -198,22 +197,21 @@ class AttentionPool(torch.autograd.Function):
         return None, None, None, result
 
 
-def row_chunks(tokens: torch.Tensor, rstd: torch.Tensor, rows: torch.Tensor,
+def row_chunks(tokens: torch.Tensor, rstd: torch.Tensor, rows: torch.Tensor | None,
                dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Yields (slice of rows, tokens[rows] in dtype [b, N, D], rstd[rows] [b, 1, N]); each tokens overwrite the last."""
+    batch = len(tokens) if rows is None else len(rows)
     # Bytes of a copy in float32: about a GPU's level-2 cache, or a CPU core's.
     limit = 64 << 20 if tokens.is_cuda else 3 << 20
-    size = max(1, min(len(rows), limit // max(1, 4 * tokens.shape[1:].numel())))
+    size = max(1, min(batch, limit // max(1, 4 * tokens.shape[1:].numel())))
     # Allocated once: a fresh piece of memory for every chunk costs a CPU more than the arithmetic.
-    raw = tokens.new_empty(size, *tokens.shape[1:])
-    converted = raw if tokens.dtype == dtype else raw.new_empty(raw.shape, dtype=dtype)
-    for start in range(0, len(rows), size):
-        part = slice(start, min(start + size, len(rows)))
-        count = part.stop - start
-        torch.index_select(tokens, 0, rows[part], out=raw[:count])
-        if converted is not raw:
-            converted[:count].copy_(raw[:count])
-        yield part, converted[:count], rstd[rows[part], None].to(dtype)
+    chosen = None if rows is None else tokens.new_empty(size, *tokens.shape[1:])
+    converted = None if tokens.dtype == dtype else tokens.new_empty(size, *tokens.shape[1:], dtype=dtype)
+    for start in range(0, batch, size):
+        part = slice(start, min(start + size, batch))
+        count, index = part.stop - start, part if rows is None else rows[part]
+        x = tokens[part] if rows is None else torch.index_select(tokens, 0, index, out=chosen[:count])
+        yield part, x if converted is None else converted[:count].copy_(x), rstd[index][:, None].to(dtype)
 
 
 class HeadSGD:
