@@ -70,7 +70,8 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--cache", choices=("auto", "gpu", "cpu", "disk"), default="auto",
                        help="where decoded images live; auto: the first with room")
     group.add_argument("--checkpoint-every", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
-    group.add_argument("--resume", action="store_true", help="continue the run whose checkpoint lies in --output-dir")
+    group.add_argument("--resume", action="store_true",
+                       help="continue from the checkpoint in --output-dir, if there is one")
     group = parser.add_argument_group("sizes (default: the data set's in the paper)")
     group.add_argument("--base-scale", type=positive_int, nargs=2, metavar=("LONG", "SHORT"), help="training images")
     group.add_argument("--crop-size", type=positive_int, help="training crops and test windows")
@@ -303,7 +304,7 @@ def save_checkpoint(path: Path, head: LinearHead, optimizer: torch.optim.Optimiz
 
 def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist; leave out --resume, or name the right --output-dir")
+        raise UserError(f"checkpoint {path} does not exist; name one that segment.py wrote")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {name: checkpoint[name] for name in ("head", "optimizer", "iteration", "settings", "class_names")}
@@ -351,13 +352,17 @@ def main() -> None:
 
     test_split = open_split(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
     names = test_split.names
+    if not args.evaluate:
+        train_split = open_split(args.dataset, args.data_path, "train")
+        if train_split.names != names:
+            raise UserError(f"the training and the test split below {args.data_path} have different names.txt")
     with one_per_node_first():
         encoder = build_model(args.model, args.weights, args.num_heads, projector=False, seed=args.seed).to(device)
     if args.crop_size % encoder.patch_size:
         raise UserError(f"--crop-size {args.crop_size} is not divisible by the patch size {encoder.patch_size}")
     name = f"{args.model}_{args.dataset}".replace("/", "-")
     path = args.evaluate or output / f"{name}_segment.pt"
-    checkpoint = load_checkpoint(path) if args.evaluate or args.resume else None
+    checkpoint = load_checkpoint(path) if args.evaluate or (args.resume and path.exists()) else None
     args.layers = args.layers or (checkpoint["settings"]["layers"] if checkpoint else list(BLOCKS))
     if max(args.layers) >= encoder.depth:
         raise UserError(f"--layers {max(args.layers)}: {args.model} has blocks 0 to {encoder.depth - 1}")
@@ -378,8 +383,9 @@ def main() -> None:
         head.load_state_dict(checkpoint["head"])
         done = checkpoint["iteration"]
     if args.resume and not args.evaluate:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        log(f"resumed after iteration {done}")
+        if checkpoint:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        log(f"resumed after iteration {done}" if checkpoint else f"{path} does not exist yet: from the beginning")
 
     def test(pictures=0):
         metrics = evaluate(segmenter, test_split, args.test_scale, args.crop_size, args.stride, args.workers,
@@ -395,9 +401,6 @@ def main() -> None:
             test()
 
     if not args.evaluate and done < args.iterations:
-        train_split = open_split(args.dataset, args.data_path, "train")
-        if train_split.names != names:
-            raise UserError(f"the training and the test split of {args.data_path} have different names.txt")
         store = PixelStore(train_split, args.base_scale, device, output, args.cache, args.workers, log)
         batches = training_batches(store, range(done, args.iterations), args.batch_size, args.base_scale,
                                    args.crop_size, encoder.mean, encoder.std, args.seed)

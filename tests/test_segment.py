@@ -290,9 +290,9 @@ def killed_in_iteration_six(lines):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(finished, monkeypatch, lip, tmp_path):
-    """The last checkpoint before the kill is that of iteration 4."""
+    """The last checkpoint before the kill is that of iteration 4. --resume without one starts from the beginning."""
     fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=killed_in_iteration_six, args=(arguments(lip, tmp_path),))
+    process = fork.Process(target=killed_in_iteration_six, args=(arguments(lip, tmp_path, "--resume"),))
     process.start()
     process.join(240)
     assert process.exitcode == -signal.SIGKILL
@@ -461,7 +461,6 @@ def test_the_authors_metrics_take_a_label_equal_to_the_class_count(monkeypatch, 
     (("--crop-size", "50"), "patch size 16"),
     (("--dataset", "ade20k"), "does not hold ade20k"),
     (("--data-path", "nowhere"), "nowhere is not a folder"),
-    (("--resume",), "does not exist"),
     (("--evaluate", "nothing.pt"), "nothing.pt does not exist"),
     (("--evaluate", __file__), "is not a checkpoint of segment.py"),
     (("--cache", "gpu"), "no GPU"),
