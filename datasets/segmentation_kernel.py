@@ -1,14 +1,17 @@
 """The colours of a training batch by one GPU kernel: resize, photometric distortion, normalisation and padding of
 segmentation_transforms.py, to the bit, with every pixel read and written once instead of some sixty times."""
 
+import shutil
 from collections.abc import Sequence
 
 import torch
 
 try:
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        raise ImportError("Triton needs a C compiler")
     import triton
     import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA
+except ImportError:  # builds of PyTorch without CUDA, machines without compiler: the plain way
     triton = None
 
 

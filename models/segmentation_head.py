@@ -2,6 +2,7 @@
 logits: at 209 classes and 16 crops of 512 x 512 these are 3.5 GB in float32, and reading and writing them several times
 costs more than the encoder."""
 
+import shutil
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +10,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 try:
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        raise ImportError("Triton needs a C compiler")
     import triton
     import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA
+except ImportError:  # builds of PyTorch without CUDA, machines without compiler: the plain way
     triton = None
 
 STRIP_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
