@@ -339,19 +339,22 @@ def test_two_and_three_processes_agree_with_one(monkeypatch, cub, folder, tmp_pa
                 torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4, msg=f"{kind} {name}")
 
 
-def test_more_processes_than_images(monkeypatch, cub, tmp_path):
-    """Some processes hold no row of a batch, and none of the test set."""
+@pytest.mark.parametrize(("num_train", "probe", "batch"), [(2, "attentive", 8), (23, "linear", 20)])
+def test_more_processes_than_images(monkeypatch, cub, tmp_path, num_train, probe, batch):
+    """Some processes hold nothing of the training set, or of the test set."""
     root = tmp_path / "CUB_200_2011"
     root.mkdir()
     for path in cub.iterdir():
         (root / path.name).symlink_to(path)
     (root / "train_test_split.txt").unlink()
-    (root / "train_test_split.txt").write_text("".join(f"{i} {int(i <= 23)}\n" for i in range(1, 25)))
-    words = ["--probe", "attentive", "--batch-size", 2, "--epochs", 1, "--lr", 0.01]
-    expected = run(monkeypatch, *common("cub", root, tmp_path / "1"), *words)["attentive"]
-    launch(2, *common("cub", root, tmp_path / "2"), *words)
-    [found] = results(tmp_path / "2")
-    assert found["num_test"] == 4 and found["acc1"] == pytest.approx(expected["acc1"], abs=0.1)
+    (root / "train_test_split.txt").write_text("".join(f"{i} {int(i <= num_train)}\n" for i in range(1, 25)))
+    words = ["--probe", probe, "--batch-size", batch, "--epochs", 3, "--lr", 0.05]
+    expected = run(monkeypatch, *common("cub", root, tmp_path / "1"), *words)[probe]
+    launch(3, *common("cub", root, tmp_path / "3"), *words)
+    [found] = results(tmp_path / "3")
+    assert (found["num_train"], found["num_test"]) == (4 * num_train, 96 - 4 * num_train)
+    assert np.array(found["confusion"]).sum() == found["num_test"]
+    assert found["acc1"] == pytest.approx(expected["acc1"], abs=0.1)
 
 
 def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, cub, folder, tmp_path, capsys):
