@@ -56,7 +56,7 @@ def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndar
               *(Image.fromarray(panel).resize((width, height), Image.Resampling.NEAREST) for panel in panels[1:])]
     present = [label for label in np.union1d(truth, pred).tolist() if label < len(names)]
     pixels = {label: int((truth == label).sum()) for label in present}
-    font, line, column = ImageFont.load_default(13), 18, 190
+    font, line, column = ImageFont.load_default(13), 18, 230
     columns = max(1, (3 * width + 20) // column)
     rows = -(-(len(present) + 1) // columns)
     sheet = Image.new("RGB", (max(3 * width + 20, column), height + 24 + line * rows + 6), "white")
@@ -69,7 +69,7 @@ def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndar
     for i, (text, colour) in enumerate(legend):
         x, y = i % columns * column + 4, height + 28 + i // columns * line
         draw.rectangle((x, y + 2, x + 12, y + 14), fill=colour, outline="grey")
-        draw.text((x + 18, y), text[:28], fill="black", font=font)
+        draw.text((x + 18, y), text[:32], fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
 
