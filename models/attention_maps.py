@@ -46,8 +46,8 @@ def attention_chunks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor 
     """
     heads, count = query.shape[1:3]
     max_bytes = max_bytes or min(2**28 if query.device.type == "cpu" else 2**31, free_memory(query.device) // 4)
-    # Scores, weights, those of the patches, and the float64 copy that is added up.
-    size = max(1, max_bytes // (count * count * 24))
+    # Scores with their bias, weights, and a product with as many entries.
+    size = max(1, max_bytes // (count * count * 16))
     query, key = query.flatten(0, 1), key.flatten(0, 1)
     for start in range(0, len(query), size):
         which = slice(start, min(start + size, len(query)))
@@ -131,11 +131,14 @@ def add_centred(field: torch.Tensor, magnitude: torch.Tensor, seen: torch.Tensor
 
 def radius_holding(field: torch.Tensor, share: float) -> float:
     """The smallest distance from the middle of field [2h - 1, 2w - 1] within which its values have that share of their
-    sum, in patches; NaN values count 0. NaN for a field without any."""
+    sum, in patches. A NaN, no value, counts as the mean of the values at its distance, and 0 where there is none: else
+    the radius would grow with the number of images. NaN for a field without values."""
     rows, columns = (torch.arange(side) - side // 2 for side in field.shape)
     squares, ring = (rows[:, None] ** 2 + columns**2).flatten().unique(return_inverse=True)
-    held = torch.zeros(len(squares), dtype=torch.float64).index_add_(0, ring, field.double().nan_to_num(0).flatten())
-    held = held.cumsum(0)
+    values, known = field.double().nan_to_num(0).flatten(), field.isfinite().double().flatten()
+    total, found, size = (torch.zeros(len(squares), dtype=torch.float64).index_add_(0, ring, of)
+                          for of in (values, known, torch.ones_like(known)))
+    held = (total / found.clamp(min=1) * size).cumsum(0)
     return float(squares[(held >= share * held[-1]).nonzero()[0, 0]]) ** 0.5 if held[-1] > 0 else float("nan")
 
 
@@ -165,11 +168,15 @@ class Sums:
     @torch.no_grad()
     def _add(self, mask, layer, attn, tokens, bias):
         distance = torch.empty(len(tokens) * attn.num_heads, mask.shape[1], device=tokens.device)
-        for which, weights in attention_chunks(*query_key(attn, tokens), bias):
-            weights = F.normalize(weights[:, self.prefix:, self.prefix:], p=1, dim=-1)
+        # The softmax over the patch keys alone is the whole one divided by its sum over them.
+        query, key = (part[:, :, self.prefix:] for part in query_key(attn, tokens))
+        bias = None if bias is None else bias[:, :, self.prefix:, self.prefix:]
+        for which, weights in attention_chunks(query, key, bias):
             distance[which] = attention_distance(weights, self.distances)
-            head = torch.arange(which.start, which.stop, device=tokens.device) % attn.num_heads
-            self.maps[layer].index_add_(0, head, F.normalize(weights.flatten(1).double(), dim=1))
+            pair = torch.arange(which.stop - which.start, device=tokens.device)
+            scale = torch.zeros(attn.num_heads, len(pair), device=tokens.device)
+            scale[(which.start + pair) % attn.num_heads, pair] = 1 / weights.norm(dim=2).norm(dim=1)
+            self.maps[layer] += scale @ weights.flatten(1)
         groups = torch.stack([1 - mask, mask]).double()
         distance = distance.unflatten(0, (len(tokens), -1)).double()
         self.distance[:, layer] += torch.einsum("gbn,bhn->gh", groups, distance)
@@ -187,6 +194,9 @@ class Sums:
         for name, (total, queries) in groups.items():
             figures[f"distance_patches{name}"] = plain(total / queries)
             figures[f"distance_pixels{name}"] = plain(total / queries * patch_size)
+        uniform = self.distances.double().mean()
+        figures["distance_patches_uniform"] = plain(uniform)
+        figures["distance_pixels_uniform"] = plain(uniform * patch_size)
         images = (self.queries.sum(0) / len(self.distances)).round()
         figures["map_similarity"] = plain(pair_similarity(self.maps, images).mean(1))
         for name, (total, count) in self.fields.items():

@@ -70,19 +70,18 @@ def write_plots(results: Sequence[dict], folder: Path) -> list[str]:
     encoders = {key: result for key, result in chosen.items() if key[1] == "encoder"}
     if encoders:
         curves = {key[0]: result["distance_pixels"] for key, result in encoders.items()}
-        images["encoders"] = draw_distances([("Encoders, whole images", curves)], patch_size(encoders))
+        images["encoders"] = draw_distances([("Encoders, whole images", curves)], *scales(encoders))
     for number, name in enumerate(dict.fromkeys(key[0] for key in chosen if key[1] == "decoder")):
         decoders = {key: chosen[key] for key in sorted(key for key in chosen if key[:2] == (name, "decoder"))}
         panels = [(f"{name}, decoder: {queries} as queries",
                    {f"mask ratio {key[2]:g}": result[f"distance_pixels_{group}"] for key, result in decoders.items()})
                   for group, queries in (("masked", "mask tokens"), ("visible", "visible tokens"))]
-        images[f"decoder{f'_{number + 1}' if number else ''}"] = draw_distances(panels, patch_size(decoders))
+        images[f"decoder{f'_{number + 1}' if number else ''}"] = draw_distances(panels, *scales(decoders))
     files = {f"attention_distance_{name}.png": image for name, image in images.items()}
-    rows = [[(title_of(key), "token by pixels", result, "receptive_field") for key, result in encoders.items()]]
+    rows = [[(title_of(key), "token, from pixels", result, "receptive_field") for key, result in encoders.items()]]
     for name in dict.fromkeys(key[0] for key in chosen if key[1] == "decoder"):
-        for field, label in (("receptive_field", "prediction by visible pixels"),
-                             ("receptive_field_tokens", "prediction by encoder's output")):
-            rows.append([(title_of(key), label, chosen[key], field)
+        for field, source in (("receptive_field", "visible pixels"), ("receptive_field_tokens", "encoder's output")):
+            rows.append([(f"{name}, decoder", f"mask ratio {key[2]:g}, from {source}", chosen[key], field)
                          for key in sorted(key for key in chosen if key[:2] == (name, "decoder"))])
     # Without --queries, and at mask ratio 0, there is no field.
     rows = [kept for row in rows if (kept := [entry for entry in row if entry[2][entry[3]]])]
@@ -93,25 +92,26 @@ def write_plots(results: Sequence[dict], folder: Path) -> list[str]:
     return list(files)
 
 
-def patch_size(results: Mapping[tuple, dict]) -> int | None:
-    """The one patch size of all results, or None."""
+def scales(results: Mapping[tuple, dict]) -> tuple[int | None, list[float]]:
+    """The one patch size of all results, or None, and the distances that equal weights give, in pixels."""
     sizes = {result["patch_size"] for result in results.values()}
-    return sizes.pop() if len(sizes) == 1 else None
+    uniform = {result["distance_pixels_uniform"] for result in results.values()}
+    return sizes.pop() if len(sizes) == 1 else None, sorted(uniform)
 
 
 def draw_distances(panels: Sequence[tuple[str, Mapping[str, Sequence[Sequence[float | None]]]]],
-                   patch: int | None) -> Image.Image:
+                   patch: int | None, uniform: Sequence[float]) -> Image.Image:
     """Attention distance by layer: in each panel (title, {name: [layers][heads] in pixels}) a line per name of the
-    means over heads, and a dot per head. patch: its side in pixels, for a second scale on the right, or None. Lines
-    without values, as those of mask tokens at mask ratio 0, are left out."""
+    means over heads, and a dot per head. patch: its side in pixels, for a second scale on the right, or None. uniform:
+    distances of equal weights, grey lines. Lines without values, as of mask tokens at mask ratio 0, are left out."""
     width, height, left, right, top, bottom = 660, 460, 60, 60, 50, 50
     key = 24 * max(len(curves) for _, curves in panels) + MARGIN
     image = Image.new("RGB", (width * len(panels), height + key), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     values = [value for _, curves in panels for layers in curves.values() for heads in layers for value in heads
-              if value is not None]
-    step = nice_step(max(values, default=1) / 6)
-    high = step * max(1, math.ceil(max(values, default=1) / step))
+              if value is not None] + uniform
+    step = nice_step(max(values) / 6)
+    high = step * max(1, math.ceil(max(values) / step))
     depth = max(len(layers) for _, curves in panels for layers in curves.values())
     for panel, (title, curves) in enumerate(panels):
         start = panel * width
@@ -132,6 +132,10 @@ def draw_distances(panels: Sequence[tuple[str, Mapping[str, Sequence[Sequence[fl
         draw.text((start + 8, 24), "pixels", fill="black", font=font)
         if patch:
             draw.text((start + width - 8, 24), "patches", fill="black", font=font, anchor="ra")
+        for value in uniform:
+            y = place(1, value)[1]
+            draw.line((start + left, y, start + width - right, y), fill="#999999", width=2)
+            draw.text((start + width - right, y + 2), "equal weights", fill="#999999", font=font, anchor="ra")
         for layer in range(1, depth + 1):
             draw.text((place(layer, 0)[0], height - bottom + 8), str(layer), fill="black", font=font, anchor="mt")
         draw.text((start + width / 2, height - 22), "layer (line: mean over heads; dots: heads)", fill="black",
