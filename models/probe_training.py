@@ -44,9 +44,10 @@ class Probe:
         self.scores, self.test = [], []  # by epoch: percent of every head on the selection set and on the test set
 
     def steps(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """The global batches of an epoch."""
+        """The global batches of an epoch, one at least."""
         steps = list(ids.split(self.batch_size))
-        return steps[:-1] if self.recipe.every_step and len(steps[-1]) < self.batch_size else steps
+        drop = self.recipe.every_step and len(steps) > 1 and len(steps[-1]) < self.batch_size
+        return steps[:-1] if drop else steps
 
     def step(self, tokens: torch.Tensor, rstd: torch.Tensor | None, rows: torch.Tensor | None, labels: torch.Tensor,
              epoch: float) -> None:

@@ -220,6 +220,7 @@ def test_incomplete_batches_are_trained_on_for_parts_and_dropped_for_images():
     for recipe, sizes in ((Recipe(1, 4), [4, 4, 2]), (Recipe(1, 4, every_step=True), [4, 4])):
         probe = Probe("linear", recipe, 4, [0.1], [0], 1, 3, 2, 1, torch.device("cpu"))
         assert [len(step) for step in probe.steps(torch.arange(10))] == sizes
+        assert [len(step) for step in probe.steps(torch.arange(3))] == [3]
 
 
 def test_summary_chooses_rate_and_epoch_by_the_score_not_by_the_test_set():
