@@ -21,19 +21,18 @@ from datasets.distributed import sum_over_processes
 
 def query_key(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries, already scaled, and keys of timm's attention module for its input tokens [B, T, D]: [B, heads, T, d],
-    in the weights' own precision whatever autocast says."""
-    with torch.autocast(tokens.device.type, enabled=False):
-        # Rows of queries and keys, without those of the values.
-        weight = attn.qkv.weight[:attn.qkv.weight.shape[0] // 3 * 2]
-        if isinstance(attn, BeitAttention):
-            bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias])
-        else:
-            bias = None if attn.qkv.bias is None else attn.qkv.bias[:len(weight)]
-        both = F.linear(tokens.to(weight.dtype), weight, bias)
-        query, key = both.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if isinstance(attn, VitAttention):
-            query, key = attn.q_norm(query), attn.k_norm(key)
-        return query * attn.scale, key
+    in the weights' precision."""
+    # Rows of queries and keys, without those of the values.
+    weight = attn.qkv.weight[:attn.qkv.weight.shape[0] // 3 * 2]
+    if isinstance(attn, BeitAttention):
+        bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias])
+    else:
+        bias = None if attn.qkv.bias is None else attn.qkv.bias[:len(weight)]
+    both = F.linear(tokens.to(weight.dtype), weight, bias)
+    query, key = both.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if isinstance(attn, VitAttention):
+        query, key = attn.q_norm(query), attn.k_norm(key)
+    return query * attn.scale, key
 
 
 def attention_chunks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None,
@@ -60,13 +59,15 @@ def attention_chunks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor 
 @contextmanager
 def watch_attention(blocks: Sequence[nn.Module], receive: Callable) -> Iterator[None]:
     """Inside, every attention module of timm's blocks calls receive(layer, module, tokens [B, T, D], bias or None)
-    before it runs; bias is Beit's relative position bias, [1, heads, T, T]. Raises UserError for another attention."""
+    before it runs; bias is Beit's relative position bias, [1, heads, T, T]. receive runs without autocast, which would
+    round the weights, whatever the pass runs in. Raises UserError for another attention."""
     def before(layer, attn, inputs, keywords):
         bias = keywords.get("shared_rel_pos_bias")
         if getattr(attn, "relative_position_bias_table", None) is not None:
             own = attn._get_rel_pos_bias()
             bias = own if bias is None else bias + own
-        receive(layer, attn, inputs[0], bias)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            receive(layer, attn, inputs[0], bias)
 
     modules = [getattr(block, "attn", block) for block in blocks]
     # By exact type: a subclass may make other weights of its queries and keys.

@@ -123,6 +123,16 @@ def test_an_attention_that_is_not_known_is_refused():
             pass
 
 
+def test_autocast_does_not_round_the_weights():
+    encoder, found = build("dino"), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), watch_attention(
+            encoder.vit.blocks, lambda layer, attn, tokens, bias: found.append(
+                (attn, tokens, next(attention_chunks(*query_key(attn, tokens), bias))[1]))):
+        encoder(images())
+    for attn, tokens, weights in found:
+        assert torch.equal(weights, next(attention_chunks(*query_key(attn, tokens)))[1])
+
+
 def test_memory_sets_the_chunks(monkeypatch):
     encoder = build("beit")
     whole = Sums(encoder.vit.blocks, (4, 4), 1, torch.device("cpu"))
@@ -181,28 +191,30 @@ def test_uniform_identity_and_local_attention_have_their_distances(grid):
     assert figures["receptive_field"] is None and figures["receptive_field_radius90_pixels"] is None
 
 
-@pytest.mark.parametrize("method, form, prefix", [("ibot", "checkpoint", 1), ("deit", "checkpoint_distilled", 2),
+@pytest.mark.parametrize("method, form, prefix", [("beit", "checkpoint", 1), ("deit", "checkpoint_distilled", 2),
                                                   ("mae", "checkpoint_full", 1)])
 def test_sums_against_a_slow_reading(method, form, prefix):
     """Distances in float64 by loops; likeness of maps by all pairs. MAE: its decoder, with three quarters masked."""
-    encoder = build(method, form)
-    if method == "mae":
-        latent, mask, ids_restore = encoder.encode_visible(images(), seeded(3, 16), 0.75)
-        blocks, run = encoder.decoder.decoder_blocks, lambda: encoder.decode(latent, ids_restore)
-    else:
-        blocks, run, mask = encoder.vit.blocks, lambda: encoder(images()), torch.zeros(3, 16)
+    encoder, noise, nothing = build(method, form), seeded(3, 16), torch.empty(3, 0, dtype=torch.int64)
+    # Visible are the four patches of the least noise.
+    mask = noise > noise.sort(dim=1).values[:, 3:4]
+    blocks = encoder.decoder.decoder_blocks if method == "mae" else encoder.vit.blocks
     sums, seen = Sums(blocks, (4, 4), prefix, torch.device("cpu"), decoder=method == "mae"), {}
-    with sums.watch(mask), watch_attention(blocks, lambda layer, *rest: seen.update({layer: rest})):
-        run()
+    with watch_attention(blocks, lambda layer, *rest: seen.update({layer: rest})):
+        if method == "mae":
+            attention.add_decoder(encoder, images(), None, noise, 0.75, nothing, nothing, sums)
+        else:
+            attention.add_encoder(encoder, images(), nothing, nothing, sums)
     figures = sums.figures(16)
     for layer, (attn, tokens, bias) in seen.items():
-        assert bias is None
+        bias = torch.zeros(1, 4, 18, 18) if bias is None else bias
         query, key = (x.double().numpy() for x in query_key(attn, tokens))
         heads = attn.num_heads
         maps = np.zeros((3, heads, 16, 16))
         found = {name: [[] for _ in range(heads)] for name in ("", "_masked", "_visible")}
         for image, head, q in np.ndindex(3, heads, 16):
-            scores = [math.exp(query[image, head, prefix + q] @ key[image, head, prefix + k]) for k in range(16)]
+            scores = [math.exp(query[image, head, prefix + q] @ key[image, head, prefix + k]
+                               + float(bias[0, head, prefix + q, prefix + k])) for k in range(16)]
             distances = [math.hypot(q // 4 - k // 4, q % 4 - k % 4) for k in range(16)]
             maps[image, head, q] = np.array(scores) / sum(scores)
             group = "_masked" if mask[image, q] else "_visible"
