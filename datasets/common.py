@@ -43,7 +43,8 @@ def exit_with_one_line_errors(main: Callable[[], None]) -> None:
             # The others may wait in a collective for this process; leaving the group in order would wait for them.
             os._exit(2)
         sys.exit(2)
-    if dist.is_initialized():
+    # NCCL asks for this. Gloo does not, and with torch 2.6 it was seen to wait for its own threads for ever.
+    if dist.is_initialized() and "nccl" in str(dist.get_backend_config()):
         dist.destroy_process_group()
 
 

@@ -31,6 +31,7 @@ OFFICIAL = {
                  "where": "https://drive.google.com/drive/folders/1JSNzbxc9MBpNIhMRP8Vd0FFk7K5hC65q"},
 }
 RELATIVE_TABLE = "rel_pos_bias.relative_position_bias_table"
+RELATIVE_INDEX = "rel_pos_bias.relative_position_index"
 
 
 class BEiTEncoder(Encoder):
@@ -120,8 +121,7 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
     state = unwrap(checkpoint, "model")
     if "lm_head.weight" not in state:
         raise CheckpointError("missing keys: lm_head.weight, lm_head.bias; this is not a pre-training file of BEiT")
-    # The index is a function of the grid, and timm computes it.
-    state = drop_keys(state, r"lm_head\.(weight|bias)|mask_token|rel_pos_bias\.relative_position_index")
+    state = drop_keys(state, rf"lm_head\.(weight|bias)|mask_token|{RELATIVE_INDEX}")
     shape = vit_shape(state, num_heads)
     relative = RELATIVE_TABLE in state
     if relative:
@@ -133,6 +133,8 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
     vit = Beit(img_size=grid * shape["patch_size"], num_classes=0, global_pool="", norm_layer=layer_norm,
                init_values=1.0 if "blocks.0.gamma_1" in state else None, use_abs_pos_emb="pos_embed" in state,
                use_shared_rel_pos_bias=relative, **shape)
+    # The index is a function of the grid: timm computes it, and older versions count it as state.
+    state |= {key: value for key, value in vit.state_dict().items() if key == RELATIVE_INDEX}
     load_exactly(vit, state)
     return BEiTEncoder(vit) if relative else Encoder(vit, bicubic_to_size)
 
