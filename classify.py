@@ -305,10 +305,7 @@ def main() -> None:
     if args.table:
         print_table(args.output_dir)
         return
-    try:
-        device = init_processes(args.device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    device = init_processes(args.device)
     args.precision = args.precision or default_precision(device)
     if args.cache == "gpu" and device.type == "cpu":
         raise UserError("--cache gpu: this run has no GPU; take --cache cpu or disk")

@@ -6,8 +6,9 @@
     python segment.py --model ibot --dataset lip --data-path data --evaluate outputs/ibot_lip_segment.pt
     python segment.py --table --figure6 figure6.png                       tables 2, 4, 5, 6 and figure 6
 
-Protocol: paper, sections 4.1 and 4.2, appendix A.4; the numbers in PROTOCOL, section 6. Every sample is a pure function
-of seed, iteration and place in the batch, so neither the number of processes nor a kill changes what is trained on.
+Protocol: paper, sections 4.1 and 4.2, appendix A.4; numbers as in its authors' configurations. Every sample is a
+pure function of seed, iteration and place in the batch, so neither the number of processes nor a kill changes what is
+trained on.
 """
 
 import argparse
@@ -337,10 +338,7 @@ def main() -> None:
         if args.figure6:
             figure6(args.figure6, args.output_dir)
         return
-    try:
-        device = init_processes(args.device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    device = init_processes(args.device)
     if args.cache == "gpu" and device.type == "cpu":
         raise UserError("--cache gpu: this run has no GPU; take --cache cpu or disk")
     if args.batch_size < world_size():

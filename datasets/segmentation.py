@@ -1,7 +1,7 @@
 """The segmentation data sets by name: protocol, class names, folders, label maps; segmentation_store.py keeps them.
 
 A split has names, num_classes, len(), name(i), sizes() -> [(height, width)] and load(i) -> (uint8 [H, W, 3],
-uint8 [H, W]), the label map with 0 ("other") turned into 255 and the rest one less (PROTOCOL, section 6).
+uint8 [H, W]), the label map with 0 ("other") turned into 255 and the rest one less (appendix A.4).
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ from .synthetic import NUM_IMAGES, OBJECT_NAMES, PART_NAMES, synthetic_segmentat
 
 
 class Protocol(NamedTuple):
-    """PROTOCOL, section 6. Scales are (long side, short side) limits."""
+    """Paper, appendix A.4, and its authors' configurations. Scales are (long side, short side) limits."""
     base_scale: tuple[int, int]
     crop_size: int
     test_scale: tuple[int, int]

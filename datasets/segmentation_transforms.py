@@ -1,6 +1,6 @@
 """The training and test transforms of linear segmentation, on batches of tensors, on any device.
 
-The order and the distribution of PROTOCOL, section 6: resize, crop, flip, photometric distortion, normalise, pad. The
+Order and distribution of the authors' configurations: resize, crop, flip, photometric distortion, normalise, pad. The
 integer arithmetic is that of the pictures the published numbers came from (OpenCV's fixed-point bilinear resize and
 8-bit HSV), so that a pixel is the same here, on every device. Only the crop is computed, never the resized image.
 

@@ -26,7 +26,7 @@ class Encoder(nn.Module):
 
     vit: timm's VisionTransformer or Beit, without classifier. position_embedding: maps (vit, grid height, grid width)
     to what is added to all tokens, [1, prefix + N, D], or None where the method has none. projector: maps class tokens
-    [B, D] to [B, P]. mean, std: of the input normalisation, per channel, on a scale of 0 to 1 (PROTOCOL, section 1).
+    [B, D] to [B, P]. mean, std: of the input normalisation, per channel, on a scale of 0 to 1; ImageNet's for all.
     """
 
     def __init__(self, vit: nn.Module, position_embedding: Callable | None, projector: nn.Module | None = None,

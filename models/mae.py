@@ -63,7 +63,7 @@ class Decoder(nn.Module):
 class MAEEncoder(Encoder):
     """MAE's encoder with masking and, where the file has one, its decoder.
 
-    shuffle_patches: the authors' defect in retrieval and classification (PROTOCOL, section 8): patch tokens lose their
+    shuffle_patches: the authors' defect in retrieval and classification (README, differences): patch tokens lose their
     places at random before the position embedding is added. Drawn anew for every image, from a generator seeded once.
     """
 

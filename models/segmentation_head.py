@@ -21,7 +21,7 @@ STRIP_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
 class LinearHead(nn.Conv2d):
-    """1 x 1 convolution over concatenated block features; weights N(0, 0.01), bias 0 (PROTOCOL, section 6)."""
+    """1 x 1 convolution over concatenated block features; weights N(0, 0.01), bias 0 (the authors' linear head)."""
 
     def __init__(self, in_channels: int, num_classes: int, generator: torch.Generator | None = None):
         super().__init__(in_channels, num_classes, 1)

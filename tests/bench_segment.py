@@ -25,7 +25,7 @@ from models.segmentation_head import LinearHead, upsampled_cross_entropy
 from segment import Segmenter, train
 
 SIZE = (512, 683)
-# Of ViT-B/16 on one 512 x 512 crop; PROTOCOL's batch of 16 is 3.47 TFLOP.
+# Of ViT-B/16 on one 512 x 512 crop; the published batch of 16 is 3.47 TFLOP.
 ENCODER_TFLOP = 3.47 / 16
 PROTOCOL = PROTOCOLS["ade20k-part"]
 

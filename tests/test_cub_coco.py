@@ -1,4 +1,4 @@
-"""CUB and COCO part patches: the real samples against a slow reading of PROTOCOL section 2, and every error line."""
+"""CUB and COCO part patches: the real samples against a slow reading of the rule, and every error line."""
 
 import collections
 import json

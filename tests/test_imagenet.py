@@ -75,7 +75,7 @@ def test_list_images(root):
 
 
 def slow_grid(image):
-    """PROTOCOL section 3, window by window."""
+    """The published grid, window by window."""
     scale = 256 / min(image.size)
     width, height = (256 if side == min(image.size) else int(side * scale) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -29,7 +29,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def slow_selection(points, crop_scale=0.5):
-    """PROTOCOL section 2, keypoint by keypoint."""
+    """The published rule, keypoint by keypoint."""
     kept = []
     for i, point in enumerate(points):
         nearest = math.inf

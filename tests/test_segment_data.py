@@ -29,7 +29,7 @@ def write_pair(images, labels, name="a", size=(24, 16), label=1):
 
 
 def test_protocols_are_those_of_the_paper():
-    """PROTOCOL, section 6: base scale, crop, test scale, stride, number of classes."""
+    """The published numbers: base scale, crop, test scale, stride, number of classes."""
     ade, pascal = ((2048, 512), 512, (2048, 512), 341), ((520, 520), 480, (3840, 480), 161)
     assert {name: tuple(PROTOCOLS[name]) for name in PROTOCOLS if "synthetic" not in name} == {
         "ade20k": ade, "ade20k-object": ade, "ade20k-part": ade, "pascal-object": pascal, "pascal-part": pascal,

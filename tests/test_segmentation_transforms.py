@@ -209,7 +209,7 @@ def test_a_batch_equals_its_samples():
 
 
 def test_distribution_of_augmentations():
-    """Shares and ranges of PROTOCOL, section 6, over 4,000 draws; bounds of four standard deviations."""
+    """Published shares and ranges, over 4,000 draws; bounds of four standard deviations."""
     draws = [draw_augmentation(0, iteration, position) for iteration in range(250) for position in range(16)]
     ratios = np.array([one.ratio for one in draws])
     assert 0.5 <= ratios.min() < 0.51
