@@ -13,8 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import segmentation_kernel
-
 IGNORE = 255
 CROP_DRAWS = 10
 CPU_BAND = 64  # rows
@@ -343,30 +341,19 @@ def photometric_distortion(images: torch.Tensor, augmentations: list[Augmentatio
     return images
 
 
-def distortion_table(augmentations: list[Augmentation]) -> torch.Tensor:
-    """float32 [B, 7] for segmentation_kernel.render_crops."""
-    return torch.tensor([[one.brightness, one.contrast if one.contrast_first else 1, one.saturation or 1,
-                          one.saturation is not None, one.hue or 0, one.hue is not None,
-                          1 if one.contrast_first else one.contrast] for one in augmentations], dtype=torch.float32)
-
-
 def training_batch(batch: Packed, sizes: list[tuple[int, int]], augmentations: list[Augmentation],
                    base_scale: tuple[int, int], crop_size: int, mean: torch.Tensor, std: torch.Tensor) -> tuple:
     """All of the training transforms: images float32 [B, 3, c, c], padded with 0, and labels uint8 [B, c, c], with 255.
 
     sizes: (height, width) of the original images, from which the resized sizes follow. mean, std: [1, 3, 1, 1], of
-    colours from 0 to 1. On a GPU one kernel makes the colours, where there is Triton; on a CPU they are made sample by
-    sample and in bands of rows, which keeps them in its caches; elsewhere the whole batch at once.
+    colours from 0 to 1. On a CPU the colours are made sample by sample and in bands of rows, which keeps them in its
+    caches; elsewhere for the whole batch at once.
     """
     scales = [tuple(int(side * one.ratio) for side in base_scale) for one in augmentations]
     out_sizes = [rescale_size(*size, scale) for size, scale in zip(sizes, scales, strict=True)]
     region, labels = choose_crop_region(batch, augmentations, out_sizes, (crop_size, crop_size))
     rows = linear_taps(region.rows, region.heights, batch.heights, across=False)
     columns = linear_taps(region.columns, region.widths, batch.widths, across=True)
-    if labels.is_cuda and segmentation_kernel.triton is not None:
-        return segmentation_kernel.render_crops(
-            batch.pixels, batch.starts, batch.widths, rows, columns, region.inside_rows, region.inside_columns,
-            to_device(distortion_table(augmentations), labels.device), colour_tables(labels.device), mean, std), labels
     samples, band = (1, CPU_BAND) if labels.device.type == "cpu" else (len(sizes), crop_size)
     images = torch.empty(len(sizes), 3, crop_size, crop_size, device=labels.device)
     for i in range(0, len(sizes), samples):

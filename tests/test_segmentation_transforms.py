@@ -1,15 +1,11 @@
 """The transforms against pixels of the reference pipeline (tests/golden/segmentation) and against slow readings."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from datasets import segmentation_kernel
 from datasets.segmentation_transforms import (
     Augmentation,
     Packed,
@@ -248,43 +244,9 @@ def test_nearest_taps_against_whole_numbers():
     assert taps[0].tolist() == [i // 2 for i in range(64)]
 
 
-INTERPRETED = """
-import torch
-from datasets import segmentation_transforms as transforms
-from datasets.segmentation_kernel import render_crops
-from test_segmentation_transforms import MEAN, STD, golden, packed
-data = golden("resize")
-batch, count = packed(data["images"] * 4, data["labels"] * 4), 8
-sizes = [tuple(image.shape[:2]) for image in data["images"]] * 4
-augmentations = [transforms.draw_augmentation(5, 0, position) for position in range(count)]
-assert {one.hue is None for one in augmentations} == {one.saturation is None for one in augmentations} == {True, False}
-assert {one.contrast_first for one in augmentations} == {True, False}
-expected, _ = transforms.training_batch(batch, sizes, augmentations, (128, 48), 48, MEAN, STD)
-out_sizes = [transforms.rescale_size(*size, tuple(int(side * one.ratio) for side in (128, 48)))
-             for size, one in zip(sizes, augmentations)]
-region, _ = transforms.choose_crop_region(batch, augmentations, out_sizes, (48, 48))
-assert not region.inside_rows.all()
-ours = render_crops(batch.pixels, batch.starts, batch.widths,
-                    transforms.linear_taps(region.rows, region.heights, batch.heights, across=False),
-                    transforms.linear_taps(region.columns, region.widths, batch.widths, across=True),
-                    region.inside_rows, region.inside_columns, transforms.distortion_table(augmentations),
-                    transforms.colour_tables(batch.pixels.device), MEAN, STD)
-assert torch.equal(ours, expected), (ours - expected).abs().max()
-"""
-
-
-@pytest.mark.skipif(segmentation_kernel.triton is None, reason="Triton is not installed")
-def test_kernel_in_tritons_interpreter():
-    """The kernel's arithmetic, run without a GPU, is that of the other way, to the bit."""
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
-    run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True,
-                         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths})
-    assert run.returncode == 0, run.stderr
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_kernel_on_a_gpu():
+def test_the_same_on_a_gpu():
     data = golden("resize")
     batch = packed(data["images"] * 8, data["labels"] * 8)
     sizes = [tuple(image.shape[:2]) for image in data["images"]] * 8
