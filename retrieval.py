@@ -208,7 +208,6 @@ def encode(encoder: Encoder, dataset: PatchDataset, features: Sequence[str], bat
     return {name: torch.cat(rows[name]) for name in features}, torch.cat(ids)
 
 
-
 def save_features(path: Path, content: dict) -> None:
     """Writes a feature file: {"features": {name: [N, D]}, "ids": [N], ...}, tensors and plain values only."""
     try:
@@ -266,6 +265,8 @@ def extract_features(args: argparse.Namespace, device: torch.device, log: Log) -
         defects = {"mae": {"shuffle_patches": True}, "dino": {"branch": "student"}}
         if args.model not in defects:
             raise UserError(f"--authors-defects: none is known for {args.model} in retrieval, only for mae and dino")
+        if args.model == "dino" and args.weights == "random":
+            raise UserError("--authors-defects: a random control has no student; give a full checkpoint of DINO")
         options = defects[args.model]
     wanted = args.features
     if wanted:
@@ -330,18 +331,16 @@ def measure(source: dict, exclude_query: bool, num_queries: int | None, seed: in
     return metrics
 
 
-
-
 def table(folder: Path) -> str:
     """The retrieval half of table 3, in Markdown: published, ours, difference; the last result of each model and data
     set under the default protocol. Raises UserError without results."""
     published = json.loads(PAPER_TABLES.read_text())["table3_part_retrieval_ap"]
     results, left_out, marked = {}, 0, False
     for result in read_results(folder, "retrieval"):
-        args = result["args"]
         usual = (result["weights"] != "random" and result["dataset"] in ("cub", "coco") and result["model"] in METHODS
-                 and "best" in result and result["num_queries"] == result["num_patches"] and args["crop_scale"] == 0.5
-                 and not args["exclude_query"] and not args["keypoints"] and not args["authors_defects"])
+                 and "ap_cls" in result and "ap_avg" in result and result["num_queries"] == result["num_patches"]
+                 and result["crop_scale"] == 0.5 and not result["keypoints"] and not result["authors_defects"]
+                 and not result["args"]["exclude_query"])
         if usual:
             results[result["model"], result["dataset"]] = result
         else:
@@ -424,7 +423,8 @@ def main() -> None:
             log(f"{source['model']} on {source['dataset']}{f' ({marks})' if marks else ''}, {source['precision']}")
             results.append(measure(source, args.exclude_query, args.num_queries, args.seed, device, log))
     for source, result in zip(sources, results, strict=False):
-        names = ("model", "weights", "sha256", "dataset", "precision")
+        # Of the features, which may come from a file: the arguments of this run need not be those they were made with.
+        names = ("model", "weights", "sha256", "dataset", "precision", "crop_scale", "keypoints", "authors_defects")
         line = {"task": "retrieval" if "num_patches" in result else "retrieval-sheets",
                 **{name: source[name] for name in names}, **about, "seconds": time.monotonic() - start, **result}
         if is_main():

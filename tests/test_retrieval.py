@@ -198,6 +198,11 @@ def test_a_whole_run_and_its_options(run, tmp_path):
     assert {key: loaded[key] for key in ("model", "sha256", "ap_cls", "map_avg", "ap_projected")} == {
         key: first[key] for key in ("model", "sha256", "ap_cls", "map_avg", "ap_projected")}
 
+    run(*common, "--crop-scale", 1, "--save-features", tmp_path / "text.pt")
+    assert last_result(tmp_path)["ap_cls"] != first["ap_cls"]
+    run("--load-features", tmp_path / "text.pt", "--output-dir", tmp_path)
+    assert last_result(tmp_path)["crop_scale"] == 1
+
     run("--load-features", tmp_path / "features.pt", "--exclude-query", "--output-dir", tmp_path)
     assert last_result(tmp_path)["ap_cls"] < first["ap_cls"]
 
@@ -244,6 +249,16 @@ def test_picture_sheets(run, tmp_path):
     assert "POSITION 0 to 48" in err
 
 
+def test_authors_defects_change_the_figures(run, tmp_path):
+    for model in ("mae", "dino"):
+        results = []
+        for words in ((), ("--authors-defects",)):
+            run(*golden(model), "--num-images", 6, "--output-dir", tmp_path, *words)
+            results.append(last_result(tmp_path))
+        assert [result["authors_defects"] for result in results] == [False, True]
+        assert results[0]["ap_avg"] != results[1]["ap_avg"]
+
+
 def one_line(err, *parts):
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1, err
@@ -266,6 +281,7 @@ def test_mistakes_get_one_line_and_no_result(run, tmp_path):
         (("--weights", tmp_path / "file"), ["file", "truncated"]),
         ((*golden("dino", "checkpoint_backbone"), "--features", "projected"), ["no projector", "full checkpoint"]),
         ((*golden("deit"), "--authors-defects"), ["--authors-defects", "mae and dino"]),
+        (("--model", "dino", "--weights", "random", "--authors-defects"), ["--authors-defects", "no student"]),
         (("--load-features", tmp_path / "file"), ["--load-features", "not a whole feature file"]),
         (("--batch-size", "0"), ["--batch-size"]),
         (("--table",), ["results.jsonl", "run without --table first"]),
