@@ -220,6 +220,11 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def row_of(result: dict) -> str:
+    marks = labels_of_run(result)
+    return f"{result['model']} ({marks})" if marks else result["model"]
+
+
 def print_table(folder: Path) -> None:
     """Table 1 and the right half of table 3: published, ours (the last run), difference."""
     published = json.loads(PAPER_TABLES.read_text())
@@ -230,15 +235,16 @@ def print_table(folder: Path) -> None:
                                      ("Table 1, ImageNet-1k", ("imagenet",), images)):
         columns = [(dataset, probe) for dataset in datasets for probe in ("linear", "attentive")]
         rows, remarks = [], []
-        ours = {(result["model"], result["dataset"], result["probe"]): result for result in results}
-        others = (result["model"] for result in results if result["dataset"] in datasets)
+        # A control has a row of its own: it must not take the place of a result.
+        ours = {(row_of(result), result["dataset"], result["probe"]): result for result in results}
+        others = (row_of(result) for result in results if result["dataset"] in datasets)
         for model in dict.fromkeys((*METHODS, *others)):
             cells = []
             for dataset, probe in columns:
                 result = ours.get((model, dataset, probe))
                 cells += beside_published(numbers.get(model, {}).get(dataset, {}).get(probe),
                                           result and result["best_acc1"])
-                marks = [mark for mark in (labels_of_run(result), result["select"] == "held-out" and "chosen held out",
+                marks = [mark for mark in (result["select"] == "held-out" and "chosen held out",
                          result["args"]["authors_defects"] and "authors' defects",
                          result["args"]["crop_scale"] != 0.5 and f"crop scale {result['args']['crop_scale']}",
                          f"{result['num_train']} training patches") if mark] if result else []
