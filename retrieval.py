@@ -277,7 +277,7 @@ def extract_features(args: argparse.Namespace, device: torch.device, log: Log) -
     with one_per_node_first():
         encoder = build_model(args.model, args.weights, args.num_heads, projector=projector, seed=args.seed, **options)
     encoder = encoder.to(device)
-    log(f"{args.model}: weights {encoder.weights}, SHA-256 {encoder.sha256}")
+    log(f"{args.model}: weights {encoder.weights}" + (f", SHA-256 {encoder.sha256}" if encoder.sha256 else ""))
     log(f"{encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads, "
         f"projector {'yes' if encoder.has_projector else 'no'}")
     names = wanted or ["cls", "avg"] + ["projected"] * encoder.has_projector

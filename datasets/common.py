@@ -62,14 +62,15 @@ def add_common_arguments(parser: argparse.ArgumentParser, datasets: Sequence[str
     group.add_argument("--output-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
     group.add_argument("--batch-size", type=positive_int, default=batch_size,
                        help=f"over all processes together (default: {batch_size or 'the published one'})")
-    group.add_argument("--workers", type=non_negative_int, default=min(16, os.cpu_count() or 1),
-                       help="data loading processes per process (default: %(default)s)")
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    group.add_argument("--workers", type=non_negative_int, default=max(1, min(16, cores)),
+                       help="data loading processes per process (default: its share of the cores, here %(default)s)")
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"),
                        help="of the encoder (default: bf16 on CUDA, fp32 on CPU)")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument("--table", action="store_true",
-                       help="no run: print the paper's table with the results of --output-dir beside it")
+                       help="no run: print the results in --output-dir, the paper's numbers beside them")
 
 
 def positive_int(text: str) -> int:

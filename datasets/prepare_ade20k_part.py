@@ -62,7 +62,7 @@ def part_instances(segmentation: Path) -> tuple[np.ndarray, np.ndarray]:
     if parts.shape != objects.shape:
         raise ValueError(f"{parts_file.name} is {parts.shape[::-1]}, {segmentation.name} {objects.shape[::-1]}")
     inside = parts > 0
-    keys, rows = np.unique(parts[inside] * np.int64(256) + codes[inside], return_inverse=True)
+    keys, rows = np.unique(parts[inside].astype(np.int64) * 256 + codes[inside], return_inverse=True)
     candidates, columns = np.unique(objects[inside], return_inverse=True)
     shape = (len(keys), len(candidates))
     votes = np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]).reshape(shape)
