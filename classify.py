@@ -351,6 +351,7 @@ def main() -> None:
         matrix = confusion_matrix(heads, tested, ids, len(classes), args.authors_defects)[0]
         result |= {"probe": heads.kind, "acc1": accuracy(matrix).item(), "num_test": len(ids), **per_class(matrix),
                    "seconds": time.monotonic() - started}
+        log.keep()
         log(f"{heads.kind} head {args.evaluate}: {result['acc1']:.2f}% of {len(ids)} test patches")
         if is_main():
             append_result(output, result)
@@ -390,6 +391,7 @@ def main() -> None:
         choosing_ids = present(subset, choosing)
     result |= {"num_train": len(train_ids), "num_held_out": len(held_out_ids), "num_test": len(test_ids)}
     encoded = time.monotonic()
+    log.keep()
     log(f"features are ready after {encoded - started:.1f} s")
 
     chosen_by = "the test set, as in the paper" if args.select == "test" else "a held-out tenth of the training images"

@@ -405,6 +405,7 @@ def main() -> None:
         sources = [load_features(path) for path in args.load_features]
     else:
         sources = [extract_features(args, device, log)]
+    log.keep()
     if args.save_features:
         whole = {name: gather_rows(rows).cpu() for name, rows in sources[0]["features"].items()}
         ids = gather_rows(sources[0]["ids"].to(device)).cpu()

@@ -400,12 +400,14 @@ def main() -> None:
 
     if not args.evaluate and done < args.iterations:
         store = PixelStore(train_split, args.base_scale, device, output, args.cache, args.workers, log)
+        log.keep()
         batches = training_batches(store, range(done, args.iterations), args.batch_size, args.base_scale,
                                    args.crop_size, encoder.mean, encoder.std, args.seed)
         train(segmenter, optimizer, prefetched(batches, device), range(done, args.iterations), args.batch_size, args.lr,
               args.warmup_iterations, after_iteration, log)
         del store, batches
     metrics = test(args.save_pictures)
+    log.keep()
     if is_main():
         result = {"task": "segment", "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
                   "dataset": args.dataset, "world_size": world_size(), "precision": args.precision, "seed": args.seed,

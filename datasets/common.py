@@ -154,18 +154,29 @@ def revision() -> str:
 
 
 class Log:
-    """Prints lines from the main process and, given a folder, appends them to its log.txt."""
+    """Prints lines from the main process and appends them to the folder's log.txt.
 
-    def __init__(self, folder: Path | None = None):
-        self.path = folder / "log.txt" if folder else None
+    The file waits for keep, which a script calls once its inputs have been read: a mistake leaves no file behind.
+    """
 
-    def __call__(self, line: str = "") -> None:
+    def __init__(self, folder: Path):
+        self.path, self.waiting, self.kept = folder / "log.txt", [], False
+
+    def __call__(self, line: str) -> None:
         if not is_main():
             return
         print(line, flush=True)
-        if self.path:
+        self.waiting.append(line)
+        if self.kept:
+            self.keep()
+
+    def keep(self) -> None:
+        """Writes the lines so far, and from now on every line at once."""
+        self.kept = True
+        if is_main() and self.waiting:
             with open(self.path, "a") as file:
-                file.write(line + "\n")
+                file.writelines(line + "\n" for line in self.waiting)
+            self.waiting.clear()
 
     def start(self, arguments: argparse.Namespace) -> None:
         """Writes what a reader needs to repeat the run: revision, versions, processes, sorted arguments."""

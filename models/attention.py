@@ -227,6 +227,7 @@ def main() -> None:
                       "patch_size": encoder.patch_size, "world_size": world_size(), "precision": precision,
                       "seed": args.seed, "seconds": time.monotonic() - start, **figures, "args": plain_arguments(args)})
     marks = labels_of_run(lines[0])
+    log.keep()
     log(f"{args.model} on {lines[0]['num_images']} images{f' ({marks})' if marks else ''}, {precision}")
     log(summary_table(lines))
     if is_main():
