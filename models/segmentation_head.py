@@ -3,7 +3,9 @@ logits: at 209 classes and 16 crops of 512 x 512 these are 3.5 GB in float32, an
 costs more than the encoder."""
 
 import shutil
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn as nn
@@ -96,7 +98,27 @@ def strip_loss_and_gradient(logits: torch.Tensor, label: torch.Tensor, ignore_in
 def _can_fuse(logits: torch.Tensor, label: torch.Tensor) -> bool:
     scale, rest = divmod(label.shape[1], logits.shape[2])
     return (triton is not None and logits.is_cuda and rest == 0 and scale % 2 == 0
-            and label.shape[2] == scale * logits.shape[3] and logits.shape[1] <= 1024)
+            and label.shape[2] == scale * logits.shape[3] and logits.shape[1] <= 1024
+            and kernel_is_right(logits.device))
+
+
+@cache
+def kernel_is_right(device: torch.device) -> bool:
+    """Whether the kernel compiles on this device and gives what the plain way gives; asked once, on a small example,
+    because a wrong loss would not show in training. Warns where it does not."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 3, 4, generator=generator).to(device)
+    label = torch.randint(0, 6, (2, 12, 16), generator=generator, dtype=torch.uint8).to(device)
+    plain = strip_loss_and_gradient(logits, label, 5)
+    try:
+        fused = fused_loss_and_gradient(logits, label, 5)
+        if all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(fused, plain, strict=True)):
+            return True
+        reason = "it disagrees with the plain way"
+    except Exception as error:  # of Triton, its compiler or the driver
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    warnings.warn(f"the fused loss kernel cannot be used on {device} ({reason}); the plain way is slower", stacklevel=2)
+    return False
 
 
 def fused_loss_and_gradient(logits: torch.Tensor, label: torch.Tensor, ignore_index: int) -> tuple:

@@ -116,6 +116,23 @@ def test_fused_kernel_in_tritons_interpreter():
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("fault", ["raises", "is wrong"])
+def test_a_kernel_that_does_not_work_is_not_used(monkeypatch, fault):
+    def broken(logits, label, ignore_index):
+        if fault == "raises":
+            raise RuntimeError("no such architecture")
+        return logits.sum(), logits
+
+    segmentation_head.kernel_is_right.cache_clear()
+    monkeypatch.setattr(segmentation_head, "fused_loss_and_gradient", broken)
+    with pytest.warns(UserWarning, match="no such architecture" if fault == "raises" else "disagrees"):
+        assert not segmentation_head.kernel_is_right(torch.device("cpu"))
+    segmentation_head.kernel_is_right.cache_clear()
+    monkeypatch.setattr(segmentation_head, "fused_loss_and_gradient", strip_loss_and_gradient)
+    assert segmentation_head.kernel_is_right(torch.device("cpu"))
+    segmentation_head.kernel_is_right.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_fused_kernel_on_a_gpu():
