@@ -59,7 +59,7 @@ from datasets.sheets import write_sheets
 from datasets.synthetic import KEYPOINT_NAMES, load_synthetic_patches
 from models import METHODS, WITH_PROJECTOR, Encoder, build_model
 
-# Patches that the published rule leaves of the whole data set; a result on another number is marked in the table.
+# Patches that the published rule leaves of the whole data set, where it is known; the table marks other numbers.
 FULL_PATCHES = {"cub": 30543}
 
 
@@ -335,7 +335,7 @@ def table(folder: Path) -> str:
     """The retrieval half of table 3, in Markdown: published, ours, difference; the last result of each model and data
     set under the default protocol. Raises UserError without results."""
     published = json.loads(PAPER_TABLES.read_text())["table3_part_retrieval_ap"]
-    results, left_out, marked = {}, 0, False
+    results, left_out, remarks = {}, 0, []
     for result in read_results(folder, "retrieval"):
         usual = (result["weights"] != "random" and result["dataset"] in ("cub", "coco") and result["model"] in METHODS
                  and "ap_cls" in result and "ap_avg" in result and result["num_queries"] == result["num_patches"]
@@ -352,8 +352,9 @@ def table(folder: Path) -> str:
             result, paper = results.get((model, dataset), {}), published[model][dataset]
             encoded = result.get(f"ap_{result.get('best')}")
             cells = [*beside_published(paper["encoded"], encoded), result.get("best", "-")]
-            if result and result["num_patches"] != FULL_PATCHES.get(dataset, result["num_patches"]):
-                cells[1], marked = cells[1] + "*", True
+            if result and result["num_patches"] != FULL_PATCHES.get(dataset):
+                cells[1] += "*"
+                remarks.append(f"\\* {model}, {dataset}: on {result['num_patches']:,} patches")
             row += cells + beside_published(paper.get("projected"), result.get("ap_projected"))
         rows.append(row)
     header = ["model"]
@@ -361,8 +362,9 @@ def table(folder: Path) -> str:
         header += [f"{dataset} encoded, published", "ours", "difference", "token",
                    f"{dataset} projected, published", "ours", "difference"]
     text = "Part retrieval, AP in percent (paper, table 3)\n\n" + markdown_table(header, rows)
-    if marked:
-        text += f"\n\n\\* not the whole data set: CUB leaves {FULL_PATCHES['cub']:,} patches"
+    if remarks:
+        whole = ", ".join(f"{dataset} {count:,}" for dataset, count in FULL_PATCHES.items())
+        text += "\n\n" + "\n".join(remarks) + f"\n\nThe whole data set has {whole} where it is known."
     if left_out:
         text += f"\n\n{left_out} results with random weights, other data or another protocol are left out."
     return text

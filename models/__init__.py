@@ -52,9 +52,9 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
         encoder.weights, encoder.sha256 = str(path) if weights != "official" else path.name, file_hash(path)
 
     if projector and not encoder.has_projector:
-        raise CheckpointError(f"{encoder.weights} has no projector; " + (
-            "give the full checkpoint of the method" if name in WITH_PROJECTOR else
-            f"only {', '.join(WITH_PROJECTOR)} have one"))
+        raise CheckpointError(f"{encoder.weights} has no projector; give the full checkpoint of the method"
+                              if name in WITH_PROJECTOR else
+                              f"{name} has no projector; only {', '.join(WITH_PROJECTOR)} have one")
     if projector is False:
         encoder.projector = None
     if decoder and not getattr(encoder, "has_decoder", False):

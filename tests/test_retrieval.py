@@ -226,7 +226,7 @@ def test_the_real_cub_sample_and_the_table(run, tmp_path):
     row = next(line for line in out.splitlines() if line.startswith("| ibot"))
     ours = result[f"ap_{result['best']}"]
     assert f"| 49.3 | {ours:.1f}* | {ours - 49.3:+.1f} | {result['best']} |" in row
-    assert "not the whole data set" in out
+    assert "* ibot, cub: on 914 patches" in out and "cub 30,543" in out
 
 
 @needs_real
