@@ -59,6 +59,9 @@ from datasets.sheets import write_sheets
 from datasets.synthetic import KEYPOINT_NAMES, load_synthetic_patches
 from models import METHODS, WITH_PROJECTOR, Encoder, build_model
 
+# What a feature file holds.
+FEATURE_FILE = {"features", "ids", "labels", "classes", "paths", "model", "weights", "sha256", "dataset", "precision",
+                "crop_scale", "keypoints", "authors_defects"}
 # Patches that the published rule leaves of the whole data set, where it is known; the table marks other numbers.
 FULL_PATCHES = {"cub": 30543}
 
@@ -224,6 +227,8 @@ def load_features(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
         share = slice(shard(len(content["ids"])).start, shard(len(content["ids"])).stop)
         content["features"] = {name: rows[share] for name, rows in content["features"].items()}
+        if not content.keys() >= FEATURE_FILE:
+            raise KeyError
         return {**content, "ids": content["ids"][share]}
     except (RuntimeError, KeyError, TypeError, EOFError, OSError, UnpicklingError):
         raise UserError(f"--load-features {path}: not a whole feature file; write it again") from None
@@ -312,7 +317,11 @@ def measure(source: dict, exclude_query: bool, num_queries: int | None, seed: in
     metrics = {"num_patches": len(ids), "num_queries": len(queries), "skipped_patches": skipped,
                "patches_per_class": dict(zip(source["classes"], counts, strict=True))}
     for name, rows in source["features"].items():
-        ap = average_precision(gather_rows(rows.to(device)), labels, queries=mine, exclude_query=exclude_query)
+        try:
+            ap = average_precision(gather_rows(rows.to(device)), labels, queries=mine, exclude_query=exclude_query)
+        except ValueError as error:
+            raise UserError(f"{source['model']} at {source['precision']}, {name}: {error}; "
+                            "take --precision fp32") from None
         ap = gather_rows(ap.to(device) if device.type == "cuda" else ap).cpu()
         metrics[f"ap_{name}"], metrics[f"map_{name}"] = mean_average_precision(ap, labels[queries])
         line = f"{name:>10}  AP {metrics[f'ap_{name}']:6.2f}  mAP {metrics[f'map_{name}']:6.2f}"
@@ -403,11 +412,12 @@ def main() -> None:
     open_output(args.output_dir)
     log = Log(args.output_dir)
     log.start(args)
+    if args.save_features and not args.save_features.parent.is_dir():
+        raise UserError(f"--save-features {args.save_features}: the folder does not exist; make it first")
     if args.load_features:
         sources = [load_features(path) for path in args.load_features]
     else:
         sources = [extract_features(args, device, log)]
-    log.keep()
     if args.save_features:
         whole = {name: gather_rows(rows).cpu() for name, rows in sources[0]["features"].items()}
         ids = gather_rows(sources[0]["ids"].to(device)).cpu()
@@ -425,6 +435,7 @@ def main() -> None:
             marks = labels_of_run(source)
             log(f"{source['model']} on {source['dataset']}{f' ({marks})' if marks else ''}, {source['precision']}")
             results.append(measure(source, args.exclude_query, args.num_queries, args.seed, device, log))
+    log.keep()
     for source, result in zip(sources, results, strict=False):
         # Of the features, which may come from a file: the arguments of this run need not be those they were made with.
         names = ("model", "weights", "sha256", "dataset", "precision", "crop_scale", "keypoints", "authors_defects")

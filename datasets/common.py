@@ -242,17 +242,20 @@ def append_result(folder: Path, result: dict) -> None:
 
 
 def read_results(folder: Path, task: str) -> list[dict]:
-    """The results lines of one task, oldest first. Raises UserError where there is no file or a line is not JSON."""
+    """The results lines of one task, oldest first. Raises UserError where there is no file or a line is no result."""
     path = folder / "results.jsonl"
     if not path.is_file():
         raise UserError(f"{path} does not exist; run without --table first, or name its folder with --output-dir")
     results = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            results.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise UserError(f"{path}, line {number}, is not JSON; remove the line") from None
-    return [result for result in results if result.get("task") == task]
+            result = json.loads(line)
+            if not {"task", "model", "weights", "dataset", "args"} <= result.keys():
+                raise ValueError
+        except (ValueError, AttributeError):
+            raise UserError(f"{path}, line {number}, is not a results line; remove it") from None
+        results.append(result)
+    return [result for result in results if result["task"] == task]
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from .common import UserError
+from .patches import BAD_IMAGE
 from .segmentation_classes import class_names
 from .segmentation_transforms import IGNORE
 from .synthetic import NUM_IMAGES, OBJECT_NAMES, PART_NAMES, synthetic_segmentation
@@ -166,7 +167,7 @@ def pair_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
 def open_image(path: Path) -> Image.Image:
     try:
         return Image.open(path)
-    except (UnidentifiedImageError, OSError) as error:
+    except BAD_IMAGE as error:
         raise UserError(f"{path} cannot be read as an image ({error}); replace the file") from None
 
 
@@ -175,7 +176,7 @@ def read_image(path: Path) -> np.ndarray:
     with open_image(path) as image:
         try:
             return np.array(image.convert("RGB"))
-        except OSError as error:
+        except BAD_IMAGE as error:
             raise UserError(f"{path} cannot be decoded ({error}); replace the file") from None
 
 
@@ -189,7 +190,7 @@ def read_label(path: Path, largest: int) -> np.ndarray:
             raise UserError(f"{path} is a picture of mode {image.mode}; a label map holds one class number per pixel")
         try:
             raw = np.asarray(image)
-        except OSError as error:
+        except BAD_IMAGE as error:
             raise UserError(f"{path} cannot be decoded ({error}); replace the file") from None
     above = raw[(raw > largest) & (raw != IGNORE)]
     if above.size:

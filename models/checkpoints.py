@@ -8,6 +8,7 @@ values, and argparse.Namespace, which training scripts save; a file that would r
 import argparse
 import fcntl
 import hashlib
+import http.client
 import os
 import pickle
 import re
@@ -89,7 +90,8 @@ def download(url: str, path: Path, check: Callable[[Path], None] = lambda file: 
         except urllib.error.HTTPError as error:
             part.unlink()
             raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}; {by_hand}") from None
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        # ValueError and HTTPException: an address that is none, an answer that is no HTTP.
+        except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError, http.client.HTTPException) as error:
             if not file.tell():
                 part.unlink()
             raise CheckpointError(f"{url} cannot be reached ({getattr(error, 'reason', error)}); {by_hand}") from None

@@ -266,11 +266,6 @@ def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, n
     return {k: torch.cat(parts) if parts else labels[:0] for k, parts in predictions.items()}
 
 
-def head_state(heads: nn.Module, index: int) -> dict[str, torch.Tensor]:
-    """Copies of head number index's tensors, on the CPU, with a leading dimension of 1."""
-    return {name: tensor[index:index + 1].detach().cpu().clone() for name, tensor in heads.state_dict().items()}
-
-
 def build_heads(kind: str, count: int, width: int, num_classes: int, num_heads: int, batch_norm: bool) -> nn.Module:
     if kind == "linear":
         return LinearHeads(count, width, num_classes, batch_norm)

@@ -270,6 +270,12 @@ def test_mistakes_get_one_line_and_no_result(run, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/results.jsonl").write_text('{"task": "retrieval"}\n')
+    content = {**dict.fromkeys(retrieval.FEATURE_FILE, "x"), "features": {"cls": torch.full((4, 3), float("nan"))},
+               "ids": torch.arange(4), "labels": torch.zeros(4, dtype=torch.int64), "classes": ["a"], "paths": []}
+    torch.save(content, tmp_path / "nan.pt")
+    torch.save({name: content[name] for name in ("features", "ids")}, tmp_path / "part.pt")
     for words, parts in (
         (("--model", "dinov9", "--weights", "random"), ["dinov9", "deit"]),
         (("--dataset", "cup"), ["--dataset", "cup", "synthetic"]),
@@ -283,6 +289,10 @@ def test_mistakes_get_one_line_and_no_result(run, tmp_path):
         ((*golden("deit"), "--authors-defects"), ["--authors-defects", "mae and dino"]),
         (("--model", "dino", "--weights", "random", "--authors-defects"), ["--authors-defects", "no student"]),
         (("--load-features", tmp_path / "file"), ["--load-features", "not a whole feature file"]),
+        (("--load-features", tmp_path / "part.pt"), ["--load-features", "not a whole feature file"]),
+        (("--load-features", tmp_path / "nan.pt"), ["not finite", "--precision fp32"]),
+        ((*golden("ibot"), "--save-features", tmp_path / "none/x.pt"), ["--save-features", "folder does not exist"]),
+        (("--weights", "http://[bad"), ["http://[bad", "--weights PATH"]),
         (("--batch-size", "0"), ["--batch-size"]),
         (("--table",), ["results.jsonl", "run without --table first"]),
         (("--model", "beit"), ["Google Drive", "--weights PATH"]),
@@ -290,6 +300,8 @@ def test_mistakes_get_one_line_and_no_result(run, tmp_path):
         _, err = run(*words, "--output-dir", out, status=2)
         one_line(err, *parts)
         assert not out.exists() or not list(out.iterdir())
+    _, err = run("--table", "--output-dir", tmp_path / "odd", status=2)
+    one_line(err, "results.jsonl, line 1, is not a results line")
     _, err = run(*golden("ibot"), "--output-dir", tmp_path / "file" / "out", status=2)
     one_line(err, "cannot be written", "--output-dir")
 
