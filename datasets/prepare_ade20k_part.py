@@ -131,7 +131,11 @@ def read_index(release: Path) -> dict[int, str] | None:
         return {index: str(name) for index, name in enumerate(names, 1)}
     path = release / "index_ade20k.mat"
     if path.is_file():
-        cells = import_loadmat()(path)["index"][0, 0]["objectnames"].ravel()
+        loadmat = import_loadmat()
+        try:
+            cells = loadmat(path)["index"][0, 0]["objectnames"].ravel()
+        except Exception as error:
+            raise UserError(f"{path} is no index of ADE20K ({type(error).__name__}); unpack it again") from None
         return {index: str(cell.item()) if cell.size else "" for index, cell in enumerate(cells, 1)}
     return None
 
@@ -151,9 +155,12 @@ def find_pairs(root: Path, release: Path, items: dict[str, list[Item]], workers:
     report = root / "parts.json"
     numbers = {"release": release.name, **{split: len(listed) for split, listed in items.items()}}
     if report.is_file():
-        known = json.loads(report.read_text(encoding="utf-8"))
-        if {key: known[key] for key in numbers} == numbers:
-            return known["parts"]
+        try:
+            known = json.loads(report.read_text(encoding="utf-8"))
+            if {key: known[key] for key in numbers} == numbers:
+                return known["parts"]
+        except (ValueError, KeyError):
+            raise UserError(f"{report} is not the list of an earlier run; remove it") from None
     names = read_index(release)
     everything = items["train"] + items["val"]
     if names is None and not everything[0].image.with_suffix(".json").is_file():

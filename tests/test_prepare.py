@@ -487,6 +487,10 @@ def test_the_index_is_unpickled_without_running_code(tmp_path, protocol):
     path.write_bytes(b"no pickle")
     with pytest.raises(UserError, match="damaged"):
         read_index(tmp_path)
+    path.unlink()
+    (tmp_path / "index_ade20k.mat").write_bytes(b"no matrices")
+    with pytest.raises(UserError, match="index_ade20k.mat is no index of ADE20K"):
+        read_index(tmp_path)
 
 
 # ADE20K objects and LIP.
