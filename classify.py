@@ -18,43 +18,40 @@ import torch
 import torch.nn as nn
 
 from datasets.classification import held_out_images, hold_out, load_classification
-from datasets.common import (
-    PAPER_TABLES,
-    Log,
-    OneLineParser,
-    Progress,
-    UserError,
-    add_common_arguments,
-    append_result,
-    beside_published,
-    default_precision,
-    exit_with_one_line_errors,
-    labels_of_run,
-    markdown_table,
-    open_output,
-    plain_arguments,
-    positive_int,
-    read_results,
-    write_whole,
-)
-from datasets.distributed import (
-    barrier,
-    gather_rows,
-    init_processes,
-    is_main,
-    one_per_node_first,
-    rank,
-    sum_over_processes,
-    world_size,
-)
-from datasets.feature_cache import Features, encode, encode_batch_size, encode_features, present
-from datasets.patches import patch_batches
-from datasets.plots import draw_confusion, draw_curves
-from datasets.random_views import RandomViews, random_crop_flip
-from models import METHODS, build_model
+from datasets.patches import RandomViews, random_crop_flip
+from models import METHODS, load_encoder
 from models.encoder import Encoder
+from models.features import Features, decoded_ids, encode_batch_size, encode_features, encode_tokens
 from models.probe_training import RECIPES, Probe
 from models.probes import build_heads, knn_predict, load_head
+from utils import UserError
+from utils.distributed import (
+    all_reduce,
+    barrier,
+    gather_rows,
+    is_main,
+    rank,
+    world_size,
+)
+from utils.drawing import draw_confusion, draw_curves
+from utils.results import (
+    PAPER_TABLES,
+    append_result,
+    args_to_json,
+    beside_published,
+    caveats,
+    markdown_table,
+    read_results,
+)
+from utils.run import (
+    OneLineParser,
+    Progress,
+    add_common_arguments,
+    exit_with_one_line_errors,
+    positive_int,
+    setup,
+)
+from utils.storage import atomic_write
 
 PARTS = ("cub", "coco", "synthetic")
 IMAGES = ("imagenet", "folder", "synthetic-species")
@@ -65,7 +62,7 @@ FREE_ON_RESUME = ("output_dir", "workers", "device", "cache", "cache_dir", "resu
 
 
 @torch.no_grad()
-def confusion_matrix(heads: nn.Module, features: Features, ids: torch.Tensor, num_classes: int,
+def confusion_of_heads(heads: nn.Module, features: Features, ids: torch.Tensor, num_classes: int,
                      authors_defects: bool = False) -> torch.Tensor:
     """int64 [K, classes, classes] of the patches with these ids, over all processes: row = label, column = prediction.
 
@@ -80,7 +77,7 @@ def confusion_matrix(heads: nn.Module, features: Features, ids: torch.Tensor, nu
             matrix = labels.new_zeros(len(predicted), num_classes * num_classes)
         matrix.scatter_add_(1, labels * num_classes + predicted, torch.ones_like(predicted))
     heads.train()
-    return sum_over_processes(matrix.view(-1, num_classes, num_classes)).cpu()
+    return all_reduce(matrix.view(-1, num_classes, num_classes)).cpu()
 
 
 def accuracy(matrix: torch.Tensor) -> torch.Tensor:
@@ -88,7 +85,7 @@ def accuracy(matrix: torch.Tensor) -> torch.Tensor:
     return 100 * matrix.diagonal(dim1=-2, dim2=-1).sum(-1).double() / matrix.sum((-2, -1)).clamp(min=1)
 
 
-def epoch_order(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
+def shuffled(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
     """The ids in the order of an epoch, the same whatever the number of processes."""
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))]
 
@@ -125,9 +122,9 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
             waiting[number].clear()
 
     progress = Progress(len(order) // world_size(), f"epoch {epoch + 1}", "images")
-    for images, ids in patch_batches(views, order[rank()::world_size()].tolist(), encode_batch_size(device), workers,
+    for images, ids in views.batches(order[rank()::world_size()].tolist(), encode_batch_size(device), workers,
                                      pin_memory=device.type == "cuda"):
-        tokens, places = encode(encoder, images.to(device, non_blocking=True), precision), position[ids]
+        tokens, places = encode_tokens(encoder, images.to(device, non_blocking=True), precision), position[ids]
         begin = 0
         while begin < len(ids):
             train_up_to(int(places[begin]))
@@ -153,7 +150,7 @@ def run_knn(train: Features, train_ids: torch.Tensor, held_out_ids: torch.Tensor
         rows = features.rows(ids).to(features.cls.device)
         predicted = knn_predict(bank, labels, features.cls[rows], num_classes, NEIGHBOURS)
         hits = torch.stack([(predicted[k] == features.labels[rows]).sum() for k in NEIGHBOURS])
-        return dict(zip(NEIGHBOURS, (100 * sum_over_processes(hits).double() / len(ids)).tolist(), strict=True))
+        return dict(zip(NEIGHBOURS, (100 * all_reduce(hits).double() / len(ids)).tolist(), strict=True))
 
     by_k = percent(test, test_ids)
     scores = percent(train, held_out_ids) if len(held_out_ids) else by_k
@@ -174,8 +171,8 @@ def memory_peak(device: torch.device) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser, PARTS + IMAGES, batch_size=None)
+    parser = OneLineParser(__doc__)
+    add_common_arguments(parser, METHODS, PARTS + IMAGES, batch_size=None)
     group = parser.add_argument_group("probing")
     group.add_argument("--probe", nargs="+", choices=("linear", "attentive", "knn"), default=["linear"],
                        help="one or several, on the same features (default: linear)")
@@ -221,7 +218,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def row_of(result: dict) -> str:
-    marks = labels_of_run(result)
+    marks = caveats(result)
     return f"{result['model']} ({marks})" if marks else result["model"]
 
 
@@ -260,7 +257,7 @@ def print_table(folder: Path) -> None:
 def save_checkpoint(path: Path, fixed: dict, epoch: int, probes: Sequence[Probe]) -> None:
     content = {"fixed": fixed, "epoch": epoch, "probes": [probe.state() for probe in probes]}
     if is_main():
-        write_whole(path, lambda temporary: torch.save(content, temporary))
+        atomic_write(path, lambda temporary: torch.save(content, temporary))
 
 
 def load_checkpoint(path: Path, fixed: dict, probes: Sequence[Probe]) -> int:
@@ -283,7 +280,7 @@ def save_head(path: Path, kind: str, num_heads: int, state: dict, info: dict) ->
     """One head as plain tensors (models.probes.load_head reads it)."""
     content = {"kind": kind, "num_heads": num_heads, "head": state, **info}
     if is_main():
-        write_whole(path, lambda temporary: torch.save(content, temporary))
+        atomic_write(path, lambda temporary: torch.save(content, temporary))
 
 
 def open_head(path: Path, encoder: Encoder, classes: Sequence[str], device: torch.device) -> nn.Module:
@@ -311,13 +308,8 @@ def main() -> None:
     if args.table:
         print_table(args.output_dir)
         return
-    device = init_processes(args.device)
-    args.precision = args.precision or default_precision(device)
-    if args.cache == "gpu" and device.type == "cpu":
-        raise UserError("--cache gpu: this run has no GPU; take --cache cpu or disk")
-    output = open_output(args.output_dir)
-    log = Log(output)
-    log.start(args)
+    device, log = setup(args)
+    output = args.output_dir
 
     train, test = load_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images)
     classes = train.classes
@@ -328,14 +320,12 @@ def main() -> None:
                         "take at most that, or leave it out")
     augmented = args.dataset in IMAGES and not args.no_augment
     options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
-    with one_per_node_first():
-        encoder = build_model(args.model, args.weights, args.num_heads, projector=False, seed=args.seed, **options)
-    encoder.to(device)
+    encoder = load_encoder(args, device, log, projector=False, **options)
     result = {"task": "classify", "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
               "dataset": args.dataset, "world_size": world_size(), "precision": args.precision, "seed": args.seed,
               "select": args.select, "num_train": num_train, "num_held_out": int(held_out.sum()),
-              "num_test": test.num_patches, "classes": classes, "args": plain_arguments(args)}
-    marks = labels_of_run(result)
+              "num_test": test.num_patches, "classes": classes, "args": args_to_json(args)}
+    marks = caveats(result)
     log(f"{args.model} from {encoder.weights} (SHA-256 {encoder.sha256}); {args.dataset}: {train.num_patches} training "
         f"and {test.num_patches} test patches of {len(classes)} classes" + (f" [{marks}]" if marks else ""))
     name = f"{args.model}_{args.dataset}".replace("/", "-")
@@ -347,11 +337,11 @@ def main() -> None:
     if args.evaluate:
         heads = open_head(args.evaluate, encoder, classes, device)
         tested = features(test, "test", heads.kind == "attentive")
-        ids = present(test, tested)
-        matrix = confusion_matrix(heads, tested, ids, len(classes), args.authors_defects)[0]
+        ids = decoded_ids(test, tested)
+        matrix = confusion_of_heads(heads, tested, ids, len(classes), args.authors_defects)[0]
         result |= {"probe": heads.kind, "acc1": accuracy(matrix).item(), "num_test": len(ids), **per_class(matrix),
                    "seconds": time.monotonic() - started}
-        log.keep()
+        log.open(output)
         log(f"{heads.kind} head {args.evaluate}: {result['acc1']:.2f}% of {len(ids)} test patches")
         if is_main():
             append_result(output, result)
@@ -367,7 +357,7 @@ def main() -> None:
             f"{', '.join(f'{rate:g}' for rate in rates)}, {args.seeds} heads each, {args.epochs} epochs")
         probes.append(Probe(kind, recipe, batch_size, rates, range(args.seed, args.seed + args.seeds), args.epochs,
                             encoder.embed_dim, len(classes), encoder.num_heads, device))
-    fixed = {key: value for key, value in plain_arguments(args).items() if key not in FREE_ON_RESUME}
+    fixed = {key: value for key, value in args_to_json(args).items() if key not in FREE_ON_RESUME}
     fixed |= {"the weights' SHA-256": encoder.sha256, "the number of training patches": num_train}
     checkpoint, first_epoch = output / f"{name}_checkpoint.pth", 0
     if args.resume and checkpoint.is_file():
@@ -378,20 +368,20 @@ def main() -> None:
 
     attentive = "attentive" in kinds
     tested = features(test, "test", attentive)
-    test_ids = present(test, tested)
+    test_ids = decoded_ids(test, tested)
     trained = None
     if not augmented or "knn" in args.probe:
         trained = features(train, "training set", attentive and not augmented)
-    usable = present(train, trained) if trained else torch.arange(train.num_patches)
+    usable = decoded_ids(train, trained) if trained else torch.arange(train.num_patches)
     train_ids, held_out_ids = usable[~held_out[usable]], usable[held_out[usable]]
     choosing, choosing_ids = (tested, test_ids) if args.select == "test" else (trained, held_out_ids)
     if augmented and args.select == "held-out" and kinds:
         subset = held_out_images(train, held_out)
         choosing = features(subset, "held-out", attentive)
-        choosing_ids = present(subset, choosing)
+        choosing_ids = decoded_ids(subset, choosing)
     result |= {"num_train": len(train_ids), "num_held_out": len(held_out_ids), "num_test": len(test_ids)}
     encoded = time.monotonic()
-    log.keep()
+    log.open(output)
     log(f"features are ready after {encoded - started:.1f} s")
 
     chosen_by = "the test set, as in the paper" if args.select == "test" else "a held-out tenth of the training images"
@@ -399,17 +389,17 @@ def main() -> None:
     progress, saved = Progress(args.epochs, "training", "epochs"), time.monotonic()
     progress.update(first_epoch)
     for epoch in range(first_epoch, args.epochs if probes else 0):
-        order = epoch_order(train_ids, args.seed, epoch)
+        order = shuffled(train_ids, args.seed, epoch)
         if augmented:
             train_on_views(probes, encoder, views, order, epoch, args.precision, args.workers)
         else:
             for probe in probes:
                 train_on_features(probe, trained, order, epoch)
         for probe in probes:
-            percent = accuracy(confusion_matrix(probe.heads, tested, test_ids, len(classes), args.authors_defects))
-            score = percent if args.select == "test" else accuracy(confusion_matrix(
+            percent = accuracy(confusion_of_heads(probe.heads, tested, test_ids, len(classes), args.authors_defects))
+            score = percent if args.select == "test" else accuracy(confusion_of_heads(
                 probe.heads, choosing, choosing_ids, len(classes), args.authors_defects))
-            probe.measured(score, percent)
+            probe.record(score, percent)
         progress.update()
         if augmented or epoch % 10 == 9:
             log(f"epoch {epoch + 1}: " + "; ".join(
@@ -426,7 +416,7 @@ def main() -> None:
         index = summary.pop("index")
         heads = build_heads(probe.kind, 1, encoder.embed_dim, len(classes), encoder.num_heads, probe.recipe.batch_norm)
         heads.load_state_dict({key: tensor[index:index + 1] for key, tensor in probe.best.items()})
-        matrix = confusion_matrix(heads.to(device), tested, test_ids, len(classes), args.authors_defects)[0]
+        matrix = confusion_of_heads(heads.to(device), tested, test_ids, len(classes), args.authors_defects)[0]
         line = result | {"probe": probe.kind, "feature": "cls" if probe.kind == "linear" else "all tokens",
                          "epochs": args.epochs, "batch_size": probe.batch_size, **summary, **per_class(matrix)}
         path = output / f"{name}_{probe.kind}_head.pth"

@@ -23,41 +23,34 @@ import numpy as np
 import torch
 
 from datasets.coco import load_coco
-from datasets.common import (
+from datasets.cub import load_cub
+from datasets.imagenet import GridDataset, load_grid
+from datasets.patches import PatchDataset
+from datasets.sheets import write_sheets
+from datasets.synthetic import KEYPOINT_NAMES, load_synthetic_patches
+from models import METHODS, WITH_PROJECTOR, Encoder, load_encoder
+from utils import UserError
+from utils.distributed import gather_rows, is_main, shard, world_size
+from utils.results import (
     PAPER_TABLES,
+    append_result,
+    args_to_json,
+    beside_published,
+    caveats,
+    markdown_table,
+    read_results,
+)
+from utils.run import (
     Log,
     OneLineParser,
     Progress,
-    UserError,
     add_common_arguments,
-    append_result,
     autocast,
-    beside_published,
-    default_precision,
     exit_with_one_line_errors,
-    free_memory,
-    labels_of_run,
-    markdown_table,
-    open_output,
-    plain_arguments,
     positive_int,
-    read_results,
-    write_whole,
+    setup,
 )
-from datasets.cub import load_cub
-from datasets.distributed import (
-    gather_rows,
-    init_processes,
-    is_main,
-    one_per_node_first,
-    shard,
-    world_size,
-)
-from datasets.imagenet import GridDataset, load_grid
-from datasets.patches import PatchDataset, patch_batches
-from datasets.sheets import write_sheets
-from datasets.synthetic import KEYPOINT_NAMES, load_synthetic_patches
-from models import METHODS, WITH_PROJECTOR, Encoder, build_model
+from utils.storage import atomic_write, free_memory
 
 # What a feature file holds.
 FEATURE_FILE = {"features", "ids", "labels", "classes", "paths", "model", "weights", "sha256", "dataset", "precision",
@@ -183,7 +176,7 @@ def mean_average_precision(ap: torch.Tensor, labels: torch.Tensor) -> tuple[floa
     return 100 * float(ap.nanmean()), 100 * float(torch.stack(classes).nanmean()) if classes else float("nan")
 
 
-def encode(encoder: Encoder, dataset: PatchDataset, features: Sequence[str], batch_size: int, workers: int,
+def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[str], batch_size: int, workers: int,
            precision: str, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Encodes this process's share of the images, each decoded once.
 
@@ -195,7 +188,7 @@ def encode(encoder: Encoder, dataset: PatchDataset, features: Sequence[str], bat
     progress = Progress(total * world_size(), "encoding", "patches")
     rows, ids = {name: [] for name in features}, []
     per_process = max(1, batch_size // world_size())
-    for patches, batch_ids in patch_batches(dataset, share, per_process, workers, pin_memory=device.type == "cuda"):
+    for patches, batch_ids in dataset.batches(share, per_process, workers, pin_memory=device.type == "cuda"):
         with torch.inference_mode(), autocast(device, precision):
             extracted = encoder.extract(encoder.preprocess(patches.to(device, non_blocking=True)), isometric=True)
         for name in features:
@@ -214,7 +207,7 @@ def encode(encoder: Encoder, dataset: PatchDataset, features: Sequence[str], bat
 def save_features(path: Path, content: dict) -> None:
     """Writes a feature file: {"features": {name: [N, D]}, "ids": [N], ...}, tensors and plain values only."""
     try:
-        write_whole(path, lambda temporary: torch.save(content, temporary))
+        atomic_write(path, lambda temporary: torch.save(content, temporary))
     except (OSError, RuntimeError) as error:
         raise UserError(f"--save-features {path}: cannot be written ({error}); choose another path") from None
 
@@ -279,29 +272,23 @@ def extract_features(args: argparse.Namespace, device: torch.device, log: Log) -
     else:
         # The paper's table has a projected column wherever the official full file has a projector.
         projector = True if args.weights == "official" and args.model in WITH_PROJECTOR else None
-    with one_per_node_first():
-        encoder = build_model(args.model, args.weights, args.num_heads, projector=projector, seed=args.seed, **options)
-    encoder = encoder.to(device)
-    log(f"{args.model}: weights {encoder.weights}" + (f", SHA-256 {encoder.sha256}" if encoder.sha256 else ""))
-    log(f"{encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads, "
-        f"projector {'yes' if encoder.has_projector else 'no'}")
+    encoder = load_encoder(args, device, log, projector=projector, **options)
     names = wanted or ["cls", "avg"] + ["projected"] * encoder.has_projector
     need = dataset.num_patches * encoder.embed_dim * 4 * len(names)
     log(f"{args.dataset}: {len(dataset)} images, {dataset.num_patches} patches; features need {need / 1e9:.2f} GB")
     if need > free_memory(device):
         raise UserError(f"features need {need / 1e9:.1f} GB, {free_memory(device) / 1e9:.1f} GB are free on {device}; "
                         "take fewer --features or --num-images")
-    precision = args.precision or default_precision(device)
-    features, ids = encode(encoder, dataset, names, args.batch_size, args.workers, precision, device)
+    features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device)
     is_grid = args.dataset == "imagenet"
     return {"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
             "paths": [image.path for image in dataset.images] if is_grid else [],
             "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256, "dataset": args.dataset,
-            "precision": precision, "crop_scale": args.crop_scale, "keypoints": args.keypoints,
+            "precision": args.precision, "crop_scale": args.crop_scale, "keypoints": args.keypoints,
             "authors_defects": args.authors_defects}
 
 
-def measure(source: dict, exclude_query: bool, num_queries: int | None, seed: int, device: torch.device,
+def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None, seed: int, device: torch.device,
             log: Log) -> dict:
     """AP and mAP of every feature of a source, all processes together; returns the metrics of a results line."""
     ids = gather_rows(source["ids"].to(device)).cpu()
@@ -380,8 +367,8 @@ def table(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser, ("cub", "coco", "imagenet", "synthetic"), batch_size=256)
+    parser = OneLineParser(__doc__)
+    add_common_arguments(parser, METHODS, ("cub", "coco", "imagenet", "synthetic"), batch_size=256)
     group = parser.add_argument_group("retrieval")
     group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
                        help="(default: cls and avg, and projected where the checkpoint has a projector)")
@@ -408,10 +395,7 @@ def main() -> None:
         print(table(args.output_dir))
         return
     start = time.monotonic()
-    device = init_processes(args.device)
-    open_output(args.output_dir)
-    log = Log(args.output_dir)
-    log.start(args)
+    device, log = setup(args)
     if args.save_features and not args.save_features.parent.is_dir():
         raise UserError(f"--save-features {args.save_features}: the folder does not exist; make it first")
     if args.load_features:
@@ -423,7 +407,7 @@ def main() -> None:
         ids = gather_rows(sources[0]["ids"].to(device)).cpu()
         if is_main():
             save_features(args.save_features, {**sources[0], "features": whole, "ids": ids})
-    about = {"world_size": world_size(), "seed": args.seed, "args": plain_arguments(args)}
+    about = {"world_size": world_size(), "seed": args.seed, "args": args_to_json(args)}
     if sources[0]["paths"]:
         files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed, args.output_dir,
                              device)
@@ -432,10 +416,10 @@ def main() -> None:
     else:
         results = []
         for source in sources:
-            marks = labels_of_run(source)
+            marks = caveats(source)
             log(f"{source['model']} on {source['dataset']}{f' ({marks})' if marks else ''}, {source['precision']}")
-            results.append(measure(source, args.exclude_query, args.num_queries, args.seed, device, log))
-    log.keep()
+            results.append(retrieval_metrics(source, args.exclude_query, args.num_queries, args.seed, device, log))
+    log.open(args.output_dir)
     for source, result in zip(sources, results, strict=False):
         # Of the features, which may come from a file: the arguments of this run need not be those they were made with.
         names = ("model", "weights", "sha256", "dataset", "precision", "crop_scale", "keypoints", "authors_defects")

@@ -22,30 +22,27 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets.common import (
-    Log,
-    OneLineParser,
-    Progress,
-    UserError,
-    add_common_arguments,
-    append_result,
-    autocast,
-    default_precision,
-    exit_with_one_line_errors,
-    labels_of_run,
-    non_negative_int,
-    open_output,
-    plain_arguments,
-    positive_int,
-    write_whole,
-)
-from datasets.distributed import init_processes, is_main, one_per_node_first, shard, sum_over_processes, world_size
 from datasets.segmentation import PROTOCOLS, in_order, open_split
 from datasets.segmentation_pictures import figure6, save_picture, tables
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
-from models import Encoder, build_model
+from models import METHODS, Encoder, load_encoder
 from models.segmentation_head import LinearHead, upsampled_cross_entropy
+from utils import UserError
+from utils.distributed import all_reduce, is_main, shard, world_size
+from utils.results import append_result, args_to_json, caveats
+from utils.run import (
+    Log,
+    OneLineParser,
+    Progress,
+    add_common_arguments,
+    autocast,
+    exit_with_one_line_errors,
+    non_negative_int,
+    positive_int,
+    setup,
+)
+from utils.storage import atomic_write
 
 BLOCKS = (3, 5, 7, 11)
 # The study decays the bias too, but not in its configurations of these methods.
@@ -58,8 +55,8 @@ SETTINGS = ("model", "dataset", "layers", "iterations", "batch_size", "lr", "wei
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = OneLineParser("segment.py", description=__doc__.split("\n")[0])
-    add_common_arguments(parser, tuple(PROTOCOLS), batch_size=16)
+    parser = OneLineParser(__doc__, prog="segment.py")
+    add_common_arguments(parser, METHODS, tuple(PROTOCOLS), batch_size=16)
     group = parser.add_argument_group("training")
     group.add_argument("--layers", type=non_negative_int, nargs="+", metavar="BLOCK",
                        help="blocks, counted from 0 (default: 3 5 7 11)")
@@ -120,7 +117,7 @@ class Segmenter(nn.Module):
         return logits[:, :, :height, :width]
 
 
-def learning_rate(iteration: int, lr: float, total: int, warmup: int, warmup_ratio: float = 1e-6) -> float:
+def linear_learning_rate(iteration: int, lr: float, total: int, warmup: int, warmup_ratio: float = 1e-6) -> float:
     """Linear to 0 over total iterations, times a linear rise from warmup_ratio over the first warmup ones."""
     regular = lr * (1 - iteration / total)
     return regular * (1 - (1 - iteration / warmup) * (1 - warmup_ratio)) if iteration < warmup else regular
@@ -135,19 +132,19 @@ def train(segmenter: Segmenter, optimizer: torch.optim.Optimizer, batches: Itera
     head, progress, losses = segmenter.head, Progress(len(iterations), "training", "iterations"), []
     for iteration, (images, labels) in zip(iterations, batches, strict=True):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(iteration, lr, iterations.stop, warmup)
+            group["lr"] = linear_learning_rate(iteration, lr, iterations.stop, warmup)
         pixels = batch_size * labels.shape[1] * labels.shape[2]
         loss = upsampled_cross_entropy(segmenter.patch_logits(images), labels, total_pixels=pixels)
         optimizer.zero_grad()
         loss.backward()
         # The loss is divided by the pixels of the global batch, so that the processes' gradients add up.
         for parameter in head.parameters():
-            sum_over_processes(parameter.grad)
+            all_reduce(parameter.grad)
         optimizer.step()
         losses.append(loss.detach())
         done = iteration + 1
         if len(losses) == 50 or done == iterations.stop:
-            mean = sum_over_processes(torch.stack(losses).mean()).item()
+            mean = all_reduce(torch.stack(losses).mean()).item()
             log(f"iteration {done}/{iterations.stop}: loss {mean:.4f}, lr {optimizer.param_groups[0]['lr']:.2e}")
             if not np.isfinite(mean):
                 raise UserError(f"the loss is {mean} near iteration {done}; lower --lr, or take --precision fp32")
@@ -287,7 +284,7 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
                 save_picture(path, picture, truth, pred.cpu().numpy(), split.names)
             progress.update()
         group, num_windows = [], 0
-    metrics = segmentation_metrics(sum_over_processes(confusion).cpu(), classes if authors_defects else None)
+    metrics = segmentation_metrics(all_reduce(confusion).cpu(), classes if authors_defects else None)
     return metrics | {"num_images": len(split)}
 
 
@@ -297,7 +294,7 @@ def save_checkpoint(path: Path, head: LinearHead, optimizer: torch.optim.Optimiz
         return
     content = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration, **info}
     try:
-        write_whole(path, lambda temporary: torch.save(content, temporary))
+        atomic_write(path, lambda temporary: torch.save(content, temporary))
     except (OSError, RuntimeError) as error:
         raise UserError(f"checkpoint {path} could not be written ({error}); what was there before is unchanged; make "
                         "room and go on with --resume") from None
@@ -338,15 +335,10 @@ def main() -> None:
         if args.figure6:
             figure6(args.figure6, args.output_dir)
         return
-    device = init_processes(args.device)
-    if args.cache == "gpu" and device.type == "cpu":
-        raise UserError("--cache gpu: this run has no GPU; take --cache cpu or disk")
+    device, log = setup(args)
+    output = args.output_dir
     if args.batch_size < world_size():
         raise UserError(f"--batch-size {args.batch_size} is less than the number of processes, {world_size()}")
-    args.precision = args.precision or default_precision(device)
-    output = open_output(args.output_dir)
-    log = Log(output)
-    log.start(args)
 
     test_split = open_split(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
     names = test_split.names
@@ -354,8 +346,7 @@ def main() -> None:
         train_split = open_split(args.dataset, args.data_path, "train")
         if train_split.names != names:
             raise UserError(f"the training and the test split below {args.data_path} have different names.txt")
-    with one_per_node_first():
-        encoder = build_model(args.model, args.weights, args.num_heads, projector=False, seed=args.seed).to(device)
+    encoder = load_encoder(args, device, log, projector=False)
     if args.crop_size % encoder.patch_size:
         raise UserError(f"--crop-size {args.crop_size} is not divisible by the patch size {encoder.patch_size}")
     name = f"{args.model}_{args.dataset}".replace("/", "-")
@@ -364,7 +355,7 @@ def main() -> None:
     args.layers = args.layers or (checkpoint["settings"]["layers"] if checkpoint else list(BLOCKS))
     if max(args.layers) >= encoder.depth:
         raise UserError(f"--layers {max(args.layers)}: {args.model} has blocks 0 to {encoder.depth - 1}")
-    settings = {key: plain_arguments(args)[key] for key in SETTINGS} | {"sha256": encoder.sha256}
+    settings = {key: args_to_json(args)[key] for key in SETTINGS} | {"sha256": encoder.sha256}
     log(f"{args.model} from {encoder.weights} (SHA-256 {encoder.sha256}), blocks {args.layers}; {args.dataset}: "
         f"{len(names)} classes, {len(test_split)} test images")
 
@@ -400,14 +391,14 @@ def main() -> None:
 
     if not args.evaluate and done < args.iterations:
         store = PixelStore(train_split, args.base_scale, device, output, args.cache, args.workers, log)
-        log.keep()
+        log.open(output)
         batches = training_batches(store, range(done, args.iterations), args.batch_size, args.base_scale,
                                    args.crop_size, encoder.mean, encoder.std, args.seed)
         train(segmenter, optimizer, prefetched(batches, device), range(done, args.iterations), args.batch_size, args.lr,
               args.warmup_iterations, after_iteration, log)
         del store, batches
     metrics = test(args.save_pictures)
-    log.keep()
+    log.open(output)
     if is_main():
         result = {"task": "segment", "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
                   "dataset": args.dataset, "world_size": world_size(), "precision": args.precision, "seed": args.seed,
@@ -415,8 +406,8 @@ def main() -> None:
                   **{key: json_number(metrics[key]) for key in ("mIoU", "mAcc", "aAcc")},
                   "iou_per_class": dict(zip(names, map(json_number, metrics["iou_per_class"].tolist()), strict=True)),
                   "num_images": metrics["num_images"],
-                  "args": plain_arguments(args)}
-        marks = labels_of_run(result)
+                  "args": args_to_json(args)}
+        marks = caveats(result)
         shown = {key: value for key, value in result.items() if key != "args"}
         log(json.dumps(shown) + (f" [{marks}]" if marks else ""))
         append_result(output, result)

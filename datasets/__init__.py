@@ -1,5 +1,1 @@
-"""Data sets, one file each, and what the scripts share: patches, transforms, processes, results."""
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: it names the thing and the mend."""
+"""Data sets, one file each, and what they share: patches and their transforms, segmentation splits and their pixels."""

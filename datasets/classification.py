@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
+from utils import UserError
+
 from .coco import load_coco
-from .common import UserError
 from .cub import load_cub
 from .imagenet import load_image_folder
 from .patches import PatchDataset, resize_center_crop, resize_square

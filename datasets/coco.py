@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .common import UserError
+from utils import UserError
+
 from .patches import PatchDataset, patch_image
 
 KEYPOINTS = (1, 11, 16)  # nose, right wrist, left ankle: the paper's three, in its order

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .common import UserError
+from utils import UserError
+
 from .patches import PatchDataset, patch_image
 
 PARTS = (11, 12, 9, 14)  # right eye, right leg, left wing, tail: the paper's four, in its order

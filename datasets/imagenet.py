@@ -10,7 +10,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_a
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from .common import UserError
+from utils import UserError
+
 from .patches import PatchDataset, PatchImage
 
 # Patches of the grid as boxes (left, upper, right, lower) in the 224 x 224 image, row by row: 56 x 56, stride 28.

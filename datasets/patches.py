@@ -4,6 +4,7 @@ Source of the rule and of the transforms: the code behind the paper's part retri
 patches have sides of about d / 2, where the paper's text says d; crop_scale chooses (0.5 and 1.0).
 """
 
+import random
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import InterpolationMode
 
-from .common import UserError
+from utils import UserError
 
 # What Pillow raises on files that are missing, cut off, no image, or absurdly large.
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -129,6 +130,35 @@ class PatchDataset(Dataset):
         patches = [image] if boxes is None else [image.crop(box) for box in boxes]
         return torch.stack([self.transform(patch) for patch in patches])
 
+    def batches(self, image_indices: Sequence[int], batch_size: int, workers: int,
+                    pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]), b = batch_size but for
+        the last batch. Every image is decoded once, by one of the worker processes (0: in this one).
+
+        pin_memory: the patches lie in page-locked memory, for copies to CUDA with non_blocking=True.
+        Raises UserError for an image that cannot be decoded and for a worker that the system has killed.
+        """
+        counts = self.first_id.diff().tolist()
+        loader = DataLoader(ImageGroups(self), batch_size=None, num_workers=workers,
+                            sampler=group_images(counts, image_indices, PATCHES_PER_GROUP))
+        filled = 0
+        for item in received(loader):
+            if isinstance(item, UserError):
+                raise item
+            patches, ids = item
+            while len(ids):
+                if filled == 0:
+                    batch = patches.new_empty((batch_size, *patches.shape[1:]), pin_memory=pin_memory)
+                    batch_ids = ids.new_empty(batch_size)
+                count = min(batch_size - filled, len(ids))
+                batch[filled:filled + count], batch_ids[filled:filled + count] = patches[:count], ids[:count]
+                patches, ids, filled = patches[count:], ids[count:], filled + count
+                if filled == batch_size:
+                    yield batch, batch_ids
+                    filled = 0
+        if filled:
+            yield batch[:filled], batch_ids[:filled]
+
 
 def reason(error: Exception) -> str:
     """Why a file could not be read, without the path that the caller names anyway."""
@@ -167,36 +197,6 @@ def group_images(counts: Sequence[int], image_indices: Sequence[int], size: int)
     return groups if groups[0] else []
 
 
-def patch_batches(dataset: PatchDataset, image_indices: Sequence[int], batch_size: int, workers: int,
-                  pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]), b = batch_size but for
-    the last batch. Every image is decoded once, by one of the worker processes (0: in this one).
-
-    pin_memory: the patches lie in page-locked memory, for copies to CUDA with non_blocking=True.
-    Raises UserError for an image that cannot be decoded and for a worker that the system has killed.
-    """
-    counts = dataset.first_id.diff().tolist()
-    loader = DataLoader(ImageGroups(dataset), batch_size=None, num_workers=workers,
-                        sampler=group_images(counts, image_indices, PATCHES_PER_GROUP))
-    filled = 0
-    for item in received(loader):
-        if isinstance(item, UserError):
-            raise item
-        patches, ids = item
-        while len(ids):
-            if filled == 0:
-                batch = patches.new_empty((batch_size, *patches.shape[1:]), pin_memory=pin_memory)
-                batch_ids = ids.new_empty(batch_size)
-            count = min(batch_size - filled, len(ids))
-            batch[filled:filled + count], batch_ids[filled:filled + count] = patches[:count], ids[:count]
-            patches, ids, filled = patches[count:], ids[count:], filled + count
-            if filled == batch_size:
-                yield batch, batch_ids
-                filled = 0
-    if filled:
-        yield batch[:filled], batch_ids[:filled]
-
-
 def received(loader: DataLoader) -> Iterator:
     """The loader's items; a worker that died without an exception of its own becomes a UserError."""
     try:
@@ -206,3 +206,25 @@ def received(loader: DataLoader) -> Iterator:
             raise
         raise UserError("a data loading process was killed, most often for want of memory or shared memory (/dev/shm); "
                         "take fewer --workers") from None
+
+
+def random_crop_flip(size: int = 224) -> transforms.Compose:
+    """RandomResizedCrop (bicubic) and horizontal flip. PIL image -> uint8 [3, size, size]."""
+    return transforms.Compose([transforms.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC),
+                               transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+
+
+class RandomViews(PatchDataset):
+    """The images of another data set under a random transform, drawn anew for every epoch.
+
+    Set epoch before every pass over the images. transform: draws its chance from PyTorch's generator.
+    """
+
+    def __init__(self, dataset: PatchDataset, transform: Callable[[Image.Image], torch.Tensor], seed: int):
+        super().__init__(dataset.images, dataset.classes, transform, dataset.load, dataset.skip_bad_images)
+        self.seed, self.epoch = seed, 0
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random.Random(f"{self.seed} {self.epoch} {index}").getrandbits(63))
+            return super().__getitem__(index)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .common import UserError
+from utils import UserError
+
 from .patches import BAD_IMAGE
 from .segmentation_classes import class_names
 from .segmentation_transforms import IGNORE
@@ -60,14 +61,15 @@ LAYOUTS = (
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def open_split(dataset: str, data_path: Path | None, split: str, extra_label: bool = False) -> "Files | Synthetic":
+def open_split(dataset: str, data_path: Path | None, split: str, extra_label: bool = False,
+               ) -> "FolderSplit | SyntheticSplit":
     """The split "train" or "val" of a data set. extra_label: let a label one above the class count through, as the
     authors' metrics do. Raises UserError where folders or files are missing or do not pair."""
     if dataset.startswith("synthetic"):
-        return Synthetic("object" if dataset == "synthetic-object" else "part", split)
+        return SyntheticSplit("object" if dataset == "synthetic-object" else "part", split)
     if data_path is None:
         raise UserError(f"--dataset {dataset} needs --data-path, the folder that holds it")
-    return Files(*find_folders(dataset, data_path, split), dataset, extra_label)
+    return FolderSplit(*find_folders(dataset, data_path, split), dataset, extra_label)
 
 
 def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path, Path]:
@@ -86,7 +88,7 @@ def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path,
                     f"{' or '.join(name for name in ROOTS[dataset] if name)}; python -m datasets.prepare makes them")
 
 
-class Files:
+class FolderSplit:
     """A split in two folders, images and label maps of the same names."""
 
     def __init__(self, root: Path, images: Path, labels: Path, dataset: str, extra_label: bool = False):
@@ -122,7 +124,7 @@ class Files:
         return image, label
 
 
-class Synthetic:
+class SyntheticSplit:
     """Pictures drawn by code, with part or object masks, kept once drawn."""
 
     def __init__(self, kind: str, split: str):

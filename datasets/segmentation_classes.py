@@ -14,7 +14,7 @@ lists repeat those of other data sets), so their label order is unknown. No mean
 
 from pathlib import Path
 
-from .common import UserError
+from utils import UserError
 
 ADE20K_150 = (
     "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass", "cabinet",

@@ -9,16 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from models import METHODS
-
-from .common import (
-    PAPER_TABLES,
-    UserError,
-    beside_published,
-    labels_of_run,
-    markdown_table,
-    read_results,
-    write_whole,
-)
+from utils import UserError
+from utils.results import PAPER_TABLES, beside_published, caveats, markdown_table, read_results
+from utils.storage import atomic_write
 
 METRICS = ("mIoU", "mAcc", "aAcc")
 # Title, data sets, where paper_tables.json has them; a key is looked up below the model where there is one.
@@ -71,7 +64,7 @@ def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndar
         draw.rectangle((x, y + 2, x + 12, y + 14), fill=colour, outline="grey")
         draw.text((x + 18, y), text[:32], fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
+    atomic_write(path, lambda temporary: sheet.save(temporary, "PNG"))
 
 
 def published(dataset: str, model: str) -> list[float | None]:
@@ -90,7 +83,7 @@ def latest_results(folder: Path) -> dict[tuple[str, str], dict]:
     """The last result of every (row, data set). Row: the model, with what sets the run apart from the paper's."""
     results = {}
     for result in read_results(folder, "segment"):
-        marks = [labels_of_run(result).replace(", synthetic data", "").replace("synthetic data", "")]
+        marks = [caveats(result).replace(", synthetic data", "").replace("synthetic data", "")]
         if result["iterations"] != 160_000:
             marks.append(f"{result['iterations']} iterations")
         if result["args"]["authors_defects"]:
@@ -169,6 +162,6 @@ def figure6(path: Path, folder: Path) -> None:
             draw.text((x + 2 * bar, base + 24), marks.rstrip(")")[:24], fill="black", font=small, anchor="mt")
         draw.line((left, base, canvas.width - 10, base), fill="black")
     try:
-        write_whole(path, lambda temporary: canvas.save(temporary, "PNG"))
+        atomic_write(path, lambda temporary: canvas.save(temporary, "PNG"))
     except OSError as error:
         raise UserError(f"--figure6 {path} cannot be written ({error.strerror or error}); name another file") from None

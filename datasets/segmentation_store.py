@@ -15,9 +15,12 @@ from threading import Thread
 import numpy as np
 import torch
 
-from .common import Progress, UserError, free_memory, write_whole
-from .distributed import one_per_node_first, shard
-from .segmentation import Files, Synthetic, in_order
+from utils import UserError
+from utils.distributed import local_main_first, shard
+from utils.run import Progress
+from utils.storage import atomic_write, free_memory
+
+from .segmentation import FolderSplit, SyntheticSplit, in_order
 from .segmentation_transforms import (
     Packed,
     draw_augmentation,
@@ -42,8 +45,8 @@ class PixelStore:
     memory-mapped file in folder, found again by the next run) or "auto": the first of these that has room.
     """
 
-    def __init__(self, split: Files | Synthetic, base_scale: tuple[int, int], device: torch.device, folder: Path,
-                 place: str = "auto", workers: int = 0, log: Callable[[str], None] = print):
+    def __init__(self, split: FolderSplit | SyntheticSplit, base_scale: tuple[int, int], device: torch.device,
+                 folder: Path, place: str = "auto", workers: int = 0, log: Callable[[str], None] = print):
         self.split, self.workers = split, workers
         self.sizes = split.sizes(workers)
         largest = tuple(int(side * LARGEST_RATIO) for side in base_scale)
@@ -76,7 +79,7 @@ class PixelStore:
 
     def _on_disk(self, folder: Path) -> torch.Tensor:
         listing = [(self.split.name(i), self.stored[i]) for i in range(len(self.split))]
-        if isinstance(self.split, Files):
+        if isinstance(self.split, FolderSplit):
             stats = [path.stat() for pair in self.split.pairs for path in pair]
             listing += [(str(self.split.pairs[0][0].parent), [(stat.st_size, stat.st_mtime_ns) for stat in stats])]
         else:
@@ -92,13 +95,13 @@ class PixelStore:
                     os.posix_fallocate(file.fileno(), 0, needed)
             self._fill(torch.from_file(str(temporary), shared=True, size=int(self.starts[-1]), dtype=torch.int32))
 
-        with one_per_node_first():
+        with local_main_first():
             if not path.exists():
                 free = shutil.disk_usage(folder).free
                 if needed > free:
                     raise UserError(f"{folder} has {free / 1e9:.1f} GB free, the decoded images need "
                                     f"{needed / 1e9:.1f} GB; choose another folder with --output-dir")
-                write_whole(path, write)
+                atomic_write(path, write)
         return torch.from_file(str(path), shared=True, size=int(self.starts[-1]), dtype=torch.int32)
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Packed, list[tuple[int, int]]]:
@@ -137,14 +140,14 @@ def shrink(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+def epoch_permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_images)
 
 
 def batch_indices(seed: int, iteration: int, batch_size: int, num_images: int) -> list[int]:
     """The images of one global batch: epochs are permutations, laid end to end and cut into batches."""
     places = range(iteration * batch_size, (iteration + 1) * batch_size)
-    return [int(epoch_order(seed, place // num_images, num_images)[place % num_images]) for place in places]
+    return [int(epoch_permutation(seed, place // num_images, num_images)[place % num_images]) for place in places]
 
 
 def training_batches(store: PixelStore, iterations: range, batch_size: int, base_scale: tuple[int, int], crop_size: int,

@@ -12,8 +12,10 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from .common import UserError, write_whole
-from .distributed import gather_rows, is_main, sum_over_processes
+from utils import UserError
+from utils.distributed import all_reduce, gather_rows, is_main
+from utils.storage import atomic_write
+
 from .imagenet import GRID_BOXES
 
 CELL, GAP, MARGIN, TITLE = 64, 4, 16, 24
@@ -77,7 +79,7 @@ def nearest_patches(features: torch.Tensor, ids: torch.Tensor, queries: torch.Te
     ids, queries = ids.to(features.device), queries.to(features.device)
     mine = ids[None] == queries[:, None]
     # Every query's row stands in one process: zeros elsewhere, so the sum is that row.
-    wanted = sum_over_processes(torch.where(mine.any(1, keepdim=True), normalized[mine.int().argmax(1)]
+    wanted = all_reduce(torch.where(mine.any(1, keepdim=True), normalized[mine.int().argmax(1)]
                                             if len(ids) else features.new_zeros(len(queries), features.shape[1]), 0.0))
     similarity = (wanted @ normalized.T).masked_fill_(mine, float("-inf"))
     best = similarity.topk(min(top + 1, len(ids)), dim=1)
@@ -128,6 +130,6 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
                 for name, nearest in features.items()]))
         file = folder / f"sheet_{number:03}_{Path(path).stem}_{position}.png"
         sheet = draw_sheet(query_image(path, position), rows, columns)
-        write_whole(file, lambda temporary, sheet=sheet: sheet.save(temporary, format="PNG"))
+        atomic_write(file, lambda temporary, sheet=sheet: sheet.save(temporary, format="PNG"))
         files.append(file.name)
     return files

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .common import UserError
+from utils import UserError
+
 from .patches import PatchDataset, PatchImage, patch_image
 from .synthetic_figures import PART_NAMES, SPECIES, Dice, Shape, fan, limb, oval, tube, walk
 

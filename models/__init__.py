@@ -1,9 +1,14 @@
 """Encoders by name. One file per method; encoder.py is what they share, checkpoints.py gets and opens files."""
 
+import argparse
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from utils import UserError
+from utils.distributed import local_main_first
 
 from . import timm_vit
 from .checkpoints import fetch, file_hash, open_checkpoint
@@ -12,7 +17,7 @@ from .encoder import CheckpointError, Encoder
 METHODS = ("deit", "mocov3", "dino", "beit", "mae", "cae", "ibot")
 WITH_PROJECTOR = ("mocov3", "dino", "ibot")
 
-__all__ = ["METHODS", "WITH_PROJECTOR", "CheckpointError", "Encoder", "build_model"]
+__all__ = ["METHODS", "WITH_PROJECTOR", "CheckpointError", "Encoder", "build_model", "load_encoder"]
 
 
 def build_model(name: str, weights: str = "official", num_heads: int | None = None, *, projector: bool | None = None,
@@ -60,6 +65,20 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
     if decoder and not getattr(encoder, "has_decoder", False):
         raise CheckpointError(f"{encoder.weights} has no decoder; MAE's mae_pretrain_vit_base_full.pth has one")
     return encoder
+
+
+def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[str], None], **options) -> Encoder:
+    """build_model for a script's arguments, on the device: the first process of a machine downloads, the others wait.
+    Logs what was loaded. options: of build_model. Raises UserError."""
+    try:
+        with local_main_first():
+            encoder = build_model(args.model, args.weights, args.num_heads, seed=args.seed, **options)
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+    log(f"{args.model} from {encoder.weights}" + (f", SHA-256 {encoder.sha256}" if encoder.sha256 else "")
+        + f": {encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads, patch {encoder.patch_size}"
+        + (", with projector" if encoder.has_projector else ""))
+    return encoder.to(device)
 
 
 def _weights_file(name: str, weights: str, method, full: bool) -> Path:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .probes import HeadSGD, SumOverProcesses, build_heads, learning_rate
+from .probes import HeadSGD, SumOverProcesses, build_heads, cosine_learning_rate
 
 
 class Recipe(NamedTuple):
@@ -64,10 +64,10 @@ class Probe:
             for gradient, part in zip(gradients, SumOverProcesses.apply(total).split(list(sizes)), strict=True):
                 gradient.copy_(part.view_as(gradient))
         self.optimizer.step(torch.tensor([
-            learning_rate(rate, epoch, self.epochs, recipe.warmup * self.epochs, recipe.minimum_lr)
+            cosine_learning_rate(rate, epoch, self.epochs, recipe.warmup * self.epochs, recipe.minimum_lr)
             for rate in self.rates], device=labels.device))
 
-    def measured(self, score: torch.Tensor, test: torch.Tensor) -> None:
+    def record(self, score: torch.Tensor, test: torch.Tensor) -> None:
         """Notes an epoch's percentages, [K] each, and keeps a copy of the heads whose score is their best so far."""
         before = torch.tensor(self.scores or [[-1.0] * len(score)], dtype=score.dtype).amax(0)
         better = score > before

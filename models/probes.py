@@ -240,7 +240,7 @@ class HeadSGD:
             parameter.grad = None
 
 
-def learning_rate(base: float, epoch: float, epochs: int, warmup: int = 0, minimum: float = 0.0) -> float:
+def cosine_learning_rate(base: float, epoch: float, epochs: int, warmup: int = 0, minimum: float = 0.0) -> float:
     """Linear warm-up from 0 over the first epochs, then half a cosine from base to minimum; epoch may be a fraction."""
     if epoch < warmup:
         return base * epoch / warmup

@@ -27,10 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import classify
 from datasets.classification import load_classification
-from datasets.common import default_precision
-from datasets.feature_cache import encode, encode_batch_size
-from datasets.patches import patch_batches
 from models import build_model
+from models.features import encode_batch_size, encode_tokens
+from utils.run import default_precision
 
 PARTS = {9: (180, 130), 11: (290, 130), 12: (180, 245), 14: (290, 245)}
 
@@ -110,9 +109,9 @@ def plain_way(encoder, train, test, precision, workers, batch_size, device, now,
                 head.train(learn)
             start, waiting, heads_before = clock(), [], seconds["linear"] + seconds["attentive"]
             order = torch.randperm(len(dataset)).tolist() if learn else range(len(dataset))
-            for patches, ids in patch_batches(dataset, order, min(batch_size, encode_batch_size(device)), workers,
+            for patches, ids in dataset.batches(order, min(batch_size, encode_batch_size(device)), workers,
                                               pin_memory=device.type == "cuda"):
-                waiting.append((encode(encoder, patches.to(device, non_blocking=True), precision), ids))
+                waiting.append((encode_tokens(encoder, patches.to(device, non_blocking=True), precision), ids))
                 if sum(len(ids) for _, ids in waiting) >= batch_size or not learn:
                     apply(dataset, torch.cat([tokens for tokens, _ in waiting]),
                           torch.cat([ids for _, ids in waiting]), learn)
@@ -172,7 +171,7 @@ def main():
         words = ["--model", "ibot", "--weights", "random", "--dataset", "cub", "--data-path", root, "--precision",
                  precision, "--workers", args.workers, "--epochs", args.epochs, "--batch-size", batch_size]
         encoder = build_model("ibot", "random", projector=False).to(device)
-        encode(encoder, torch.zeros(2, 3, 224, 224, dtype=torch.uint8, device=device), precision)
+        encode_tokens(encoder, torch.zeros(2, 3, 224, 224, dtype=torch.uint8, device=device), precision)
         epoch = plain_way(encoder, train, test, precision, args.workers, batch_size, device, now)
         rows = {}
         for name, probes in (("linear", ["linear"]), ("attentive", ["attentive"]), ("both", ["linear", "attentive"])):

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from datasets.common import autocast
 from datasets.cub import load_cub
 from datasets.synthetic import load_synthetic_patches
 from models import build_model
-from retrieval import average_precision, encode, mean_average_precision
+from retrieval import average_precision, encode_patches, mean_average_precision
+from utils.run import autocast
 
 VIT_B_FLOP = 35.1e9  # ViT-B/16 at 224, one image, a multiplication and an addition counted as two
 
@@ -105,7 +105,7 @@ def precision(device, model, weights, num_heads, data_path, num_images):
     names = ["cls", "avg"] + ["projected"] * network.has_projector
     reference = None
     for name in ("fp32", "bf16", "fp16"):
-        features, ids = encode(network, dataset, names, 64, 0, name, device)
+        features, ids = encode_patches(network, dataset, names, 64, 0, name, device)
         ap = {key: mean_average_precision(average_precision(rows, dataset.labels[ids]), dataset.labels[ids])[0]
               for key, rows in features.items()}
         reference = reference or ap

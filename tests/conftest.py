@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 import torch
 
-from datasets.common import exit_with_one_line_errors
+from utils.run import exit_with_one_line_errors
 
 # Processes are forked from this one, and a fork does not take OpenMP's threads along. One thread is also what keeps
 # several processes on few cores from waiting for each other.

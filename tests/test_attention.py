@@ -15,10 +15,10 @@ from PIL import Image
 from timm.models.beit import Attention as BeitAttention
 from timm.models.vision_transformer import Attention
 
-from datasets import UserError
-from datasets.plots import COLOURS
-from models import METHODS, attention, attention_maps, build_model
-from models.attention_maps import (
+from models import METHODS, build_model
+from models.attention import __main__ as attention
+from models.attention import maps as attention_maps
+from models.attention.maps import (
     Sums,
     add_centred,
     attention_chunks,
@@ -29,6 +29,8 @@ from models.attention_maps import (
     radius_holding,
     watch_attention,
 )
+from utils import UserError
+from utils.drawing import COLOURS
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests/golden"
@@ -337,7 +339,7 @@ def test_receptive_fields_against_finite_differences():
 
 
 def test_chance_depends_on_seed_and_image_alone():
-    first, again, other = (attention.draw_chance(ids, seed, [(16,), (2, 4)])
+    first, again, other = (attention.image_noise(ids, seed, [(16,), (2, 4)])
                            for ids, seed in (([3, 70000], 5), ([70000], 5), ([70000], 6)))
     assert torch.equal(first[0][1:], again[0]) and torch.equal(first[1][1:], again[1])
     assert not torch.equal(first[0][0], first[0][1]) and not torch.equal(again[0], other[0])

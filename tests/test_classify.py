@@ -13,15 +13,16 @@ import torch
 from PIL import Image, ImageDraw
 
 import classify
-import datasets.feature_cache as feature_cache
+import models
+import models.features as feature_cache
 from datasets import synthetic
 from datasets.classification import hold_out, load_classification
-from datasets.common import UserError
-from datasets.feature_cache import encode, encode_features
-from datasets.random_views import RandomViews, random_crop_flip
+from datasets.patches import RandomViews, random_crop_flip
 from models import build_model
+from models.features import encode_features, encode_tokens
 from models.probe_training import Probe, Recipe
 from models.probes import load_head
+from utils import UserError
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "tests" / "golden" / "ibot" / "checkpoint.pth"
@@ -102,10 +103,10 @@ def count_encoded(monkeypatch):
 
     def counting(encoder, images, precision):
         seen.append(len(images))
-        return encode(encoder, images, precision)
+        return encode_tokens(encoder, images, precision)
 
-    monkeypatch.setattr(feature_cache, "encode", counting)
-    monkeypatch.setattr(classify, "encode", counting)
+    monkeypatch.setattr(feature_cache, "encode_tokens", counting)
+    monkeypatch.setattr(classify, "encode_tokens", counting)
     return seen
 
 
@@ -117,7 +118,7 @@ def test_one_run_all_probes_and_the_saved_heads(monkeypatch, cub, tmp_path, caps
         encoders.append((encoder, {name: tensor.clone() for name, tensor in encoder.state_dict().items()}))
         return encoder
 
-    monkeypatch.setattr(classify, "build_model", build)
+    monkeypatch.setattr(models, "build_model", build)
     found = run(monkeypatch, *common("cub", cub, tmp_path), "--probe", "linear", "attentive", "knn", "--batch-size", 32,
                 "--epochs", 12, "--lr", 0.1, 0.02, "--seeds", 2, "--save-plots")
     assert set(found) == {"linear", "attentive", "knn"}
@@ -179,7 +180,7 @@ def test_cached_features_are_bit_equal_to_encoding_again(cub, tmp_path, precisio
                                lines.append)
 
     images = torch.cat([train[index][0] for index in range(len(train))])
-    direct = torch.cat([encode(encoder, part, precision) for part in images.split(16)])
+    direct = torch.cat([encode_tokens(encoder, part, precision) for part in images.split(16)])
     kept = tmp_path / "kept"
     for place, keep in (("cpu", None), ("disk", None), ("cpu", kept), ("disk", kept)):
         one = features(place, keep)
@@ -196,7 +197,7 @@ def test_cached_features_are_bit_equal_to_encoding_again(cub, tmp_path, precisio
         raise AssertionError("encoded again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(feature_cache, "encode", refuse)
+        patched.setattr(feature_cache, "encode_tokens", refuse)
         again = features("auto", kept)
         assert torch.equal(again.tokens, direct)
 
@@ -384,15 +385,15 @@ def test_authors_defects_use_and_move_the_statistics_at_test_time(cub):
     probe = Probe("attentive", Recipe(0.1, 32), 32, [0.1], [0], 5, 48, 4, 3, torch.device("cpu"))
     classify.train_on_features(probe, features, ids, 0)
     before = probe.heads.norm.running_mean.clone()
-    right = classify.confusion_matrix(probe.heads, features, ids, 4)
+    right = classify.confusion_of_heads(probe.heads, features, ids, 4)
     assert torch.equal(probe.heads.norm.running_mean, before)
-    wrong = classify.confusion_matrix(probe.heads, features, ids, 4, authors_defects=True)
+    wrong = classify.confusion_of_heads(probe.heads, features, ids, 4, authors_defects=True)
     assert not torch.equal(probe.heads.norm.running_mean, before)
     assert right.sum() == wrong.sum() == 64
     # Running statistics that are far off ruin the one and do not matter to the other.
     probe.heads.norm.running_mean[:, ::2] += 100
-    assert torch.equal(classify.confusion_matrix(probe.heads, features, ids, 4, authors_defects=True), wrong)
-    assert not torch.equal(classify.confusion_matrix(probe.heads, features, ids, 4), right)
+    assert torch.equal(classify.confusion_of_heads(probe.heads, features, ids, 4, authors_defects=True), wrong)
+    assert not torch.equal(classify.confusion_of_heads(probe.heads, features, ids, 4), right)
 
 
 def test_batches_of_views_are_those_of_one_process(folder, monkeypatch):
@@ -405,7 +406,7 @@ def test_batches_of_views_are_those_of_one_process(folder, monkeypatch):
     for probe in probes:
         probe.step = lambda tokens, rstd, rows, labels, epoch, probe=probe: steps.append(
             (probe.kind, tuple(tokens.shape), labels.tolist(), epoch))
-    order = classify.epoch_order(torch.arange(24), 0, 1)
+    order = classify.shuffled(torch.arange(24), 0, 1)
     assert sorted(order.tolist()) == list(range(24)) and order.tolist() != list(range(24))
     classify.train_on_views(probes, encoder, views, order, 1, "fp32", 0)
     labels = train.labels[order].tolist()

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 from datasets.coco import load_coco, read_person_keypoints
-from datasets.common import UserError
 from datasets.cub import load_cub
-from datasets.patches import patch_batches
+from utils import UserError
 
 REAL = Path(__file__).parents[2] / "shared/real"
 CUB, COCO = REAL / "CUB_200_2011", REAL / "coco"
@@ -114,7 +113,7 @@ def test_cub_patches_of_real_images():
     """A batch that begins and ends within images, against Pillow on the boxes of the slow reading."""
     dataset = load_cub(CUB, "test")
     indices = range(3, 9)
-    batches = list(patch_batches(dataset, indices, 4, 0))
+    batches = list(dataset.batches(indices, 4, 0))
     patches, ids = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert ids.tolist() == [i for i in range(dataset.num_patches) if int(dataset.image_index[i]) in indices]
     expected = slow_cub(CUB, (11, 12, 9, 14), 0.5, "test")
@@ -244,7 +243,7 @@ def test_cub_missing_image(cub):
     assert dataset[0][0].shape == (2, 3, 224, 224)
     expect_line(["3.jpg", "--skip-bad-images"], dataset.__getitem__, 1)
     skipping = load_cub(cub, parts=(1, 2, 3), skip_bad_images=True)
-    assert torch.cat([ids for _, ids in patch_batches(skipping, range(2), 8, 0)]).tolist() == [0, 1]
+    assert torch.cat([ids for _, ids in skipping.batches(range(2), 8, 0)]).tolist() == [0, 1]
 
 
 def person(image, annotation, segmentation=(), **keypoints):

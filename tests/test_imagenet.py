@@ -10,9 +10,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
-from datasets.common import UserError
 from datasets.imagenet import GRID_BOXES, grid_patches, list_images, load_grid, load_image_folder
-from datasets.patches import patch_batches, resize_center_crop
+from datasets.patches import resize_center_crop
+from utils import UserError
 
 CUB = Path(__file__).parents[2] / "shared/real/CUB_200_2011"
 
@@ -39,7 +39,7 @@ def test_equals_torchvision_image_folder(root):
     assert ours.classes == theirs.classes == ["n01", "n02"]
     assert ours.labels.tolist() == theirs.targets
     assert [image.path for image in ours.images] == [path for path, _ in theirs.samples]
-    patches, ids = next(patch_batches(ours, range(len(ours)), 10, 0))
+    patches, ids = next(ours.batches(range(len(ours)), 10, 0))
     assert ids.tolist() == [0, 1, 2, 3]
     assert torch.equal(patches.float() / 255, torch.stack([image for image, _ in theirs]))
 
@@ -123,7 +123,7 @@ def test_load_grid_with_and_without_class_folders(root):
     dataset = load_grid(root / "val")
     assert [image.path for image in dataset.images] == list_images(root / "val")
     assert dataset.num_patches == 4 * 49 and dataset.images[0].boxes is GRID_BOXES
-    batches = list(patch_batches(dataset, [1, 2], 60, 0))
+    batches = list(dataset.batches([1, 2], 60, 0))
     assert [len(ids) for _, ids in batches] == [60, 38]
     assert torch.cat([ids for _, ids in batches]).tolist() == list(range(49, 147))
     flat = load_grid(root / "val/n02")
@@ -140,4 +140,4 @@ def test_grid_errors_are_one_line(root):
     with pytest.raises(UserError, match="a.JPEG.*--skip-bad-images"):
         load_grid(root / "val")[2]
     skipping = load_grid(root / "val", skip_bad_images=True)
-    assert sum(len(ids) for _, ids in patch_batches(skipping, range(4), 49, 0)) == 3 * 49
+    assert sum(len(ids) for _, ids in skipping.batches(range(4), 49, 0)) == 3 * 49

@@ -14,16 +14,15 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from datasets import patches as patches_module
-from datasets.common import UserError
 from datasets.patches import (
     PatchDataset,
     PatchImage,
-    patch_batches,
     patch_image,
     resize_center_crop,
     resize_square,
     select_keypoints,
 )
+from utils import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -153,7 +152,7 @@ def small(images, **options):
 
 
 def collect(dataset, indices, batch_size, workers=0):
-    batches = list(patch_batches(dataset, indices, batch_size, workers))
+    batches = list(dataset.batches(indices, batch_size, workers))
     return [len(ids) for _, ids in batches], torch.cat([p for p, _ in batches]), torch.cat([i for _, i in batches])
 
 
@@ -182,11 +181,11 @@ def test_batches_of_some_images_in_any_order(folder):
     sizes, patches, ids = collect(dataset, [4, 1, 0], 4)
     assert sizes == [4, 1] and ids.tolist() == [7, 8, 9, 0, 1]
     assert torch.equal(patches, torch.cat([dataset[4][0], dataset[0][0]]))
-    assert list(patch_batches(dataset, [], 4, 0)) == list(patch_batches(dataset, [1], 4, 0)) == []
+    assert list(dataset.batches([], 4, 0)) == list(dataset.batches([1], 4, 0)) == []
 
 
 def test_earlier_batches_stay_as_they_were(folder):
-    batches = patch_batches(small(folder[1]), range(7), 2, 0)
+    batches = small(folder[1]).batches(range(7), 2, 0)
     first, _ = next(batches)
     copy = first.clone()
     list(batches)
@@ -252,7 +251,7 @@ def test_bad_image_is_one_line_or_skipped(folder, how):
     with pytest.raises(UserError) as direct:
         dataset[3]
     with pytest.raises(UserError) as batched:
-        list(patch_batches(dataset, range(7), 2, 0))
+        list(dataset.batches(range(7), 2, 0))
     assert str(direct.value) == str(batched.value)
     assert str(root / "3.png") in str(direct.value) and "--skip-bad-images" in str(direct.value)
     assert "\n" not in str(direct.value)
@@ -262,7 +261,7 @@ def test_bad_image_is_one_line_or_skipped(folder, how):
     sizes, patches, ids = collect(skipping, range(7), 4)
     assert sizes == [4, 4, 1] and ids.tolist() == [0, 1, 2, 7, 8, 9, 10, 11, 12]
     assert torch.equal(patches, torch.cat([dataset[index][0] for index in (0, 2, 4, 5, 6)]))
-    assert list(patch_batches(skipping, [3], 4, 0)) == []
+    assert list(skipping.batches([3], 4, 0)) == []
 
 
 def test_bad_image_in_a_worker_is_the_same_line(folder):
@@ -271,7 +270,7 @@ def test_bad_image_in_a_worker_is_the_same_line(folder):
     with pytest.raises(UserError) as direct:
         small(images)[3]
     with pytest.raises(UserError) as batched:
-        list(patch_batches(small(images), range(7), 2, 1))
+        list(small(images).batches(range(7), 2, 1))
     assert str(batched.value) == str(direct.value)
 
 
@@ -288,7 +287,7 @@ def kill_this_process(path):
 
 def test_killed_worker_is_one_line(folder):
     with pytest.raises(UserError, match="--workers") as error:
-        list(patch_batches(small(folder[1], load=kill_this_process), range(7), 2, 1))
+        list(small(folder[1], load=kill_this_process).batches(range(7), 2, 1))
     assert "\n" not in str(error.value)
 
 
@@ -296,6 +295,6 @@ def test_killed_worker_is_one_line(folder):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinned_batches(folder):
     dataset = small(folder[1])
-    batches = list(patch_batches(dataset, range(7), 4, 2, pin_memory=True))
+    batches = list(dataset.batches(range(7), 4, 2, pin_memory=True))
     assert all(patches.is_pinned() for patches, _ in batches)
     assert torch.equal(torch.cat([patches for patches, _ in batches]), collect(dataset, range(7), 13)[1])

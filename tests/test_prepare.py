@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import prepare_common, segmentation_classes
-from datasets.common import UserError, exit_with_one_line_errors
-from datasets.prepare import main
-from datasets.prepare_ade20k_part import IndexUnpickler, part_instances, read_classes, read_index
-from datasets.prepare_common import read_index_map
+from datasets import segmentation_classes
+from datasets.prepare import common as prepare_common
+from datasets.prepare.__main__ import main
+from datasets.prepare.ade20k_part import IndexUnpickler, part_instances, read_classes, read_index
+from datasets.prepare.common import read_index_map
+from utils import UserError
+from utils.run import exit_with_one_line_errors
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 PASCAL = REAL / "pascal_part_sample"
@@ -384,7 +386,7 @@ def test_a_second_ade20k_run_reads_no_part_twice(release_2021, tmp_path, monkeyp
     run("ade20k-part", release_2021, tmp_path)
     first = files_of(tmp_path)
     capsys.readouterr()
-    monkeypatch.setattr("datasets.prepare_ade20k_part.read_classes", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr("datasets.prepare.ade20k_part.read_classes", lambda path: pytest.fail(f"{path} was read again"))
     run("ade20k-part", release_2021, tmp_path)
     assert "4 complete already" in capsys.readouterr().out
     assert files_of(tmp_path) == first

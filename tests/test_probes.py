@@ -19,8 +19,8 @@ from models.probes import (
     HeadSGD,
     LinearHeads,
     build_heads,
+    cosine_learning_rate,
     knn_predict,
-    learning_rate,
     load_head,
     token_rstd,
 )
@@ -197,14 +197,14 @@ def test_lars_leaves_a_zero_weight_unscaled():
 
 
 def test_schedules():
-    assert learning_rate(0.4, 0, 90) == 0.4
-    assert learning_rate(0.4, 30, 90) == pytest.approx(0.3)
-    assert learning_rate(0.4, 45, 90) == pytest.approx(0.2)
-    assert learning_rate(0.4, 89, 90) == pytest.approx(0.4 * 0.5 * (1 + math.cos(math.pi * 89 / 90)))
-    assert learning_rate(6.4, 5, 90, warmup=10) == pytest.approx(3.2)
-    assert learning_rate(6.4, 10, 90, warmup=10) == pytest.approx(6.4)
-    assert learning_rate(6.4, 50, 90, warmup=10) == pytest.approx(3.2)
-    assert learning_rate(0.4, 90, 90, warmup=10, minimum=1e-6) == pytest.approx(1e-6)
+    assert cosine_learning_rate(0.4, 0, 90) == 0.4
+    assert cosine_learning_rate(0.4, 30, 90) == pytest.approx(0.3)
+    assert cosine_learning_rate(0.4, 45, 90) == pytest.approx(0.2)
+    assert cosine_learning_rate(0.4, 89, 90) == pytest.approx(0.4 * 0.5 * (1 + math.cos(math.pi * 89 / 90)))
+    assert cosine_learning_rate(6.4, 5, 90, warmup=10) == pytest.approx(3.2)
+    assert cosine_learning_rate(6.4, 10, 90, warmup=10) == pytest.approx(6.4)
+    assert cosine_learning_rate(6.4, 50, 90, warmup=10) == pytest.approx(3.2)
+    assert cosine_learning_rate(0.4, 90, 90, warmup=10, minimum=1e-6) == pytest.approx(1e-6)
 
 
 def test_published_recipes():
@@ -230,7 +230,7 @@ def test_summary_chooses_rate_and_epoch_by_the_score_not_by_the_test_set():
     test = [[10, 20, 30, 40], [11, 21, 31, 41], [12, 22, 32, 42]]
     for epoch in range(3):
         probe.heads.bias.data += 1
-        probe.measured(torch.tensor(scores[epoch], dtype=torch.float64), torch.tensor(test[epoch], dtype=torch.float64))
+        probe.record(torch.tensor(scores[epoch], dtype=torch.float64), torch.tensor(test[epoch], dtype=torch.float64))
     result = probe.summary()
     assert (result["lr"], result["index"], result["best_epoch"]) == (0.2, 3, 2)
     assert result["acc1"] == 37 and result["best_acc1"] == (30 + 41) / 2

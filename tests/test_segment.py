@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 
+import models
 import segment
 from datasets import segmentation, segmentation_pictures, segmentation_store
-from datasets.common import UserError, exit_with_one_line_errors
 from datasets.segmentation import reduce_label
 from datasets.segmentation_store import batch_indices
 from models.encoder import Encoder
+from utils import UserError
+from utils.run import exit_with_one_line_errors
 
 GOLDEN = Path(__file__).parent / "golden" / "segmentation"
 NUM_CLASSES = 19  # LIP's
@@ -117,7 +119,7 @@ def test_windows_of_several_images_go_through_the_model_together():
 def test_learning_rate():
     for setting in golden("lr")["settings"]:
         assert setting["power"] == 1
-        ours = [segment.learning_rate(iteration, setting["lr"], setting["total"], setting["warmup"],
+        ours = [segment.linear_learning_rate(iteration, setting["lr"], setting["total"], setting["warmup"],
                                       setting["warmup_ratio"]) for iteration in setting["iterations"]]
         assert ours == pytest.approx(setting["values"].tolist(), rel=1e-12)
 
@@ -200,7 +202,7 @@ def lip(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    monkeypatch.setattr(segment, "build_model", small_encoder)
+    monkeypatch.setattr(models, "build_model", small_encoder)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -241,7 +243,7 @@ def finished(lip, tmp_path_factory):
     """An uninterrupted run: its folder and its results line."""
     output = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segment, "build_model", small_encoder)
+        patch.setattr(models, "build_model", small_encoder)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         result = run(patch, lip, output, "--save-pictures", 2, "--eval-every", 4)

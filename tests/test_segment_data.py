@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from datasets import segmentation_store
-from datasets.common import UserError
 from datasets.segmentation import PROTOCOLS, in_order, open_split, pair_files, read_image, read_label, reduce_label
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from datasets.synthetic import OBJECT_NAMES, PART_NAMES
+from utils import UserError
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real is not on this machine")

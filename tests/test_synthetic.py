@@ -15,8 +15,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torchvision.transforms.functional import pil_to_tensor
 
-from datasets.common import UserError
-from datasets.patches import patch_batches
 from datasets.synthetic import (
     DEFAULT_KEYPOINTS,
     KEYPOINT_NAMES,
@@ -35,6 +33,7 @@ from datasets.synthetic import (
     scan,
     synthetic_segmentation,
 )
+from utils import UserError
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +196,7 @@ def test_patches_are_the_same_from_workers_and_after_pickling():
     dataset = load_synthetic_patches("test", 8, keypoints=("eye", "tail"))
     copy = pickle.loads(pickle.dumps(dataset))
     indices = range(len(dataset))
-    for ours, others in zip(patch_batches(dataset, indices, 5, 0), patch_batches(copy, indices, 5, 1), strict=True):
+    for ours, others in zip(dataset.batches(indices, 5, 0), copy.batches(indices, 5, 1), strict=True):
         assert torch.equal(ours[0], others[0]) and torch.equal(ours[1], others[1])
     assert ours[0].shape[1:] == (3, 224, 224) and set(dataset.labels.tolist()) == {0, 1}
 

@@ -34,7 +34,6 @@ Masks and directions depend on --seed and an image's place in the list: figures 
 processes, beyond rounding. The queries of receptive fields are the same patches at every mask ratio.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,37 +41,32 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from datasets import UserError
-from datasets.common import (
-    Log,
+from datasets.imagenet import list_images
+from datasets.patches import PatchDataset, PatchImage, resize_center_crop
+from datasets.synthetic import draw_image, image_seeds
+from utils import UserError
+from utils.distributed import is_main, shard, world_size
+from utils.results import append_result, args_to_json, caveats, read_results
+from utils.run import (
     OneLineParser,
     Progress,
     add_common_arguments,
-    append_result,
     autocast,
-    default_precision,
     exit_with_one_line_errors,
-    free_memory,
-    labels_of_run,
     non_negative_int,
-    open_output,
-    plain_arguments,
     positive_int,
-    read_results,
+    setup,
 )
-from datasets.distributed import init_processes, is_main, one_per_node_first, shard, world_size
-from datasets.imagenet import list_images
-from datasets.patches import PatchDataset, PatchImage, patch_batches, resize_center_crop
-from datasets.synthetic import draw_image, image_seeds
+from utils.storage import free_memory
 
-from . import Encoder, build_model
-from .attention_maps import Sums, add_centred, patch_gradients, patch_norms
-from .attention_plots import summary_table, write_plots
+from .. import METHODS, Encoder, load_encoder
+from .maps import Sums, add_centred, patch_gradients, patch_norms
+from .plots import summary_table, write_plots
 
 MASK_RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 
-def draw_chance(ids: Sequence[int], seed: int, sizes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+def image_noise(ids: Sequence[int], seed: int, sizes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     """Standard normal values for every image, by its number and the seed alone: for each size a tensor [B, *size]."""
     images = []
     for number in ids:
@@ -135,8 +129,9 @@ def load_images(root: Path | None, name: str, size: int, num_images: int, seed: 
     return PatchDataset(images, ["image"], resize_center_crop(round(size * 256 / 224), size), **options)
 
 
-def measure(encoder: Encoder, dataset: PatchDataset, grid: tuple[int, int], ratios: Sequence[float], num_queries: int,
-            batch_size: int, workers: int, precision: str, seed: int, device: torch.device) -> dict[float | None, Sums]:
+def sum_attention(encoder: Encoder, dataset: PatchDataset, grid: tuple[int, int], ratios: Sequence[float],
+                  num_queries: int, batch_size: int, workers: int, precision: str, seed: int, device: torch.device,
+                  ) -> dict[float | None, Sums]:
     """This process's share of the images, added up: {None: the encoder's Sums, mask ratio: the decoder's, ...}."""
     count, patch_size = grid[0] * grid[1], encoder.patch_size
     sums = {None: Sums(encoder.vit.blocks, grid, encoder.vit.num_prefix_tokens, device)}
@@ -144,9 +139,9 @@ def measure(encoder: Encoder, dataset: PatchDataset, grid: tuple[int, int], rati
         sums[ratio] = Sums(encoder.decoder.decoder_blocks, grid, 1, device, decoder=True)
     share, progress = shard(len(dataset)), Progress(len(dataset), "attention", "images")
     sizes = [(count,), (num_queries, encoder.embed_dim), (num_queries, patch_size**2 * 3)]
-    for images, ids in patch_batches(dataset, share, max(1, batch_size // world_size()), workers,
+    for images, ids in dataset.batches(share, max(1, batch_size // world_size()), workers,
                                      pin_memory=device.type == "cuda"):
-        noise, token_directions, pixel_directions = (x.to(device) for x in draw_chance(ids.tolist(), seed, sizes))
+        noise, token_directions, pixel_directions = (x.to(device) for x in image_noise(ids.tolist(), seed, sizes))
         # The patches of the highest noise are the first to be masked: at every ratio the same queries, drawn evenly.
         queries = noise.argsort(dim=1)[:, count - num_queries:]
         images = encoder.preprocess(images.to(device, non_blocking=True)).requires_grad_(num_queries > 0)
@@ -159,9 +154,8 @@ def measure(encoder: Encoder, dataset: PatchDataset, grid: tuple[int, int], rati
 
 
 def main() -> None:
-    parser = OneLineParser(prog="models.attention", description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser, ("imagenet", "synthetic"), batch_size=32)
+    parser = OneLineParser(__doc__, prog="python -m models.attention")
+    add_common_arguments(parser, METHODS, ("imagenet", "synthetic"), batch_size=32)
     parser.set_defaults(model="mae", dataset="imagenet")
     group = parser.add_argument_group("attention (--dataset imagenet: any folder of images)")
     group.add_argument("--num-images", type=positive_int, default=256, metavar="N",
@@ -181,15 +175,9 @@ def main() -> None:
         write_plots(results, args.output_dir)
         return
     start = time.monotonic()
-    device = init_processes(args.device)
-    open_output(args.output_dir)
-    log = Log(args.output_dir)
-    log.start(args)
+    device, log = setup(args)
     wants_decoder = args.model == "mae" and not args.encoder_only
-    with one_per_node_first():
-        encoder = build_model(args.model, args.weights, args.num_heads, projector=False, seed=args.seed,
-                              decoder=wants_decoder and args.weights == "official")
-    encoder = encoder.to(device)
+    encoder = load_encoder(args, device, log, projector=False, decoder=wants_decoder and args.weights == "official")
     if wants_decoder and not encoder.has_decoder:
         raise UserError(f"{encoder.weights} has no decoder; mae_pretrain_vit_base_full.pth has one. "
                         "--encoder-only measures the encoder alone")
@@ -206,15 +194,14 @@ def main() -> None:
         raise UserError(f"--queries {args.queries}: only {most} of {count} patches are masked at the smallest ratio")
     parts = [encoder.vit.blocks] + [encoder.decoder.decoder_blocks for _ in ratios]
     need = sum(len(blocks) * blocks[0].attn.num_heads for blocks in parts) * count**2 * 8
-    log(f"{args.model}: weights {encoder.weights}, SHA-256 {encoder.sha256}; sums of maps need {need / 1e9:.2f} GB")
+    log(f"sums of attention maps need {need / 1e9:.2f} GB")
     if need > free_memory(device) / 2:
         raise UserError(f"sums of attention maps need {need / 1e9:.1f} GB, more than half of the "
                         f"{free_memory(device) / 1e9:.1f} GB free on {device}; take fewer --mask-ratios")
     size = grid[0] * encoder.patch_size
     dataset = load_images(args.data_path, args.dataset, size, args.num_images, args.seed, args.skip_bad_images)
-    precision = args.precision or default_precision(device)
-    sums = measure(encoder, dataset, grid, ratios, args.queries, args.batch_size, args.workers, precision, args.seed,
-                   device)
+    sums = sum_attention(encoder, dataset, grid, ratios, args.queries, args.batch_size, args.workers, args.precision,
+                         args.seed, device)
     lines = []
     for ratio, part in sums.items():
         figures = part.figures(encoder.patch_size)
@@ -224,11 +211,11 @@ def main() -> None:
         lines.append({"task": "attention", "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
                       "dataset": args.dataset, "part": "encoder" if ratio is None else "decoder",
                       "mask_ratio": ratio or 0.0, "num_images": num_images, "image_size": size,
-                      "patch_size": encoder.patch_size, "world_size": world_size(), "precision": precision,
-                      "seed": args.seed, "seconds": time.monotonic() - start, **figures, "args": plain_arguments(args)})
-    marks = labels_of_run(lines[0])
-    log.keep()
-    log(f"{args.model} on {lines[0]['num_images']} images{f' ({marks})' if marks else ''}, {precision}")
+                      "patch_size": encoder.patch_size, "world_size": world_size(), "precision": args.precision,
+                      "seed": args.seed, "seconds": time.monotonic() - start, **figures, "args": args_to_json(args)})
+    marks = caveats(lines[0])
+    log.open(args.output_dir)
+    log(f"{args.model} on {lines[0]['num_images']} images{f' ({marks})' if marks else ''}, {args.precision}")
     log(summary_table(lines))
     if is_main():
         for line in lines:

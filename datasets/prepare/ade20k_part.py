@@ -18,8 +18,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .common import UserError, open_output
-from .prepare_common import (
+from utils import UserError
+from utils.run import open_output
+
+from ..segmentation_classes import ADE20K_OBJECT_59
+from .common import (
     Item,
     first_folder,
     import_loadmat,
@@ -29,7 +32,6 @@ from .prepare_common import (
     read_name_list,
     write_text,
 )
-from .segmentation_classes import ADE20K_OBJECT_59
 
 TREE = ("DIR/images/{training,validation}/**/*_seg.png (2016_07_26) or "
         "DIR/images/ADE/{training,validation}/**/*_seg.png (2021_17_01), "

@@ -17,12 +17,14 @@ from pathlib import Path
 import timm
 import torch
 
-from models.encoder import Encoder
-from models.probes import token_rstd
+from datasets.patches import PatchDataset
+from utils import UserError
+from utils.distributed import all_reduce, barrier, gather_rows, is_main, rank, shard, world_size
+from utils.run import Progress, autocast
+from utils.storage import atomic_write, create_file, free_memory, map_file
 
-from .common import Progress, UserError, autocast, free_memory, write_whole
-from .distributed import barrier, gather_rows, is_main, rank, shard, sum_over_processes, world_size
-from .patches import PatchDataset, patch_batches
+from .encoder import Encoder
+from .probes import token_rstd
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,7 +85,7 @@ class Features:
                 yield tokens, self.rstd[rows], None, self.labels[rows]
 
 
-def present(dataset: PatchDataset, features: Features) -> torch.Tensor:
+def decoded_ids(dataset: PatchDataset, features: Features) -> torch.Tensor:
     """The ids of the patches that have features. Raises UserError where none has."""
     ids = torch.arange(dataset.num_patches)
     ids = ids[~torch.isin(ids, features.missing)]
@@ -93,7 +95,7 @@ def present(dataset: PatchDataset, features: Features) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def encode(encoder: Encoder, images: torch.Tensor, precision: str) -> torch.Tensor:
+def encode_tokens(encoder: Encoder, images: torch.Tensor, precision: str) -> torch.Tensor:
     """uint8 [B, 3, H, W] on the encoder's device -> final tokens [B, 1 + N, D], in the type of the precision."""
     with autocast(images.device, precision):
         tokens = encoder(encoder.preprocess(images))
@@ -115,14 +117,15 @@ def encode_features(encoder: Encoder, dataset: PatchDataset, label: str, with_to
     images = shard(len(dataset))
     first, last = int(dataset.first_id[images.start]), int(dataset.first_id[images.stop])
     width, length = encoder.embed_dim, 1 + (image_size // encoder.patch_size) ** 2
-    shapes = {"cls": ((width,), DTYPES[precision]), "found": ((), torch.uint8)}
+    shapes = {"cls": ((width,), DTYPES[precision]), "decoded": ((), torch.uint8)}
     if with_tokens:
         shapes |= {"tokens": ((length, width), DTYPES[precision]), "rstd": ((length,), torch.float32)}
 
     kept = None
     if keep:
         name = fingerprint(encoder, dataset, precision, with_tokens)[:20]
-        kept = KeptCache.open(keep / f"{name}-{'tokens' if with_tokens else 'cls'}", shapes, dataset.num_patches, log)
+        path = keep / f"{name}-{'tokens' if with_tokens else 'cls'}"
+        kept = FeatureCache.open(path, shapes, dataset.num_patches, log)
     arrays = {name: torch.zeros(last - first, *shape, dtype=dtype, device=device)
               for name, (shape, dtype) in shapes.items() if name != "tokens"}
     if with_tokens:
@@ -143,11 +146,11 @@ def encode_features(encoder: Encoder, dataset: PatchDataset, label: str, with_to
             kept.write(arrays, first, last)
 
     suspect = arrays["rstd"] if with_tokens else arrays["cls"]
-    bad = sum_over_processes((~suspect[arrays["found"] == 1].isfinite()).any().long().reshape(1))
+    bad = all_reduce((~suspect[arrays["decoded"] == 1].isfinite()).any().long().reshape(1))
     if bad.item():
         raise UserError(f"{label}: the encoder gave features that are not finite at --precision {precision}; "
                         "take bf16 or fp32")
-    missing = (gather_rows(arrays["found"]) == 0).nonzero().flatten().cpu()
+    missing = (gather_rows(arrays["decoded"]) == 0).nonzero().flatten().cpu()
     if len(missing):
         log(f"{label}: {len(missing)} patches are left out, their images could not be decoded")
     return Features(first, dataset.labels[first:last].to(device), arrays["cls"], arrays.get("tokens"),
@@ -159,10 +162,10 @@ def encode_into(arrays: dict[str, torch.Tensor], encoder: Encoder, dataset: Patc
     """One pass over the images: fills the arrays (row = id - first) with what was encoded, and found with 1."""
     device = arrays["cls"].device
     progress = Progress(len(arrays["cls"]), f"encoding {label}", "patches")
-    batches = patch_batches(dataset, images, encode_batch_size(device), workers, pin_memory=device.type == "cuda")
+    batches = dataset.batches(images, encode_batch_size(device), workers, pin_memory=device.type == "cuda")
     for patches, ids in batches:
-        tokens = encode(encoder, patches.to(device, non_blocking=True), precision)
-        values = {"cls": tokens[:, 0], "found": torch.ones(len(ids), dtype=torch.uint8, device=device)}
+        tokens = encode_tokens(encoder, patches.to(device, non_blocking=True), precision)
+        values = {"cls": tokens[:, 0], "decoded": torch.ones(len(ids), dtype=torch.uint8, device=device)}
         if "tokens" in arrays:
             values |= {"tokens": tokens, "rstd": token_rstd(tokens)}
         # Rows are consecutive but for images that could not be decoded.
@@ -201,7 +204,7 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, pla
             if one == "disk":
                 log(f"{what}: {need / 1e9:.2f} GB{share}, in a memory-mapped file in {folder}{note}")
                 array = mapped()
-                return array if array is not None else own_file(folder, shape, dtype)
+                return array if array is not None else temporary_file(folder, shape, dtype)
             free = free_memory(device) if one == "gpu" else free_memory(torch.device("cpu")) // neighbours
             name = "on the GPU" if one == "gpu" else "in pinned host memory" if device.type == "cuda" else "in memory"
             # PyTorch takes pinned memory in powers of two. The rest is for the encoder, the heads and the batch.
@@ -221,7 +224,7 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, pla
                     "--cache-dir, start more processes, or take --probe linear knn, which needs no tokens")
 
 
-def own_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def temporary_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".tokens.{os.getpid()}.{rank()}"
     try:
@@ -231,21 +234,7 @@ def own_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Te
         path.unlink(missing_ok=True)
 
 
-def create_file(path: Path, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """A file whose blocks are all reserved. Raises OSError where the disk is full; a mapped file of holes would kill
-    the process when it is written to."""
-    with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, torch.Size(shape).numel() * dtype.itemsize))
-
-
-def map_file(path: Path, shape: Sequence[int], dtype: torch.dtype, writable: bool = True) -> torch.Tensor:
-    count = torch.Size(shape).numel()
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.from_file(str(path), shared=writable, size=count, dtype=dtype).view(shape)
-
-
-class KeptCache:
+class FeatureCache:
     """A folder with a file for each array, over the patches of all processes, that a later run can use.
 
     It is written under the name PATH.partial and renamed when it is complete. arrays: name -> mapped tensor.
@@ -255,7 +244,7 @@ class KeptCache:
         self.path, self.complete, self.arrays, self.lock = path, complete, arrays, lock
 
     @classmethod
-    def open(cls, path: Path, shapes: dict, num_rows: int, log: Callable[[str], None]) -> "KeptCache | None":
+    def open(cls, path: Path, shapes: dict, num_rows: int, log: Callable[[str], None]) -> "FeatureCache | None":
         """The cache at path, complete or to be written; None, and it is said why, where it cannot be written."""
         partial, lock, problem, complete = path.with_name(path.name + ".partial"), None, "", False
         full = {name: ((num_rows, *shape), dtype) for name, (shape, dtype) in shapes.items()}
@@ -279,7 +268,7 @@ class KeptCache:
                 problem = f"{error.strerror}: {error.filename or partial}"
                 shutil.rmtree(partial, ignore_errors=True)
         barrier()
-        complete = bool(sum_over_processes(torch.tensor([int(complete)])).item())
+        complete = bool(all_reduce(torch.tensor([int(complete)])).item())
         source, arrays = path if complete else partial, {}
         try:
             if not problem:
@@ -287,7 +276,7 @@ class KeptCache:
                           for name, (shape, dtype) in full.items()}
         except RuntimeError:
             problem = f"{source} is not seen by every process"
-        if sum_over_processes(torch.tensor([int(bool(problem))])).item():
+        if all_reduce(torch.tensor([int(bool(problem))])).item():
             log(f"the features are not kept in {path}: {problem or 'not every process can write it'}")
             return None
         return cls(path, complete, arrays, lock)
@@ -312,7 +301,7 @@ class KeptCache:
                 with open(partial / name, "rb+") as file:
                     os.fsync(file.fileno())
             sizes = {name: (partial / name).stat().st_size for name in self.arrays}
-            write_whole(partial / "complete.json", lambda path: path.write_text(json.dumps(sizes)))
+            atomic_write(partial / "complete.json", lambda path: path.write_text(json.dumps(sizes)))
             os.replace(partial, self.path)
             Path(self.lock.name).unlink(missing_ok=True)
             self.lock.close()

@@ -48,7 +48,7 @@ def barrier() -> None:
 
 
 @contextmanager
-def one_per_node_first():
+def local_main_first():
     """The first process of every node runs the body before the others: one download, then the others find the file."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or not dist.is_initialized()
     if not first:
@@ -85,7 +85,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
-def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
+def all_reduce(value: torch.Tensor) -> torch.Tensor:
     """Adds the processes' tensors of one shape, in place, and returns the sum, on every process."""
     if world_size() > 1:
         dist.all_reduce(value)

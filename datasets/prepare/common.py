@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .common import Progress, UserError, open_output, write_whole
+from utils import UserError
+from utils.run import Progress, open_output
+from utils.storage import atomic_write
 
 
 class Item(NamedTuple):
@@ -86,8 +88,8 @@ def prepare_one(item: Item, read_labels: Callable[[Path], np.ndarray]) -> tuple[
     # Whatever a damaged file raises, it is named in the report, and the other images are still prepared.
     except Exception as error:
         return "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
-    write_whole(item.target_image, lambda path: shutil.copyfile(item.image, path))
-    write_whole(item.target_labels, lambda path: Image.fromarray(labels).save(path, format="PNG"))
+    atomic_write(item.target_image, lambda path: shutil.copyfile(item.image, path))
+    atomic_write(item.target_labels, lambda path: Image.fromarray(labels).save(path, format="PNG"))
     return ("made" if labels.any() else "made, with no labelled pixel"), ""
 
 
@@ -111,7 +113,7 @@ def in_parallel(function: Callable, items: Sequence, workers: int, label: str) -
 
 
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def start_target(root: Path, names: Sequence[str], folders: Sequence[Path]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .common import write_whole
+from .storage import atomic_write
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 
@@ -42,7 +42,7 @@ def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]]) -
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
         if number < 20:
             draw.text((width - right + 12, top + 22 * number), name, fill=colour, font=font)
-    write_whole(path, lambda temporary: image.save(temporary, format="PNG"))
+    atomic_write(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
 def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequence[str]) -> None:
@@ -71,4 +71,4 @@ def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequen
         label = Image.new("RGB", (margin, 20), "white")
         ImageDraw.Draw(label).text((margin - 2, 10), name, fill="black", font=font, anchor="rm")
         image.paste(label.rotate(90, expand=True), (int(margin + (index + 0.5) * cell - 10), top + size + 6))
-    write_whole(path, lambda temporary: image.save(temporary, format="PNG"))
+    atomic_write(path, lambda temporary: image.save(temporary, format="PNG"))

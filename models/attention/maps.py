@@ -1,7 +1,7 @@
 """Attention weights of timm's modules, and what is summed of them over images: mean distances, likeness of maps, and
 receptive fields. models/attention.py is the command, and its docstring defines the figures.
 
-Each function stands alone; copied out, they need UserError and free_memory of datasets/, Sums also sum_over_processes.
+Each function stands alone; copied out, they need UserError and free_memory of datasets/, Sums also all_reduce.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from timm.models.beit import Attention as BeitAttention
 from timm.models.vision_transformer import Attention as VitAttention
 
-from datasets import UserError
-from datasets.common import free_memory
-from datasets.distributed import sum_over_processes
+from utils import UserError
+from utils.distributed import all_reduce
+from utils.storage import free_memory
 
 
 def query_key(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +186,7 @@ class Sums:
     def figures(self, patch_size: int) -> dict:
         """The metrics of a results line, over all processes."""
         for value in (self.distance, self.queries, self.maps, *self.fields.values()):
-            sum_over_processes(value)
+            all_reduce(value)
         groups = {"": (self.distance.sum(0), self.queries.sum(0))}
         if self.decoder:
             groups.update({f"_{name}": (self.distance[group], self.queries[group])

@@ -23,9 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .common import OneLineParser, UserError, exit_with_one_line_errors, positive_int
-from .prepare_ade20k_part import prepare_ade20k_part
-from .prepare_common import (
+from utils import UserError
+from utils.run import OneLineParser, exit_with_one_line_errors, positive_int
+
+from ..segmentation_classes import ADE20K_150, ADE20K_OBJECT_59, LIP_19, PASCAL_OBJECT_16, PASCAL_PART_193
+from .ade20k_part import prepare_ade20k_part
+from .common import (
     Item,
     apply_table,
     first_folder,
@@ -35,7 +38,6 @@ from .prepare_common import (
     read_index_map,
     read_name_list,
 )
-from .segmentation_classes import ADE20K_150, ADE20K_OBJECT_59, LIP_19, PASCAL_OBJECT_16, PASCAL_PART_193
 
 PASCAL_TREE = "DIR/Annotations_Part/*.mat, DIR/JPEGImages/*.jpg, DIR/ImageSets/Main/{train,val}.txt"
 ADE20K_OBJECT_TREE = "DIR/images/{training,validation}/*.jpg, DIR/annotations/{training,validation}/*.png"
@@ -155,7 +157,7 @@ FUNCTIONS: dict[str, Callable] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Raises UserError for a user's mistake and, after the report, if an image could not be prepared."""
-    parser = OneLineParser(prog="python -m datasets.prepare", description=__doc__.splitlines()[0])
+    parser = OneLineParser(__doc__, prog="python -m datasets.prepare")
     commands = parser.add_subparsers(dest="dataset", required=True, metavar="{" + ",".join(FUNCTIONS) + "}")
     for name in FUNCTIONS:
         command = commands.add_parser(name)

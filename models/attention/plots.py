@@ -6,8 +6,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets.common import labels_of_run, markdown_table, write_whole
-from datasets.plots import COLOURS
+from utils.drawing import COLOURS
+from utils.results import caveats, markdown_table
+from utils.storage import atomic_write
 
 CELL, MARGIN = 260, 20
 # Colours of a receptive field from 1/1000 of its largest value to that value, as red, green, blue.
@@ -26,7 +27,7 @@ def latest(results: Sequence[dict]) -> dict[tuple, dict]:
         name = result["model"]
         if len(files[name]) > 1 and result["weights"] != "random":
             name += f" {'/'.join(Path(result['weights']).parts[-2:])}"
-        marks = labels_of_run(result)
+        marks = caveats(result)
         name += f" ({marks})" if marks else ""
         chosen[name, result["part"], result["mask_ratio"]] = result
     return chosen
@@ -88,7 +89,7 @@ def write_plots(results: Sequence[dict], folder: Path) -> list[str]:
     if rows:
         files["attention_fields.png"] = draw_fields(rows)
     for name, image in files.items():
-        write_whole(folder / name, lambda temporary, image=image: image.save(temporary, format="PNG"))
+        atomic_write(folder / name, lambda temporary, image=image: image.save(temporary, format="PNG"))
     return list(files)
 
 

@@ -1,0 +1,194 @@
+"""What a run of any script needs: common options, one-line errors, the log, progress.
+
+A script calls, in this order: OneLineParser and add_common_arguments, setup, Log.open once its inputs have been read,
+and utils.results.append_result; it runs its main function through exit_with_one_line_errors.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from . import UserError
+from .distributed import init_processes, is_main, world_size
+from .results import args_to_json, revision
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, with errors on one line and no usage text before them.
+
+    doc: a script's docstring. Its first line becomes the description, its indented lines the examples after --help."""
+
+    def __init__(self, doc: str = "", **options):
+        examples = "\n".join(line for line in doc.splitlines() if line.startswith("    "))
+        super().__init__(description=doc.split("\n")[0], epilog=examples and f"examples:\n{examples}",
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (all options: --help)\n")
+
+
+def exit_with_one_line_errors(main: Callable[[], None]) -> None:
+    """Runs main; a user's mistake, or running out of memory, becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except (UserError, torch.OutOfMemoryError) as error:
+        advice = " (use a smaller --batch-size)" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"error: {' '.join(str(error).split())}{advice}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            # The others may wait in a collective for this process; leaving the group in order would wait for them.
+            os._exit(2)
+        sys.exit(2)
+    # NCCL asks for this. Gloo does not, and with torch 2.6 it was seen to wait for its own threads for ever.
+    if dist.is_initialized() and "nccl" in str(dist.get_backend_config()):
+        dist.destroy_process_group()
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str], datasets: Sequence[str],
+                         batch_size: int | None) -> None:
+    """Adds the options that mean the same in all scripts. models, datasets: their names; batch_size: the default."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="ibot", help=f"{', '.join(models)}, or timm/NAME (default: %(default)s)")
+    group.add_argument("--weights", default="official",
+                       help="official, random (untrained control), a path or a URL (default: %(default)s)")
+    group.add_argument("--num-heads", type=positive_int, help="attention heads, where width / 64 is wrong")
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="synthetic", choices=datasets, help="(default: %(default)s)")
+    group.add_argument("--data-path", type=Path, metavar="DIR", help="the data set's root folder")
+    group = parser.add_argument_group("run")
+    group.add_argument("--output-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
+    group.add_argument("--batch-size", type=positive_int, default=batch_size,
+                       help=f"over all processes together (default: {batch_size or 'the published one'})")
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    group.add_argument("--workers", type=non_negative_int, default=max(1, min(16, cores)),
+                       help="data loading processes per process (default: its share of the cores, here %(default)s)")
+    group.add_argument("--precision", choices=("fp32", "bf16", "fp16"),
+                       help="of the encoder (default: bf16 on CUDA, fp32 on CPU)")
+    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    group.add_argument("--table", action="store_true",
+                       help="no run: print the results in --output-dir beside the paper's numbers")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
+    """Starts a run: joins the processes, chooses the device and the precision (kept in args), makes the output folder,
+    and logs what a reader needs to repeat the run: revision, versions, processes, sorted arguments. Raises UserError.
+    """
+    device = init_processes(args.device)
+    args.precision = args.precision or default_precision(device)
+    if vars(args).get("cache") == "gpu" and device.type == "cpu":
+        raise UserError("--cache gpu: this run has no GPU; use --cache cpu or disk")
+    open_output(args.output_dir)
+    log = Log()
+    log(f"{Path(sys.argv[0]).name} revision {revision()}, torch {torch.__version__}, processes {world_size()}")
+    log(" ".join(f"{name}={value}" for name, value in sorted(args_to_json(args).items())))
+    return device, log
+
+
+def default_precision(device: torch.device) -> str:
+    """The encoder's precision where the user names none; measured in tests/bench_retrieval.py."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which the encoder runs at "fp32", "bf16" or "fp16"."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def open_output(folder: Path) -> Path:
+    """Makes the output folder and checks that it can be written, before any work is done. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output folder {folder} cannot be written ({error.strerror}); "
+                        "choose another with --output-dir") from None
+    return folder
+
+
+class Log:
+    """Prints lines from the main process. From open on they also go to log.txt, those printed before it first.
+
+    A script opens it once its inputs have been read, so that a mistake leaves no file behind.
+    """
+
+    def __init__(self):
+        self.path, self.pending = None, []
+
+    def __call__(self, line: str) -> None:
+        if not is_main():
+            return
+        print(line, flush=True)
+        self.pending.append(line)
+        self._write()
+
+    def open(self, folder: Path) -> None:
+        self.path = folder / "log.txt"
+        self._write()
+
+    def _write(self) -> None:
+        if self.path and self.pending:
+            with open(self.path, "a") as file:
+                file.writelines(line + "\n" for line in self.pending)
+            self.pending.clear()
+
+
+class Progress:
+    """Shows how far long work is and how long it will take, from the main process, on standard error.
+
+    One line that is rewritten in a terminal; elsewhere a line every tenth of the work, at most one in ten seconds, and
+    the last.
+    """
+
+    def __init__(self, total: int, label: str, unit: str = ""):
+        self.total, self.label, self.unit = total, label, unit
+        self.done, self.start, self.last = 0, time.monotonic(), 0.0
+        self.terminal = sys.stderr.isatty()
+        self.next_share = 0.1
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        now = time.monotonic()
+        if not is_main() or self.total == 0:
+            return
+        share, elapsed = self.done / self.total, now - self.start
+        if self.terminal:
+            due = now - self.last > 0.2 or share >= 1
+        else:
+            due = share >= self.next_share and now - self.last > 10 or (share >= 1 and elapsed > 10)
+        if not due:
+            return
+        self.last, self.next_share = now, share + 0.1
+        rate = self.done / max(elapsed, 1e-9)
+        text = (f"{self.label}: {self.done}/{self.total} {self.unit} ({rate:.1f}/s), "
+                f"{clock(elapsed)} elapsed, {clock((self.total - self.done) / rate)} left")
+        ending = "\n" if share >= 1 or not self.terminal else ""
+        print(("\r\033[K" if self.terminal else "") + text, end=ending, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
