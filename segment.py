@@ -12,9 +12,8 @@ trained on.
 """
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,16 @@ from models import METHODS, Encoder, load_encoder
 from models.segmentation_head import LinearHead, upsampled_cross_entropy
 from utils import UserError
 from utils.distributed import all_reduce, is_main, shard, world_size
-from utils.results import append_result, args_to_json, caveats
+from utils.results import append_result, start_line
 from utils.run import (
     Log,
     OneLineParser,
     Progress,
     add_common_arguments,
     autocast,
+    check_same_run,
     exit_with_one_line_errors,
+    load_saved,
     non_negative_int,
     positive_int,
     setup,
@@ -84,14 +85,18 @@ def parse_arguments() -> argparse.Namespace:
                        help="test as the authors' code does: a label equal to the class count counts as the last "
                             "class, and a window smaller than the crop repeats the window before it")
     group.add_argument("--figure6", type=Path, metavar="PNG", help="no run: draw figure 6 with the results beside it")
-    args = parser.parse_args()
+    return check_arguments(parser.parse_args())
+
+
+def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in the data set's protocol where an option was not given. Raises UserError for values that cannot be."""
     protocol = PROTOCOLS[args.dataset]
     for name in ("base_scale", "test_scale", "crop_size", "stride"):
         setattr(args, name, getattr(args, name) or getattr(protocol, name))
     if args.warmup_iterations is None:
         args.warmup_iterations = min(1500, args.iterations // 10)
     if args.seed < 0:
-        parser.error("--seed is negative; take a whole number from 0")
+        raise UserError(f"--seed {args.seed} is negative; use a whole number from 0")
     return args
 
 
@@ -288,6 +293,16 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
     return metrics | {"num_images": len(split)}
 
 
+def make_head(encoder: Encoder, layers: Sequence[int], num_classes: int, lr: float, weight_decay: float,
+              bias_decay: float, seed: int) -> tuple[LinearHead, torch.optim.Optimizer]:
+    """A new head on the encoder's device and its optimiser (appendix A.4)."""
+    device, generator = encoder.mean.device, torch.Generator().manual_seed(seed)
+    head = LinearHead(len(layers) * encoder.embed_dim, num_classes, generator).to(device)
+    optimizer = torch.optim.AdamW([{"params": [head.weight]}, {"params": [head.bias], "weight_decay": bias_decay}],
+                                  lr=lr, weight_decay=weight_decay, fused=device.type == "cuda")
+    return head, optimizer
+
+
 def save_checkpoint(path: Path, head: LinearHead, optimizer: torch.optim.Optimizer, iteration: int, info: dict) -> None:
     """Written whole by the main process. Raises UserError where it cannot be; the previous file is then as it was."""
     if not is_main():
@@ -300,25 +315,22 @@ def save_checkpoint(path: Path, head: LinearHead, optimizer: torch.optim.Optimiz
                         "room and go on with --resume") from None
 
 
-def load_checkpoint(path: Path) -> dict:
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist; name one that segment.py wrote")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: checkpoint[name] for name in ("head", "optimizer", "iteration", "settings", "class_names")}
-    except Exception as error:  # torch.load raises many kinds on a file that is none of its own
-        raise UserError(f"{path} is not a checkpoint of segment.py ({type(error).__name__}); name another") from None
+def load_checkpoint(path: Path, option: str = "") -> dict:
+    keys = ("head", "optimizer", "iteration", "settings", "class_names")
+    return load_saved(path, "a checkpoint of segment.py", keys, option)
 
 
-def check_head(path: Path, checkpoint: dict, settings: dict, names: Sequence[str], must_agree: Sequence[str]) -> None:
-    """Raises UserError where a checkpoint belongs to other classes or to another run."""
+def restore(path: Path, checkpoint: dict, settings: dict, names: Sequence[str], must_agree: Iterable[str],
+            head: LinearHead, optimizer: torch.optim.Optimizer) -> int:
+    """Loads a checkpoint into head and optimiser and returns the number of iterations done. Raises UserError where it
+    belongs to other classes or where the settings that must agree do not."""
     count = len(checkpoint["head"]["bias"])
     if count != len(names):
         raise UserError(f"{path} is a head for {count} classes; {settings['dataset']} has {len(names)}")
-    different = [f"{name} {checkpoint['settings'][name]} there and {settings[name]} here" for name in must_agree
-                 if checkpoint["settings"][name] != settings[name]]
-    if different:
-        raise UserError(f"{path} was made by another run: {', '.join(different)}; give the same arguments")
+    check_same_run(path, checkpoint["settings"], {name: settings[name] for name in must_agree})
+    head.load_state_dict(checkpoint["head"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["iteration"]
 
 
 def json_number(value: float) -> float | None:
@@ -326,9 +338,14 @@ def json_number(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
+def summary(dataset: str, metrics: dict) -> str:
+    return (f"{dataset}: mIoU {metrics['mIoU']:.2f}, mAcc {metrics['mAcc']:.2f}, aAcc {metrics['aAcc']:.2f} "
+            f"({metrics['num_images']} images)")
+
+
 def main() -> None:
-    started = time.monotonic()
-    args = parse_arguments()
+    """Trains a head, or loads one with --evaluate, tests it, and writes a checkpoint and a results line."""
+    args, started = parse_arguments(), time.monotonic()
     if args.table or args.figure6:
         if args.table:
             print(tables(args.output_dir))
@@ -336,81 +353,73 @@ def main() -> None:
             figure6(args.figure6, args.output_dir)
         return
     device, log = setup(args)
-    output = args.output_dir
     if args.batch_size < world_size():
         raise UserError(f"--batch-size {args.batch_size} is less than the number of processes, {world_size()}")
 
+    # Data and encoder
     test_split = open_split(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
-    names = test_split.names
-    if not args.evaluate:
-        train_split = open_split(args.dataset, args.data_path, "train")
-        if train_split.names != names:
-            raise UserError(f"the training and the test split below {args.data_path} have different names.txt")
+    train_split = None if args.evaluate else open_split(args.dataset, args.data_path, "train")
+    if train_split and train_split.names != test_split.names:
+        raise UserError(f"the training and the test split below {args.data_path} have different names.txt")
     encoder = load_encoder(args, device, log, projector=False)
     if args.crop_size % encoder.patch_size:
         raise UserError(f"--crop-size {args.crop_size} is not divisible by the patch size {encoder.patch_size}")
     name = f"{args.model}_{args.dataset}".replace("/", "-")
-    path = args.evaluate or output / f"{name}_segment.pt"
-    checkpoint = load_checkpoint(path) if args.evaluate or (args.resume and path.exists()) else None
+    path = args.evaluate or args.output_dir / f"{name}_segment.pt"
+    checkpoint = None
+    if args.evaluate or (args.resume and path.exists()):
+        checkpoint = load_checkpoint(path, "--evaluate " if args.evaluate else "")
     args.layers = args.layers or (checkpoint["settings"]["layers"] if checkpoint else list(BLOCKS))
     if max(args.layers) >= encoder.depth:
         raise UserError(f"--layers {max(args.layers)}: {args.model} has blocks 0 to {encoder.depth - 1}")
-    settings = {key: args_to_json(args)[key] for key in SETTINGS} | {"sha256": encoder.sha256}
-    log(f"{args.model} from {encoder.weights} (SHA-256 {encoder.sha256}), blocks {args.layers}; {args.dataset}: "
-        f"{len(names)} classes, {len(test_split)} test images")
+    line = start_line("segment", args, encoder)
+    log(f"blocks {args.layers}; {args.dataset}: {len(test_split.names)} classes, {len(test_split)} test images")
 
-    generator = torch.Generator().manual_seed(args.seed)
-    head = LinearHead(len(args.layers) * encoder.embed_dim, len(names), generator).to(device)
-    segmenter = Segmenter(encoder, head, args.layers, args.precision)
+    # Head and optimiser, new or from a checkpoint
     bias_decay = 0.0 if args.model in NO_BIAS_DECAY else args.weight_decay
-    optimizer = torch.optim.AdamW([{"params": [head.weight]}, {"params": [head.bias], "weight_decay": bias_decay}],
-                                  lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    head, optimizer = make_head(encoder, args.layers, len(test_split.names), args.lr, args.weight_decay, bias_decay,
+                                args.seed)
+    segmenter = Segmenter(encoder, head, args.layers, args.precision)
+    settings = {key: line["args"][key] for key in SETTINGS} | {"sha256": encoder.sha256}
     done = 0
     if checkpoint:
         must_agree = ("model", "sha256", "layers") if args.evaluate else settings
-        check_head(path, checkpoint, settings, names, must_agree)
-        head.load_state_dict(checkpoint["head"])
-        done = checkpoint["iteration"]
-    if args.resume and not args.evaluate:
-        if checkpoint:
-            optimizer.load_state_dict(checkpoint["optimizer"])
+        done = restore(path, checkpoint, settings, test_split.names, must_agree, head, optimizer)
+    if args.resume:
         log(f"resumed after iteration {done}" if checkpoint else f"{path} does not exist yet: from the beginning")
 
-    def test(pictures=0):
+    def test(num_pictures=0):
         metrics = evaluate(segmenter, test_split, args.test_scale, args.crop_size, args.stride, args.workers,
-                           args.authors_defects, output / f"{name}_pictures", pictures)
-        log(f"{args.dataset}: mIoU {metrics['mIoU']:.2f}, mAcc {metrics['mAcc']:.2f}, aAcc {metrics['aAcc']:.2f} "
-            f"({metrics['num_images']} images)")
+                           args.authors_defects, args.output_dir / f"{name}_pictures", num_pictures)
+        log(summary(args.dataset, metrics))
         return metrics
 
     def after_iteration(done):
         if done % args.checkpoint_every == 0 or done == args.iterations:
-            save_checkpoint(path, head, optimizer, done, {"settings": settings, "class_names": list(names)})
+            info = {"settings": settings, "class_names": list(test_split.names)}
+            save_checkpoint(path, head, optimizer, done, info)
         if args.eval_every and done % args.eval_every == 0 and done < args.iterations:
             test()
 
-    if not args.evaluate and done < args.iterations:
-        store = PixelStore(train_split, args.base_scale, device, output, args.cache, args.workers, log)
-        log.open(output)
-        batches = training_batches(store, range(done, args.iterations), args.batch_size, args.base_scale,
-                                   args.crop_size, encoder.mean, encoder.std, args.seed)
-        train(segmenter, optimizer, prefetched(batches, device), range(done, args.iterations), args.batch_size, args.lr,
+    # Training
+    if train_split and done < args.iterations:
+        store = PixelStore(train_split, args.base_scale, device, args.output_dir, args.cache, args.workers, log)
+        log.open(args.output_dir)
+        todo = range(done, args.iterations)
+        batches = training_batches(store, todo, args.batch_size, args.base_scale, args.crop_size, encoder.mean,
+                                   encoder.std, args.seed)
+        train(segmenter, optimizer, prefetched(batches, device), todo, args.batch_size, args.lr,
               args.warmup_iterations, after_iteration, log)
         del store, batches
+
+    # Test
     metrics = test(args.save_pictures)
-    log.open(output)
-    if is_main():
-        result = {"task": "segment", "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
-                  "dataset": args.dataset, "world_size": world_size(), "precision": args.precision, "seed": args.seed,
-                  "seconds": time.monotonic() - started, "iterations": done if args.evaluate else args.iterations,
-                  **{key: json_number(metrics[key]) for key in ("mIoU", "mAcc", "aAcc")},
-                  "iou_per_class": dict(zip(names, map(json_number, metrics["iou_per_class"].tolist()), strict=True)),
-                  "num_images": metrics["num_images"],
-                  "args": args_to_json(args)}
-        marks = caveats(result)
-        shown = {key: value for key, value in result.items() if key != "args"}
-        log(json.dumps(shown) + (f" [{marks}]" if marks else ""))
-        append_result(output, result)
+    log.open(args.output_dir)
+    per_class = dict(zip(test_split.names, map(json_number, metrics["iou_per_class"].tolist()), strict=True))
+    append_result(args.output_dir, line | {
+        **{key: json_number(metrics[key]) for key in ("mIoU", "mAcc", "aAcc")}, "iou_per_class": per_class,
+        "num_images": metrics["num_images"], "iterations": done if args.evaluate else args.iterations,
+        "seconds": time.monotonic() - started})
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ def killed_in_iteration_six(lines):
             os.kill(os.getpid(), signal.SIGKILL)
         return loss(*args, **kwargs)
 
-    segment.upsampled_cross_entropy, segment.build_model = dies, small_encoder
+    segment.upsampled_cross_entropy, models.build_model = dies, small_encoder
     sys.argv = ["segment.py", *lines]
     segment.main()
 
@@ -334,7 +334,7 @@ def worker(rank, world, port, lines):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    segment.build_model = small_encoder
+    models.build_model = small_encoder
     sys.argv = ["segment.py", *lines]
     segment.main()
     dist.destroy_process_group()
@@ -481,7 +481,7 @@ def test_a_head_of_another_class_count(monkeypatch, capsys, finished, lip, tmp_p
 
 def test_resuming_another_run(monkeypatch, capsys, finished, lip, tmp_path):
     shutil.copy(finished[0] / "mae_lip_segment.pt", tmp_path)
-    assert "lr 0.05 there and 0.1 here" in fails(monkeypatch, capsys, lip, tmp_path, "--resume", "--lr", "0.1")
+    assert "lr was 0.05 when" in fails(monkeypatch, capsys, lip, tmp_path, "--resume", "--lr", "0.1")
 
 
 def test_disk_full_leaves_the_checkpoint_before(monkeypatch, capsys, finished, lip, tmp_path):

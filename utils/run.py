@@ -128,6 +128,31 @@ def open_output(folder: Path) -> Path:
     return folder
 
 
+def load_saved(path: Path, what: str, keys: Sequence[str], option: str = "") -> dict:
+    """The content of a file that a script of ours saved, on the CPU: tensors and plain values under these keys.
+
+    what: "a checkpoint of classify.py". option: the one that named the file. Raises UserError where it does not exist,
+    is damaged, or is something else."""
+    if not path.is_file():
+        raise UserError(f"{option}{path} does not exist; name {what}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content.keys() >= set(keys):
+            return content
+        reason = "keys are missing"
+    except Exception as error:  # torch.load raises many kinds on a file that is none of its own
+        reason = type(error).__name__
+    raise UserError(f"{option}{path} is not {what} ({reason}); name another file, or write it again")
+
+
+def check_same_run(path: Path, saved: dict, current: dict) -> None:
+    """Raises UserError where the settings that a checkpoint was saved with differ from those of this run."""
+    different = [f"{name} was {saved.get(name)} when {path} was written and is {value} now"
+                 for name, value in current.items() if saved.get(name) != value]
+    if different:
+        raise UserError(f"--resume: {'; '.join(different)}; give the same arguments, or start without --resume")
+
+
 class Log:
     """Prints lines from the main process. From open on they also go to log.txt, those printed before it first.
 
