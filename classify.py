@@ -46,6 +46,7 @@ from utils.results import (
     caveats,
     markdown_table,
     read_results,
+    run_title,
     start_line,
 )
 from utils.run import (
@@ -400,8 +401,7 @@ def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_
     log(f"{probe.kind}: best {summary['best_acc1']:.2f}%{spread} (epoch {summary['best_epoch']}, learning rate "
         f"{summary['lr']:g}; chosen on {CHOSEN_BY[line['select']]}), last {summary['acc1']:.2f}%; head in {path}")
     if save_plots and is_main():
-        marks = caveats(line)
-        title = f"{line['model']}, {line['dataset']}, {probe.kind}" + (f" [{marks}]" if marks else "")
+        title = f"{run_title(line)}, {probe.kind}"
         curves = {f"lr {rate:g}, seed {seed}": [epoch[k] for epoch in probe.test]
                   for k, (rate, seed) in enumerate(zip(probe.rates, probe.seeds, strict=True))}
         draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.png"), f"{title}: test accuracy by epoch", curves)
@@ -437,7 +437,7 @@ def main() -> None:
     encode = partial(encode_features, encoder, precision=args.precision, workers=args.workers, place=args.cache,
                      folder=args.cache_dir or args.output_dir, keep=args.cache_dir, log=log)
     line = start_line("classify", args, encoder) | {"select": args.select, "classes": train.classes}
-    log(f"{args.dataset}{caveats(line)}: {train.num_patches} training and {test.num_patches} test patches of "
+    log(f"{run_title(line)}: {train.num_patches} training and {test.num_patches} test patches of "
         f"{len(train.classes)} classes")
 
     # A saved head is only tested

@@ -35,9 +35,9 @@ from utils.results import (
     append_result,
     args_to_json,
     beside_published,
-    caveats,
     markdown_table,
     read_results,
+    run_title,
 )
 from utils.run import (
     Log,
@@ -275,8 +275,7 @@ def check_memory(num_patches: int, width: int, device: torch.device) -> str:
 def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None, seed: int, device: torch.device,
             log: Log) -> dict:
     """AP and mAP of every feature of a source, all processes together; returns the metrics of a results line."""
-    marks = caveats(source)
-    log(f"{source['model']} on {source['dataset']}{f' ({marks})' if marks else ''}, {source['precision']}")
+    log(f"{run_title(source)}, {source['precision']}")
     ids = gather_rows(source["ids"].to(device)).cpu()
     labels = source["labels"][ids]
     if len(ids) == 0:

@@ -14,6 +14,7 @@ trained on.
 import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,8 @@ from models import METHODS, Encoder, load_encoder
 from models.segmentation_head import LinearHead, upsampled_cross_entropy
 from utils import UserError
 from utils.distributed import all_reduce, is_main, shard, world_size
-from utils.results import append_result, start_line
+from utils.results import append_result, run_title, start_line
 from utils.run import (
-    Log,
     OneLineParser,
     Progress,
     add_common_arguments,
@@ -129,10 +129,12 @@ def linear_learning_rate(iteration: int, lr: float, total: int, warmup: int, war
 
 
 def train(segmenter: Segmenter, optimizer: torch.optim.Optimizer, batches: Iterator, iterations: range, batch_size: int,
-          lr: float, warmup: int, after_iteration: Callable[[int], None], log: Log) -> None:
+          lr: float, warmup: int, save: Callable[[int], None], save_every: int, test: Callable[[], dict],
+          test_every: int | None, log: Callable[[str], None]) -> None:
     """The training loop, from iterations.start to the end of the schedule, iterations.stop.
 
-    after_iteration is called with the number of iterations done. Raises UserError when the loss is not finite.
+    save(iterations done) is called every save_every iterations and at the end, test() every test_every before the end.
+    Raises UserError when the loss is not finite.
     """
     head, progress, losses = segmenter.head, Progress(len(iterations), "training", "iterations"), []
     for iteration, (images, labels) in zip(iterations, batches, strict=True):
@@ -155,7 +157,10 @@ def train(segmenter: Segmenter, optimizer: torch.optim.Optimizer, batches: Itera
                 raise UserError(f"the loss is {mean} near iteration {done}; lower --lr, or take --precision fp32")
             losses = []
         progress.update()
-        after_iteration(done)
+        if done % save_every == 0 or done == iterations.stop:
+            save(done)
+        if test_every and done % test_every == 0 and done < iterations.stop:
+            log(f"after iteration {done}: {summary(test())}")
 
 
 def window_boxes(height: int, width: int, crop_size: int, stride: int) -> list[tuple[int, int, int, int]]:
@@ -240,6 +245,11 @@ def segmentation_metrics(confusion: torch.Tensor, num_classes: int | None = None
             "aAcc": (100 * correct.sum().double() / labelled.sum()).item(), "iou_per_class": iou, "acc_per_class": acc}
 
 
+def summary(metrics: dict) -> str:
+    return (f"mIoU {metrics['mIoU']:.2f}, mAcc {metrics['mAcc']:.2f}, aAcc {metrics['aAcc']:.2f} "
+            f"({metrics['num_images']} images)")
+
+
 class RepeatsSmallWindows:
     """The authors' sliding windows: one smaller than the crop gets the logits of the window before it (zeros at first).
 
@@ -315,7 +325,8 @@ def save_checkpoint(path: Path, head: LinearHead, optimizer: torch.optim.Optimiz
                         "room and go on with --resume") from None
 
 
-def load_checkpoint(path: Path, option: str = "") -> dict:
+def load_checkpoint(path: Path, option: str) -> dict:
+    """What save_checkpoint wrote. option: what names the file in messages. Raises UserError."""
     keys = ("head", "optimizer", "iteration", "settings", "class_names")
     return load_saved(path, "a checkpoint of segment.py", keys, option)
 
@@ -333,14 +344,20 @@ def restore(path: Path, checkpoint: dict, settings: dict, names: Sequence[str], 
     return checkpoint["iteration"]
 
 
-def json_number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if np.isnan(value) else value
+def check_encoder(encoder: Encoder, layers: Sequence[int], crop_size: int) -> None:
+    """Raises UserError where the encoder has no such blocks or its patches do not divide the crop."""
+    if crop_size % encoder.patch_size:
+        raise UserError(f"--crop-size {crop_size} is not divisible by the patch size {encoder.patch_size}")
+    if max(layers) >= encoder.depth:
+        raise UserError(f"--layers {max(layers)}: this encoder has blocks 0 to {encoder.depth - 1}")
 
 
-def summary(dataset: str, metrics: dict) -> str:
-    return (f"{dataset}: mIoU {metrics['mIoU']:.2f}, mAcc {metrics['mAcc']:.2f}, aAcc {metrics['aAcc']:.2f} "
-            f"({metrics['num_images']} images)")
+def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
+    """The metrics of a results line; JSON has no NaN, so that what is undefined becomes None."""
+    def plain(value):
+        return None if np.isnan(value) else value
+    return {**{key: plain(metrics[key]) for key in ("mIoU", "mAcc", "aAcc")}, "num_images": metrics["num_images"],
+            "iou_per_class": dict(zip(names, map(plain, metrics["iou_per_class"].tolist()), strict=True))}
 
 
 def main() -> None:
@@ -356,70 +373,55 @@ def main() -> None:
     if args.batch_size < world_size():
         raise UserError(f"--batch-size {args.batch_size} is less than the number of processes, {world_size()}")
 
-    # Data and encoder
+    # Data, a checkpoint where one is continued or tested, encoder
     test_split = open_split(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
     train_split = None if args.evaluate else open_split(args.dataset, args.data_path, "train")
     if train_split and train_split.names != test_split.names:
         raise UserError(f"the training and the test split below {args.data_path} have different names.txt")
-    encoder = load_encoder(args, device, log, projector=False)
-    if args.crop_size % encoder.patch_size:
-        raise UserError(f"--crop-size {args.crop_size} is not divisible by the patch size {encoder.patch_size}")
-    name = f"{args.model}_{args.dataset}".replace("/", "-")
-    path = args.evaluate or args.output_dir / f"{name}_segment.pt"
-    checkpoint = None
+    prefix = args.output_dir / f"{args.model}_{args.dataset}".replace("/", "-")
+    path, checkpoint = args.evaluate or Path(f"{prefix}_segment.pt"), None
     if args.evaluate or (args.resume and path.exists()):
-        checkpoint = load_checkpoint(path, "--evaluate " if args.evaluate else "")
+        checkpoint = load_checkpoint(path, "--evaluate " if args.evaluate else "--resume: ")
     args.layers = args.layers or (checkpoint["settings"]["layers"] if checkpoint else list(BLOCKS))
-    if max(args.layers) >= encoder.depth:
-        raise UserError(f"--layers {max(args.layers)}: {args.model} has blocks 0 to {encoder.depth - 1}")
+    encoder = load_encoder(args, device, log, projector=False)
+    check_encoder(encoder, args.layers, args.crop_size)
     line = start_line("segment", args, encoder)
     log(f"blocks {args.layers}; {args.dataset}: {len(test_split.names)} classes, {len(test_split)} test images")
 
-    # Head and optimiser, new or from a checkpoint
+    # Head and optimiser, new or from the checkpoint
     bias_decay = 0.0 if args.model in NO_BIAS_DECAY else args.weight_decay
     head, optimizer = make_head(encoder, args.layers, len(test_split.names), args.lr, args.weight_decay, bias_decay,
                                 args.seed)
     segmenter = Segmenter(encoder, head, args.layers, args.precision)
-    settings = {key: line["args"][key] for key in SETTINGS} | {"sha256": encoder.sha256}
-    done = 0
+    settings, done = {key: line["args"][key] for key in SETTINGS} | {"sha256": encoder.sha256}, 0
     if checkpoint:
         must_agree = ("model", "sha256", "layers") if args.evaluate else settings
         done = restore(path, checkpoint, settings, test_split.names, must_agree, head, optimizer)
     if args.resume:
         log(f"resumed after iteration {done}" if checkpoint else f"{path} does not exist yet: from the beginning")
 
-    def test(num_pictures=0):
-        metrics = evaluate(segmenter, test_split, args.test_scale, args.crop_size, args.stride, args.workers,
-                           args.authors_defects, args.output_dir / f"{name}_pictures", num_pictures)
-        log(summary(args.dataset, metrics))
-        return metrics
-
-    def after_iteration(done):
-        if done % args.checkpoint_every == 0 or done == args.iterations:
-            info = {"settings": settings, "class_names": list(test_split.names)}
-            save_checkpoint(path, head, optimizer, done, info)
-        if args.eval_every and done % args.eval_every == 0 and done < args.iterations:
-            test()
-
     # Training
+    test = partial(evaluate, segmenter, test_split, args.test_scale, args.crop_size, args.stride, args.workers,
+                   args.authors_defects)
     if train_split and done < args.iterations:
         store = PixelStore(train_split, args.base_scale, device, args.output_dir, args.cache, args.workers, log)
         log.open(args.output_dir)
         todo = range(done, args.iterations)
         batches = training_batches(store, todo, args.batch_size, args.base_scale, args.crop_size, encoder.mean,
                                    encoder.std, args.seed)
+        save = partial(save_checkpoint, path, head, optimizer, info={
+            "settings": settings, "class_names": list(test_split.names)})
         train(segmenter, optimizer, prefetched(batches, device), todo, args.batch_size, args.lr,
-              args.warmup_iterations, after_iteration, log)
+              args.warmup_iterations, save, args.checkpoint_every, test, args.eval_every, log)
         del store, batches
+        done = args.iterations
 
     # Test
-    metrics = test(args.save_pictures)
+    metrics = test(picture_folder=Path(f"{prefix}_pictures"), num_pictures=args.save_pictures)
     log.open(args.output_dir)
-    per_class = dict(zip(test_split.names, map(json_number, metrics["iou_per_class"].tolist()), strict=True))
-    append_result(args.output_dir, line | {
-        **{key: json_number(metrics[key]) for key in ("mIoU", "mAcc", "aAcc")}, "iou_per_class": per_class,
-        "num_images": metrics["num_images"], "iterations": done if args.evaluate else args.iterations,
-        "seconds": time.monotonic() - started})
+    log(f"{run_title(line)}: {summary(metrics)}")
+    append_result(args.output_dir, line | metrics_for_json(metrics, test_split.names) | {
+        "iterations": done, "seconds": time.monotonic() - started})
 
 
 if __name__ == "__main__":

@@ -91,3 +91,9 @@ def caveats(result: dict) -> str:
     if result["dataset"].startswith("synthetic"):
         marks.append("synthetic data")
     return ", ".join(marks)
+
+
+def run_title(result: dict) -> str:
+    """Model, data set and caveats of a result: "ibot on synthetic (random weights, synthetic data)"."""
+    marks = caveats(result)
+    return f"{result['model']} on {result['dataset']}" + (f" ({marks})" if marks else "")

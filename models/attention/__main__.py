@@ -47,7 +47,7 @@ from datasets.patches import PatchDataset, PatchImage, resize_center_crop
 from datasets.synthetic import draw_image, image_seeds
 from utils import UserError
 from utils.distributed import is_main, shard, world_size
-from utils.results import append_result, caveats, read_results, start_line
+from utils.results import append_result, read_results, run_title, start_line
 from utils.run import (
     OneLineParser,
     Progress,
@@ -236,8 +236,7 @@ def main() -> None:
             "part": "encoder" if ratio is None else "decoder", "mask_ratio": ratio or 0.0, "num_images": num_images,
             "image_size": size, "patch_size": encoder.patch_size, "seconds": time.monotonic() - started, **figures})
     log.open(args.output_dir)
-    marks = caveats(lines[0])
-    log(f"{args.model} on {lines[0]['num_images']} images{f' ({marks})' if marks else ''}, {args.precision}")
+    log(f"{run_title(lines[0])}, {lines[0]['num_images']} images, {args.precision}")
     log(summary_table(lines))
     for line in lines:
         append_result(args.output_dir, line)
