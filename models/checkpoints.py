@@ -152,3 +152,52 @@ def open_checkpoint(path: Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary")
     return checkpoint
+
+
+# Under what training scripts save a model, and what they put before its keys.
+NESTINGS = ("state_dict", "model", "model_state_dict", "teacher", "student", "model_ema", "state_dict_ema", "ema")
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
+
+
+def state_dicts(content: object, path: str = "") -> dict[str, dict[str, torch.Tensor]]:
+    """The state dictionaries in a checkpoint, by where they lie: "", "model", "teacher/backbone", ..."""
+    if not isinstance(content, dict):
+        return {}
+    found = {}
+    tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor) and isinstance(key, str)}
+    if tensors:
+        found[path] = tensors
+    for prefix in PREFIXES:
+        inner = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
+        if inner:
+            found |= state_dicts(inner, f"{path}/{prefix[:-1]}".lstrip("/"))
+    for name in NESTINGS:
+        found |= state_dicts(content.get(name), f"{path}/{name}".lstrip("/"))
+    return found
+
+
+def find_state(checkpoint: dict, load: Callable[[dict], object], weights_key: str | None = None) -> object:
+    """load(state dictionary) for the only one in the checkpoint that it accepts; returns what load returns.
+
+    load raises CheckpointError for one that does not fit. weights_key: where it lies, as state_dicts names it, for files
+    with several. Raises CheckpointError where none fits, or more than one that differ.
+    """
+    states, errors, fitting = state_dicts(checkpoint), {}, {}
+    if weights_key is not None:
+        if weights_key not in states:
+            raise CheckpointError(f"--weights-key {weights_key}: not in the file, which has "
+                                  f"{', '.join(map(repr, states)) or 'no weights'}")
+        states = {weights_key: states[weights_key]}
+    for where, state in states.items():
+        try:
+            fitting[where] = load(state)
+        except CheckpointError as error:
+            errors[where] = error
+    if not fitting:
+        # The one that has the most tensors is the one that was meant.
+        where = max(states, key=lambda one: len(states[one]), default=None)
+        raise CheckpointError(str(errors[where]) if states else "it holds no weights")
+    if len(fitting) > 1:
+        raise CheckpointError(f"it holds several that fit: {', '.join(map(repr, fitting))}; choose with --weights-key")
+    [(where, loaded)] = fitting.items()
+    return loaded
