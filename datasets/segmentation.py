@@ -5,8 +5,9 @@ uint8 [H, W]), the label map with 0 ("other") turned into 255 and the rest one l
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,6 +116,12 @@ class FolderSplit:
                             "replace one of the two files")
         return [(height, width) for (width, height), _ in pairs]
 
+    def subset(self, indices: Sequence[int]) -> "FolderSplit":
+        """Some images of this split as a split of their own."""
+        chosen = copy(self)
+        chosen.pairs = [self.pairs[index] for index in indices]
+        return chosen
+
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image_path, label_path = self.pairs[index]
         image, label = read_image(image_path), read_label(label_path, self.largest_label)
@@ -131,22 +138,29 @@ class SyntheticSplit:
         self.kind, self.split = kind, split
         self.names = PART_NAMES if kind == "part" else OBJECT_NAMES
         self.num_classes = len(self.names)
+        self.numbers: Sequence[int] = range(NUM_IMAGES[split])
         self.drawn: dict[int, tuple] = {}
 
     def __len__(self) -> int:
-        return NUM_IMAGES[self.split]
+        return len(self.numbers)
 
     def name(self, index: int) -> str:
-        return f"{self.split}_{index:05}"
+        return f"{self.split}_{self.numbers[index]:05}"
+
+    def subset(self, indices: Sequence[int]) -> "SyntheticSplit":
+        chosen = copy(self)
+        chosen.numbers = [self.numbers[index] for index in indices]
+        return chosen
 
     def sizes(self, workers: int) -> list[tuple[int, int]]:
         return [self.load(index)[1].shape for index in range(len(self))]
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        if index not in self.drawn:
-            image, label = synthetic_segmentation(index, self.split, self.kind)
-            self.drawn[index] = np.array(image), reduce_label(label)
-        return self.drawn[index]
+        number = self.numbers[index]
+        if number not in self.drawn:
+            image, label = synthetic_segmentation(number, self.split, self.kind)
+            self.drawn[number] = np.array(image), reduce_label(label)
+        return self.drawn[number]
 
 
 def pair_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:

@@ -185,8 +185,8 @@ def main():
         torch.cuda.reset_peak_memory_stats()
         for count in (20, 20 + 10 * args.repeats):  # the first to warm up
             start = time.perf_counter()
-            train(segmenter, optimizer, prefetched(batches(count), device), range(count), args.batch_size, 4e-4, 0,
-                  lambda done: None, count, None, None, lambda line: None)
+            train(segmenter, [segmenter.head], optimizer, prefetched(batches(count), device), range(count),
+                  args.batch_size, 0, lambda done: None, count, None, None, lambda line: None)
             torch.cuda.synchronize()
             spent = 1000 * (time.perf_counter() - start) / count
         print(f"training, everything together: {spent:.2f} ms an iteration, {spent * 160_000 / 60_000:.0f} minutes for "
