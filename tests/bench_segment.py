@@ -152,7 +152,8 @@ def main():
     encoder = build_model("ibot", "random").to(device)
     head = LinearHead(4 * encoder.embed_dim, args.classes).to(device)
     segmenter = Segmenter(encoder, head, (3, 5, 7, 11), default_precision(device))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=4e-4, weight_decay=0.05, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW([{"params": head.parameters(), "initial_lr": 4e-4}], lr=4e-4, weight_decay=0.05,
+                                  fused=device.type == "cuda")
     store = PixelStore(Noise(64, args.classes), PROTOCOL.base_scale, device, Path(),
                        "gpu" if device.type == "cuda" else "cpu", 0)
 
