@@ -1,8 +1,8 @@
-"""Dense nearest-neighbour segmentation without training (Balazevic et al. 2023, arXiv 2306.01667, section 3.1 and
-appendix): the labels of a patch are mixed from those of the most similar patches of the training images.
+"""Dense nearest-neighbour segmentation (Balazevic et al. 2023, arXiv 2306.01667), without training: the labels of a
+patch are mixed from those of the most similar patches of the training images.
 
 The search is exact. Similarities are made by float32 matrix products, in chunks; the best candidates are then compared
-by products in float64, and where these cannot decide which are the nearest, more candidates are compared.
+by products in float64; where a row that is no candidate might still be nearer, more candidates are compared.
 """
 
 import os
@@ -21,12 +21,12 @@ from utils.storage import free_memory
 from .encoder import Encoder
 
 NEIGHBOURS, TEMPERATURE = 30, 0.02
-# What one chunk of similarities, and one of candidates, may take, in bytes; and queries in one matrix product.
+# Of one chunk of similarities or of candidates' rows, in bytes; and the queries in one matrix product.
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 CHUNK_QUERIES = {"cuda": 16384, "cpu": 1024}
-# The most that a search takes: similarities (later, copies of the candidates' rows), and candidates.
+# The most that a search takes: one such chunk, and as much for the values and numbers of the candidates.
 SEARCH_BYTES = {device: 2 * size for device, size in CHUNK_BYTES.items()}
-# Sets the random numbers of the choice apart from others that are drawn from the same seed.
+# Keeps the random numbers of this choice apart from others drawn from the same seed.
 CHOICE = 0x6B6E6E
 
 
@@ -81,7 +81,7 @@ def nearest(queries: torch.Tensor, memory: torch.Tensor, k: int,
     k, candidates = min(k, len(memory)), min(max(candidates, 2 * k), len(memory))
     values, indices = queries.new_empty(len(queries), k), queries.new_empty(len(queries), k, dtype=torch.int64)
     limit = CHUNK_BYTES[queries.device.type]
-    # What is held for each candidate (values and rows: best so far, of the chunk, joined, sorted) is within the limit.
+    # Values and numbers of a candidate take 12 bytes, and up to eight copies exist: best so far, new, joined, sorted.
     together = max(1, min(CHUNK_QUERIES[queries.device.type], limit // (96 * candidates)))
     for first in range(0, len(queries), together):
         part = queries[first:first + together]
@@ -116,8 +116,9 @@ def best_in_chunks(queries: torch.Tensor, memory: torch.Tensor, k: int,
     """The k largest inner products [Q, k], as float32 gives them, best first, and their rows, step rows at a time."""
     best, index = None, None
     for start in range(0, len(memory), step):
-        similarity = queries @ memory[start:start + step].T
-        value, row = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        part = memory[start:start + step]
+        # The similarities get no name: one would keep them beside those of the next chunk.
+        value, row = (queries @ part.T).topk(min(k, len(part)), dim=1)
         row += start
         if best is not None:
             value, row = torch.cat([best, value], 1), torch.cat([index, row], 1)
@@ -162,7 +163,7 @@ def fill_memory(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Te
     batches: this process's share (utils.distributed.shard) of each global batch of batch_size: normalised crops float32
     [b, 3, c, c] and labels uint8 [b, c, c], at crop_size c. num_crops: training images times passes; crops after these
     are not used. Each gives up to memory_size // num_crops patches (choose_patches), so that M <= memory_size; which
-    ones, and their order, depends on seed, place of the crop and labels only, not on the number of processes.
+    ones, and their order, depend on the seed, the place of the crop and its labels, not on the number of processes.
     Raises UserError for a memory smaller than num_crops, or too large for the machine; for no labels at all; and for
     tokens that are not finite.
     """
