@@ -15,7 +15,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from datasets.segmentation_pictures import figure6, save_picture, tables
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from models import METHODS, Encoder, load_encoder
+from models.knn_segmentation import NEIGHBOURS, KNNSegmenter, fill_memory
 from models.probes import BatchNorm
 from models.segmentation_head import LinearHead, upsampled_cross_entropy
 from utils import UserError
@@ -53,9 +54,8 @@ DEPTH_SHARES = (4 / 12, 6 / 12, 8 / 12, 1)
 NO_BIAS_DECAY = ("mae", "beit", "cae")
 # Logits of one pass over sliding windows, in bytes.
 WINDOW_BYTES = {"cuda": 8 << 30, "cpu": 512 << 20}
-# What a head's input depends on, beside the encoder.
-HEAD_INPUT = ("layers", "norm", "batch_norm")
 # What a checkpoint must agree on with the run that resumes it.
+HEAD_INPUT = ("layers", "norm", "batch_norm")
 SETTINGS = ("model", "dataset", *HEAD_INPUT, "select", "iterations", "batch_size", "lr", "weight_decay",
             "warmup_iterations", "base_scale", "crop_size", "seed", "precision")
 CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the training images"}
@@ -64,7 +64,15 @@ CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the tra
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(__doc__, prog="segment.py")
     add_common_arguments(parser, METHODS, tuple(PROTOCOLS), batch_size=16)
-    group = parser.add_argument_group("training")
+    group = parser.add_argument_group("probes")
+    group.add_argument("--probe", nargs="+", choices=("linear", "knn"), default=["linear"],
+                       help="a trained linear head, nearest neighbours among patches of the training images, or both")
+    group.add_argument("--memory-size", type=positive_int, default=1_024_000, metavar="N",
+                       help="knn: patches kept (default: %(default)s)")
+    group.add_argument("--neighbours", type=positive_int, default=NEIGHBOURS, help="knn: (default: %(default)s)")
+    group.add_argument("--passes", type=positive_int, default=2,
+                       help="knn: over the training images, in other crops (default: %(default)s)")
+    group = parser.add_argument_group("training of the linear head")
     group.add_argument("--layers", nargs="+", metavar="BLOCK",
                        help="blocks whose tokens are concatenated, counted from 0, or last, or last4 (default: the "
                             "paper's, 3 5 7 11 of 12, and the same shares of another depth)")
@@ -108,6 +116,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         setattr(args, name, getattr(args, name) or getattr(protocol, name))
     if args.warmup_iterations is None:
         args.warmup_iterations = min(1500, args.iterations // 10)
+    args.probe = ["linear"] if args.evaluate else list(dict.fromkeys(args.probe))
     if min(*args.lr, 1) <= 0 or min(args.weight_decay) < 0:
         raise UserError("--lr must be positive and --weight-decay must not be negative")
     for name in ("lr", "weight_decay"):
@@ -395,17 +404,75 @@ def load_checkpoint(path: Path, option: str) -> dict:
     return load_saved(path, "a checkpoint of segment.py", keys, option)
 
 
-def restore(path: Path, checkpoint: dict, settings: dict, dataset: str, names: Sequence[str],
-            segmenter: Segmenter, option: str) -> None:
-    """Loads the head that was tested, and the batch normalisation. Raises UserError where they belong to other classes
-    or where the settings differ from those of the checkpoint."""
-    count = len(checkpoint["head"]["bias"])
-    if count != len(names):
-        raise UserError(f"{path} is a head for {count} classes; {dataset} has {len(names)}")
-    check_same_run(path, checkpoint["settings"], settings, option)
+def load_segmenter(path: Path, encoder: Encoder, fixed: dict, dataset: str, num_classes: int,
+                   precision: str) -> tuple[Segmenter, dict]:
+    """The head of a checkpoint, for --evaluate: what linear_probe returns. fixed: the settings that must be the
+    checkpoint's. Raises UserError where they are not, or where the head is for another number of classes."""
+    checkpoint = load_checkpoint(path, "--evaluate ")
+    count, settings = len(checkpoint["head"]["bias"]), checkpoint["settings"]
+    if count != num_classes:
+        raise UserError(f"{path} is a head for {count} classes; {dataset} has {num_classes}")
+    check_same_run(path, settings, fixed, "--evaluate")
+    head = LinearHead(len(settings["layers"]) * encoder.embed_dim, count)
+    segmenter = Segmenter(encoder, head, settings["layers"], precision, settings["norm"], settings["batch_norm"])
+    restore(checkpoint, segmenter)
+    about = {"probe": "linear", "iterations": checkpoint["iteration"]} | {name: settings[name] for name in HEAD_INPUT}
+    return segmenter.to(encoder.mean.device), about
+
+
+def restore(checkpoint: dict, segmenter: Segmenter) -> None:
     segmenter.head.load_state_dict(checkpoint["head"])
     if segmenter.batch_norm is not None:
         segmenter.batch_norm.load_state_dict(checkpoint["batch_norm"])
+
+
+def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: Sequence[str], settings: dict,
+                 test: Callable[[Segmenter], dict], choose: Callable[[Segmenter], dict], path: Path, resume: bool,
+                 save_every: int, test_every: int | None, log: Callable[[str], None]) -> tuple[Segmenter, dict]:
+    """Trains a head for every pair of a learning rate and a weight decay, and chooses one.
+
+    batches: training batches of a range of iterations. settings: by the names in SETTINGS. test, choose: segmenter ->
+    metrics, of the test images and of those that choose. path: of the checkpoint. Returns a segmenter with the chosen
+    head, and what a results line says of it. Raises UserError.
+    """
+    device, rates, decays = encoder.mean.device, settings["lr"], settings["weight_decay"]
+    heads, optimizer = make_heads(len(settings["layers"]) * encoder.embed_dim, len(names), rates, decays,
+                                  settings["model"] not in NO_BIAS_DECAY, settings["seed"], device)
+    segmenter = Segmenter(encoder, heads[0], settings["layers"], settings["precision"], settings["norm"],
+                          settings["batch_norm"]).to(device)
+    save = partial(save_checkpoint, path, segmenter, heads, optimizer,
+                   {"settings": settings, "class_names": list(names)})
+    done, total = 0, settings["iterations"]
+    if resume and path.exists():
+        checkpoint = load_checkpoint(path, "--resume: ")
+        check_same_run(path, checkpoint["settings"], settings)
+        restore(checkpoint, segmenter)
+        heads.load_state_dict(checkpoint["heads"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        done = checkpoint["iteration"]
+        log(f"resumed after iteration {done}")
+    elif resume:
+        log(f"{path} does not exist yet: from the beginning")
+    if done < total:
+        train(segmenter, heads, optimizer, batches(range(done, total)), range(done, total), settings["batch_size"],
+              settings["warmup_iterations"], save, save_every, partial(test, segmenter), test_every, log)
+    line = choose_head(segmenter, heads, list(itertools.product(rates, decays)), partial(choose, segmenter), log)
+    if len(heads) > 1:
+        log(f"learning rate {line['lr']:g}, weight decay {line['weight_decay']:g}, chosen on "
+            f"{CHOSEN_BY[settings['select']]}")
+        save(total)
+    return segmenter, line | {"probe": "linear", "iterations": total} | {name: settings[name] for name in HEAD_INPUT}
+
+
+def knn_probe(encoder: Encoder, batches: Callable[[range], Iterator], num_images: int, num_classes: int, settings: dict,
+              memory_size: int, neighbours: int, passes: int, log: Callable[[str], None]) -> tuple[nn.Module, dict]:
+    """Nearest neighbours among patches of the training images (models/knn_segmentation.py): what linear_probe returns.
+    passes: over the training images, each with other random crops."""
+    crops, size = passes * num_images, settings["batch_size"]
+    memory, labels = fill_memory(encoder, batches(range(-(-crops // size))), crops, size, settings["crop_size"],
+                                 num_classes, memory_size, settings["seed"], settings["precision"], log)
+    segmenter = KNNSegmenter(encoder, memory, labels, settings["precision"], neighbours)
+    return segmenter, {"probe": "knn", "iterations": 0, "memory": len(memory)}
 
 
 def open_training(dataset: str, data_path: Path | None, names: Sequence[str], select: str,
@@ -444,7 +511,7 @@ def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
 
 
 def main() -> None:
-    """Trains heads, or loads one with --evaluate, tests, and writes a checkpoint and a results line."""
+    """Trains or loads a linear head, or fills a memory of patches, tests, and writes a results line for each probe."""
     args, started = parse_arguments(), time.monotonic()
     if args.table or args.figure6:
         if args.table:
@@ -456,71 +523,53 @@ def main() -> None:
     if args.batch_size < world_size():
         raise UserError(f"--batch-size {args.batch_size} is less than the number of processes, {world_size()}")
 
-    # Data, encoder
+    # Data and encoder
     test_split = open_split(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
-    train_split, held_out = None, None
+    names, train_split, held_out = test_split.names, None, None
     if not args.evaluate:
-        train_split, held_out = open_training(args.dataset, args.data_path, test_split.names, args.select, args.seed)
-    prefix = args.output_dir / f"{args.model}_{args.dataset}".replace("/", "-")
-    path, checkpoint = args.evaluate or Path(f"{prefix}_segment.pt"), None
-    if args.evaluate or (args.resume and path.exists()):
-        checkpoint = load_checkpoint(path, "--evaluate " if args.evaluate else "--resume: ")
+        train_split, held_out = open_training(args.dataset, args.data_path, names, args.select, args.seed)
     encoder = load_encoder(args, device, log, projector=False)
     if args.crop_size % encoder.patch_size:
         raise UserError(f"--crop-size {args.crop_size} is not divisible by the patch size {encoder.patch_size}")
-    if args.evaluate:
-        args.layers, args.norm, args.batch_norm = (checkpoint["settings"][name] for name in HEAD_INPUT)
-    else:
-        args.layers = choose_layers(args.layers, encoder.depth)
+    args.layers = choose_layers(args.layers, encoder.depth)
     line = start_line("segment", args, encoder)
-    log(f"blocks {args.layers}; {args.dataset}: {len(test_split.names)} classes, {len(test_split)} test images")
+    settings = {key: line["args"][key] for key in SETTINGS} | {"sha256": encoder.sha256}
+    log(f"{run_title(line)}: {len(names)} classes, {len(train_split or ())} training and {len(test_split)} test images")
 
-    # Heads and optimiser, new or from the checkpoint
-    heads, optimizer = make_heads(len(args.layers) * encoder.embed_dim, len(test_split.names), args.lr,
-                                  args.weight_decay, args.model not in NO_BIAS_DECAY, args.seed, device)
-    segmenter = Segmenter(encoder, heads[0], args.layers, args.precision, args.norm, args.batch_norm).to(device)
-    settings, done = {key: line["args"][key] for key in SETTINGS} | {"sha256": encoder.sha256}, 0
-    if checkpoint:
-        same = {name: settings[name] for name in ("model", "sha256")} if args.evaluate else settings
-        restore(path, checkpoint, same, args.dataset, test_split.names, segmenter,
-                "--evaluate" if args.evaluate else "--resume")
-        done = checkpoint["iteration"]
-    if checkpoint and not args.evaluate:
-        heads.load_state_dict(checkpoint["heads"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    if args.resume:
-        log(f"resumed after iteration {done}" if checkpoint else f"{path} does not exist yet: from the beginning")
+    @cache
+    def store():
+        return PixelStore(train_split, args.base_scale, device, args.output_dir, args.cache, args.workers, log)
 
-    # Training
-    windows = (args.test_scale, args.crop_size, args.stride, args.workers, args.authors_defects)
-    test = partial(evaluate, segmenter, test_split, *windows)
-    save = partial(save_checkpoint, path, segmenter, heads, optimizer,
-                   {"settings": settings, "class_names": list(test_split.names)})
-    if train_split and done < args.iterations:
-        store = PixelStore(train_split, args.base_scale, device, args.output_dir, args.cache, args.workers, log)
+    def batches(iterations):
+        made = training_batches(store(), iterations, args.batch_size, args.base_scale, args.crop_size, encoder.mean,
+                                encoder.std, args.seed)
         log.open(args.output_dir)
-        todo = range(done, args.iterations)
-        batches = training_batches(store, todo, args.batch_size, args.base_scale, args.crop_size, encoder.mean,
-                                   encoder.std, args.seed)
-        train(segmenter, heads, optimizer, prefetched(batches, device), todo, args.batch_size, args.warmup_iterations,
-              save, args.checkpoint_every, test, args.eval_every, log)
-        del store, batches
-        done = args.iterations
+        return prefetched(made, device)
 
-    # Choice among heads, test
-    if not args.evaluate:
-        choosing = partial(evaluate, segmenter, held_out, *windows) if held_out else test
-        pairs = list(itertools.product(args.lr, args.weight_decay))
-        line |= choose_head(segmenter, heads, pairs, choosing, log)
-        if len(heads) > 1:
-            log(f"learning rate {line['lr']:g}, weight decay {line['weight_decay']:g}, chosen on "
-                f"{CHOSEN_BY[args.select]}")
-            save(done)
-    metrics = test(picture_folder=Path(f"{prefix}_pictures"), num_pictures=args.save_pictures)
-    log.open(args.output_dir)
-    log(f"{run_title(line)}: {summary(metrics)}")
-    append_result(args.output_dir, line | metrics_for_json(metrics, test_split.names) | {
-        "iterations": done, "seconds": time.monotonic() - started})
+    def test(segmenter, split=test_split, **pictures):
+        return evaluate(segmenter, split, args.test_scale, args.crop_size, args.stride, args.workers,
+                        args.authors_defects, **pictures)
+
+    # Each probe: trained, loaded or filled, then tested
+    for probe in args.probe:
+        prefix = f"{args.model}_{args.dataset}_{probe}".removesuffix("_linear").replace("/", "-")
+        if args.evaluate:
+            fixed = {name: settings[name] for name in ("model", "sha256")}
+            segmenter, about = load_segmenter(args.evaluate, encoder, fixed, args.dataset, len(names), args.precision)
+        elif probe == "linear":
+            segmenter, about = linear_probe(encoder, batches, names, settings, test,
+                                            partial(test, split=held_out or test_split),
+                                            args.output_dir / f"{prefix}_segment.pt", args.resume,
+                                            args.checkpoint_every, args.eval_every, log)
+        else:
+            segmenter, about = knn_probe(encoder, batches, len(train_split), len(names), settings, args.memory_size,
+                                         args.neighbours, args.passes, log)
+        metrics = test(segmenter, picture_folder=args.output_dir / f"{prefix}_pictures",
+                       num_pictures=args.save_pictures)
+        log.open(args.output_dir)
+        log(f"{run_title(line)}, {probe}: {summary(metrics)}")
+        append_result(args.output_dir, line | about | metrics_for_json(metrics, names)
+                      | {"seconds": time.monotonic() - started})
 
 
 if __name__ == "__main__":

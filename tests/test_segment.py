@@ -374,7 +374,16 @@ def test_a_head_behind_batch_norm_resumes_and_evaluates(monkeypatch, lip, tmp_pa
     assert result["args"]["layers"] == [0, 1, 2, 3]
     assert run(monkeypatch, lip, tmp_path, *words, "--resume")["iou_per_class"] == result["iou_per_class"]
     tested = run(monkeypatch, lip, tmp_path / "again", "--evaluate", tmp_path / "mae_lip_segment.pt")
-    assert tested["iou_per_class"] == result["iou_per_class"] and tested["args"]["batch_norm"]
+    assert tested["iou_per_class"] == result["iou_per_class"] and tested["batch_norm"]
+
+
+def test_both_probes_in_one_run(finished, monkeypatch, lip, tmp_path):
+    run(monkeypatch, lip, tmp_path, "--probe", "knn", "linear", "--memory-size", 60, "--save-pictures", 1)
+    knn, linear = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert (knn["probe"], linear["probe"]) == ("knn", "linear")
+    assert linear["iou_per_class"] == finished[1]["iou_per_class"]
+    assert 0 < knn["memory"] <= 60 and knn["num_images"] == len(TEST_SIZES)
+    assert (tmp_path / "mae_lip_knn_pictures" / "0.png").exists() and (tmp_path / "mae_lip_pictures").exists()
 
 
 @pytest.mark.parametrize(("words", "depth", "layers"), [
@@ -521,6 +530,8 @@ def test_the_authors_metrics_take_a_label_equal_to_the_class_count(monkeypatch, 
     (("--evaluate", __file__), "is not a checkpoint of segment.py"),
     (("--cache", "gpu"), "no GPU"),
     (("--lr", "1e30"), "the loss is"),
+    (("--probe", "knn", "--memory-size", "4"), "--memory-size 4 is less than one patch"),
+    (("--layers", "first"), "use last or last4"),
 ])
 def test_mistakes_are_one_line(monkeypatch, capsys, lip, tmp_path, more, words):
     data = tmp_path if more == ("--dataset", "ade20k") else lip
