@@ -145,12 +145,12 @@ def load_saved(path: Path, what: str, keys: Sequence[str], option: str = "") -> 
     raise UserError(f"{option}{path} is not {what} ({reason}); name another file, or write it again")
 
 
-def check_same_run(path: Path, saved: dict, current: dict) -> None:
+def check_same_run(path: Path, saved: dict, current: dict, option: str = "--resume") -> None:
     """Raises UserError where the settings that a checkpoint was saved with differ from those of this run."""
     different = [f"{name} was {saved.get(name)} when {path} was written and is {value} now"
                  for name, value in current.items() if saved.get(name) != value]
     if different:
-        raise UserError(f"--resume: {'; '.join(different)}; give the same arguments, or start without --resume")
+        raise UserError(f"{option}: {'; '.join(different)}; give the same arguments, or start without {option}")
 
 
 class Log:
