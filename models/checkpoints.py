@@ -176,28 +176,35 @@ def state_dicts(content: object, path: str = "") -> dict[str, dict[str, torch.Te
     return found
 
 
-def find_state(checkpoint: dict, load: Callable[[dict], object], weights_key: str | None = None) -> object:
-    """load(state dictionary) for the only one in the checkpoint that it accepts; returns what load returns.
+def as_official(checkpoint: dict, weights_key: str, nesting: str) -> dict:
+    """The state dictionary that lies at weights_key, under the name that official files have it. Raises CheckpointError
+    where there is none."""
+    states = state_dicts(checkpoint)
+    if weights_key not in states:
+        raise CheckpointError(f"--weights-key {weights_key}: it has {', '.join(map(repr, states)) or 'no weights'}")
+    return {nesting: states[weights_key]} if nesting else states[weights_key]
 
-    load raises CheckpointError for one that does not fit. weights_key: where it lies, as state_dicts names it, for files
-    with several. Raises CheckpointError where none fits, or more than one that differ.
+
+def find_state(checkpoint: dict, load: Callable[[dict], None], weights_key: str | None = None) -> None:
+    """Calls load(state dictionary) with the only one in the checkpoint that it accepts.
+
+    load raises CheckpointError for one that does not fit. weights_key: where it lies, as state_dicts names it. Raises
+    CheckpointError where none fits, and where several do.
     """
-    states, errors, fitting = state_dicts(checkpoint), {}, {}
     if weights_key is not None:
-        if weights_key not in states:
-            raise CheckpointError(f"--weights-key {weights_key}: not in the file, which has "
-                                  f"{', '.join(map(repr, states)) or 'no weights'}")
-        states = {weights_key: states[weights_key]}
+        return load(as_official(checkpoint, weights_key, ""))
+    states, errors = state_dicts(checkpoint), {}
     for where, state in states.items():
         try:
-            fitting[where] = load(state)
+            load(state)
         except CheckpointError as error:
             errors[where] = error
-    if not fitting:
-        # The one that has the most tensors is the one that was meant.
-        where = max(states, key=lambda one: len(states[one]), default=None)
-        raise CheckpointError(str(errors[where]) if states else "it holds no weights")
+    fitting = [where for where in states if where not in errors]
     if len(fitting) > 1:
-        raise CheckpointError(f"it holds several that fit: {', '.join(map(repr, fitting))}; choose with --weights-key")
-    [(where, loaded)] = fitting.items()
-    return loaded
+        raise CheckpointError(f"several of its state dictionaries fit: {', '.join(map(repr, fitting))}; choose one "
+                              "with --weights-key")
+    if not fitting:
+        # What the largest one lacks is what the user wants to know.
+        largest = max(states, key=lambda where: len(states[where]), default=None)
+        raise CheckpointError(str(errors[largest]) if states else "it holds no weights")
+    return None

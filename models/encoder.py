@@ -42,6 +42,8 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         # Images of any size come in; the check that remains is the one in grid.
         vit.patch_embed.strict_img_size = False
+        # What the first of the tokens that forward returns is.
+        self.cls_from = "class token"
         # Where the weights came from, set by build_model and kept in every result.
         self.weights, self.sha256 = "unknown", None
         self.eval().requires_grad_(False)

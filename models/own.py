@@ -51,8 +51,8 @@ class OwnEncoder(Encoder):
         if self.cls_from == "mean":
             tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
         if tokens.shape[1] != 1 + height * width:
-            raise CheckpointError(f"the network gives {tokens.shape[1]} tokens for {height} x {width} patches and a class "
-                                  "token; register tokens must be left out")
+            raise CheckpointError(f"the network gives {tokens.shape[1]} tokens for {height} x {width} patches and a "
+                                  "class token; register tokens must be left out")
         return tokens
 
     def get_intermediate_layers(self, images: torch.Tensor, n: Sequence[int] = (3, 5, 7, 11), reshape: bool = True,
@@ -60,7 +60,10 @@ class OwnEncoder(Encoder):
         """As Encoder's: from the network's own method, or by hooks on its blocks, whose last N tokens are the patches'.
         norm needs the network's own method, or its attribute norm."""
         if hasattr(self.network, "get_intermediate_layers"):
-            return list(self.network.get_intermediate_layers(images, n=list(n), reshape=reshape, norm=norm))
+            # In ascending order: DINOv2's and timm's give the blocks in the order in which they run.
+            ordered = sorted(set(n))
+            layers = self.network.get_intermediate_layers(images, n=ordered, reshape=reshape, norm=norm)
+            return [layers[ordered.index(index)] for index in n]
         if not self.depth or not all(0 <= index < self.depth for index in n):
             raise IndexError(f"blocks {list(n)} were asked for; this network has {self.depth} in its attribute blocks")
         height, width = self.grid(images)
@@ -79,8 +82,8 @@ class OwnEncoder(Encoder):
 
 
 def load_own(name: str, weights: str) -> OwnEncoder:
-    """name: path/to/file.py:function. Raises CheckpointError for a file that does not exist or raises, and for a function
-    that returns no module."""
+    """name: path/to/file.py:function. Raises CheckpointError for a file that does not exist or raises, and for a
+    function that returns no module."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise CheckpointError(f"--model {name}: {path} does not exist")

@@ -12,7 +12,8 @@ from .checkpoints import find_state
 from .encoder import CheckpointError, Encoder, drop_keys, load_exactly
 
 # What the file of a whole model holds beside what gives tokens.
-NOT_TOKENS = r"(head|head_dist|lm_head|fc|classifier|projector|decoder|predictor)[._].*|mask_token|.*relative_position_index"
+NOT_TOKENS = (r"(head|head_dist|lm_head|fc|classifier|projector|decoder|predictor)[._].*|mask_token|"
+              r".*relative_position_index")
 
 
 class TimmEncoder(Encoder):
@@ -122,7 +123,7 @@ def _build(name: str, pretrained: bool) -> TimmEncoder:
                               "check the network, or give --weights PATH") from None
     reason = why_not_plain(vit)
     if reason:
-        raise CheckpointError(f"timm/{name} cannot be used: {reason}")
+        raise CheckpointError(f"timm/{name} is not a plain ViT: {reason}")
     return TimmEncoder(vit)
 
 
@@ -130,16 +131,18 @@ def why_not_plain(vit: nn.Module) -> str:
     """What keeps a model of timm from being an encoder here; "" for a plain ViT."""
     kind = type(vit).__name__
     if kind == "NaFlexVit":
-        return "a NaFlexVit takes lists of patches, not images of one size"
+        return "it takes lists of patches, not images of one size"
     if kind not in ("VisionTransformer", "VisionTransformerDistilled", "Eva", "Beit"):
-        return f"a {kind} is none of timm's plain ViTs (VisionTransformer, Eva, Beit), a row of blocks over patch tokens"
+        return f"a {kind}, not a VisionTransformer, Eva or Beit, is not one row of blocks over patch tokens"
     if hasattr(vit.patch_embed, "backbone"):
         return "a convolutional network stands before its blocks"
     return "" if hasattr(vit.blocks[0], "attn") else f"its blocks are of the kind {type(vit.blocks[0]).__name__}"
 
 
-def suggestion(name: str) -> str:
-    """"; did you mean ..." with names of timm near to a wrong one; "" where there is none."""
-    within = [known for known in timm.list_models("*vit*") + timm.list_models("*beit*") if name in known]
-    near = sorted(within, key=len)[:4] or difflib.get_close_matches(name, timm.list_models(), 3)
-    return f"; did you mean {', '.join(f'timm/{one}' for one in near)}?" if near else ""
+def suggestion(name: str, others: Sequence[str] = ()) -> str:
+    """"; did you mean ..." with names of timm, or others, near to a wrong one; "" where there is none."""
+    known = [*others, *(f"timm/{one}" for one in timm.list_models("*vit*") + timm.list_models("*beit*"))]
+    # Small models first: they are what one tries first.
+    within = sorted((one for one in known if name in one), key=lambda one: ("small" not in one, len(one)))[:3]
+    near = within or difflib.get_close_matches(name, others, 1) or difflib.get_close_matches(f"timm/{name}", known, 3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
