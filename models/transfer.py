@@ -1,0 +1,281 @@
+"""Keypoint transfer with a frozen encoder: does the token at a keypoint find the same keypoint in another image?
+
+Training-free. The source token is sampled bilinearly at the keypoint, the prediction is the centre of the most similar
+cell of the target. Right is what lies within alpha * max(w, h) of the target's box (PCK, Yang and Ramanan 2013; on
+SPair-71k, Min et al. 2019). Images are squashed to a square, as in DIFT (arXiv:2306.03881): all of the square is image,
+and x and y scale separately, back to the original pixels in which distances are measured.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from utils import UserError
+from utils.distributed import gather_rows, shard, world_size
+from utils.run import Progress, autocast
+from utils.storage import free_memory
+
+from .encoder import Encoder
+from .features import DTYPES
+
+ALPHAS = (0.05, 0.1, 0.15, 0.2)
+# Of the windowed soft-argmax: GeoAware-SC's values (arXiv:2311.17034).
+TEMPERATURE, WINDOW = 0.02, 15
+
+
+def transfer_keypoints(source: torch.Tensor, target: torch.Tensor, points: torch.Tensor,
+                       match: str = "cell") -> torch.Tensor:
+    """Where the keypoints of one image are in another, by cosine similarity of tokens in float32.
+
+    source [D, h, w] and target [D, H, W]: tokens that cover the whole image, of any size. points [n, 2]: (x, y) in the
+    source image, in units of it, from 0 to 1. match: "cell", the centre of the most similar cell, or "soft-argmax",
+    the mean of the centres in a window around it, weighted by softmax(similarity / temperature).
+
+    Tokens are L2-normalised, then interpolated between the centres of cells, ((i + 0.5) / w, (j + 0.5) / h); beyond the
+    outermost centres they are constant. Returns [n, 2], in units of the target image.
+    """
+    source, target = (F.normalize(tokens.float(), dim=0).permute(1, 2, 0) for tokens in (source, target))
+    here = torch.zeros(len(points), dtype=torch.int64, device=points.device)
+    queries = sample_tokens(source[None, None], here, points)[0]
+    return locate(queries @ target.flatten(0, 1).T, target.shape[:2], match).to(points.dtype)
+
+
+def sample_tokens(tokens: torch.Tensor, images: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """tokens [L, n, h, w, D] at points [m, 2] (x, y, 0 to 1) of images [m] -> [L, m, D], float32, L2-normalised."""
+    corners = []
+    for size, place in zip(tokens.shape[2:4], (points[:, 1], points[:, 0]), strict=True):
+        place = (place.double() * size - 0.5).clamp(0, size - 1)
+        low = place.long()
+        corners.append(((low, 1 - (place - low)), ((low + 1).clamp(max=size - 1), place - low)))
+    return F.normalize(sum(tokens[:, images, row, column].float() * (share_y * share_x).float()[:, None]
+                           for row, share_y in corners[0] for column, share_x in corners[1]), dim=-1)
+
+
+def locate(similarity: torch.Tensor, grid: Sequence[int], match: str) -> torch.Tensor:
+    """similarity [..., h * w] to the cells of grid (h, w), row by row -> [..., 2], (x, y) from 0 to 1, float64; NaN
+    where a similarity is NaN. match: as in transfer_keypoints."""
+    height, width = grid
+    value, best = similarity.max(-1)
+    row, column = (best // width)[..., None, None], (best % width)[..., None, None]
+    if match == "soft-argmax":
+        offsets = torch.arange(WINDOW, device=best.device) - WINDOW // 2
+        row, column = row + offsets[:, None], column + offsets
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        cells = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+        logits = similarity.gather(-1, cells.flatten(-2)).double() / TEMPERATURE
+        weights = logits.masked_fill(~inside.flatten(-2), -torch.inf).softmax(-1).view(cells.shape)
+    elif match != "cell":
+        raise ValueError(f"match {match!r} is neither 'cell' nor 'soft-argmax'")
+    else:
+        weights = value.double()[..., None, None] * 0 + 1
+    return torch.stack([(weights * ((place.double() + 0.5) / size)).sum((-2, -1))
+                        for place, size in ((column, width), (row, height))], dim=-1)
+
+
+def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tensor, points: torch.Tensor,
+                 match: str) -> torch.Tensor:
+    """transfer_keypoints for many pairs and layers at once: one product for each target image, whose tokens are read
+    once for all the points of all its pairs.
+
+    tokens [L, n, h, w, D]: L2-normalised, of n images. source, target [m], on the CPU: of each point, the row of its
+    image in tokens; points [m, 2]: in units of the source. Returns [L, m, 2], float64, on the tokens' device.
+    """
+    device, order = tokens.device, target.argsort(stable=True)
+    images, counts = target[order].unique_consecutive(return_counts=True)
+    source, points = source[order].to(device), points[order].to(device)
+    found = torch.empty(len(tokens), len(points), 2, dtype=torch.float64, device=device)
+    parts = zip(images.tolist(), *(rows.split(counts.tolist()) for rows in (source, points)),
+                found.split(counts.tolist(), dim=1), strict=True)
+    for image, source_part, points_part, found_part in parts:
+        queries = sample_tokens(tokens, source_part, points_part)
+        # In float32: similarities rounded to bfloat16 tie.
+        similarity = queries @ tokens[:, image].flatten(1, 2).float().transpose(1, 2)
+        found_part.copy_(locate(similarity, tokens.shape[2:4], match))
+    return found[:, order.argsort().to(device)]
+
+
+def encode_groups(encoder: Encoder, pairs, groups: Sequence[Sequence[int]], layers: Sequence[int], norm: bool,
+                  batch_size: int, workers: int, precision: str) -> Iterator[torch.Tensor]:
+    """For each group of image numbers, the images' L2-normalised patch tokens after the 0-based blocks layers,
+    [L, n, h, w, D], on the encoder's device, in the type of the precision. One loader serves all groups."""
+    device = next(encoder.parameters()).device
+    numbers = [number for group in groups for number in group]
+    progress = Progress(len(numbers) * world_size(), "encoding", "images")
+
+    def encoded():
+        for images, _ in pairs.images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda"):
+            with autocast(device, precision):
+                maps = encoder.get_intermediate_layers(encoder.preprocess(images.to(device, non_blocking=True)),
+                                                       n=layers, norm=norm)
+            progress.update(len(images) * world_size())
+            yield torch.stack([F.normalize(tokens.float(), dim=1).permute(0, 2, 3, 1).to(DTYPES[precision])
+                               for tokens in maps])
+
+    batches, rest = encoded(), None
+    for group in groups:
+        tokens, filled = None, 0
+        while filled < len(group):
+            rest = next(batches) if rest is None or rest.shape[1] == 0 else rest
+            if tokens is None:
+                tokens = rest.new_empty(len(rest), len(group), *rest.shape[2:])
+            taken = rest[:, :len(group) - filled]
+            tokens[:, filled:filled + taken.shape[1]] = taken
+            filled, rest = filled + taken.shape[1], rest[:, taken.shape[1]:]
+        yield tokens
+
+
+def within(predicted: torch.Tensor, points: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+    """Whether predicted [..., n, 2] is right for points [n, 2] by boxes of side [n]: bool [..., n, A], A = ALPHAS. All
+    in pixels, float64; a distance exactly at the threshold is right, as in DIFT."""
+    distance = torch.hypot(*(predicted - points).unbind(-1))
+    return distance[..., None] <= side[:, None] * torch.tensor(ALPHAS, dtype=torch.float64, device=side.device)
+
+
+def chance(points: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """The share of the cells of grid (h, w) whose centre would be right: [n, A]. points [n, 2] in images of sizes
+    [n, 2], side [n], as in within. What a random choice of the cell expects."""
+    rows, columns = ((torch.arange(size, dtype=torch.float64, device=points.device) + 0.5) / size for size in grid)
+    centres = torch.stack(torch.meshgrid(columns, rows, indexing="ij"), -1).flatten(0, 1)[:, None]
+    return torch.cat([within(centres * size, point, s).double().mean(0) for point, size, s in
+                      zip(points.split(256), sizes.split(256), side.split(256), strict=True)])
+
+
+def pck(right: torch.Tensor, pair: torch.Tensor, groups: Mapping[str, Sequence[str]]) -> dict:
+    """PCK in percent, by alpha, from right [n, A], 1 where a point is right, and pair [n], the pair it belongs to.
+
+    groups: of every pair its "category", and its level of other attributes. pck_image is the mean over pairs of the
+    pair's PCK, pck_point the mean over points, pck_category the mean over categories of their pck_image; by_NAME has
+    the first two for every level of each of groups.
+    """
+    right, counts = right.double(), pair.bincount().double()
+    per_pair = right.new_zeros(len(counts), right.shape[1]).index_add_(0, pair, right)
+
+    def named(values):
+        return {str(alpha): 100 * value for alpha, value in zip(ALPHAS, values.tolist(), strict=True)}
+
+    def figures(chosen):
+        return {"num_pairs": len(chosen), "num_points": int(counts[chosen].sum()),
+                "pck_image": named((per_pair[chosen] / counts[chosen, None]).mean(0)),
+                "pck_point": named(per_pair[chosen].sum(0) / counts[chosen].sum())}
+
+    result = figures(torch.arange(len(counts)))
+    for name, levels in groups.items():
+        members = {level: [] for level in sorted(set(levels))}
+        for number, level in enumerate(levels):
+            members[level].append(number)
+        result[f"by_{name}"] = {level: figures(torch.tensor(chosen)) for level, chosen in members.items()}
+    categories = [list(row["pck_image"].values()) for row in result["by_category"].values()]
+    result["pck_category"] = named(torch.tensor(categories, dtype=torch.float64).mean(0) / 100)
+    return result
+
+
+@torch.inference_mode()
+def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, match: str, batch_size: int, workers: int,
+                 precision: str, log: Callable[[str], None]) -> tuple[dict, torch.Tensor]:
+    """Transfers the keypoints of all pairs (a datasets.pairs.PairDataset) and measures PCK, all processes together.
+
+    Each process has a contiguous share of the pairs, which are sorted by category, and encodes what images the share
+    needs, each once: only the images of a category that is cut apart are encoded by several. Tokens are held for a
+    category at a time, on the encoder's device; where all layers do not fit, in several passes over the images.
+    layers: 0-based blocks. norm: apply the encoder's final norm. batch_size: over all processes, in images of 224 x
+    224; of larger ones proportionally fewer.
+
+    Returns the metrics of a results line (pck's, of the last layer, by_layer where there are several, chance, the
+    protocol in words) and the predictions of the last layer, float64 [n, 2] in pixels. Raises UserError.
+    """
+    device, size, patch = next(encoder.parameters()).device, pairs.image_size, encoder.patch_size
+    layers, grid = sorted(set(layers)), (size // patch, size // patch)
+    if size % patch:
+        raise UserError(f"--image-size {size} is not divisible by the patch size {patch}; "
+                        f"use {max(1, round(size / patch)) * patch}")
+    if not layers or layers[0] < 0 or layers[-1] >= encoder.depth:
+        raise UserError(f"--layers {' '.join(map(str, layers))}: this encoder has blocks 0 to {encoder.depth - 1}")
+    share = shard(len(pairs.pairs))
+    mine = (pairs.pair >= share.start) & (pairs.pair < share.stop)
+    points_of = [(mine & (pairs.category[pairs.pair] == category)).nonzero()[:, 0]
+                 for category in pairs.category[share.start:share.stop].unique().tolist()]
+    source, target = pairs.source[pairs.pair], pairs.target[pairs.pair]
+    groups = [torch.cat([source[at], target[at]]).unique() for at in points_of]
+
+    need = max(map(len, groups), default=0) * grid[0] * grid[1] * encoder.embed_dim * DTYPES[precision].itemsize
+    free = free_memory(device) / 2
+    if need > free:
+        raise UserError(f"the tokens of a category need {need / 1e9:.1f} GB at --image-size {size}, half of the memory "
+                        f"that is free on {device} is {free / 1e9:.1f} GB; use a smaller one")
+    per_pass = len(layers) if need == 0 else max(1, min(len(layers), int(free / need)))
+    passes = [layers[first:first + per_pass] for first in range(0, len(layers), per_pass)]
+    log(f"{len(pairs.pairs)} pairs of {len(pairs.images)} images, {len(pairs.pair)} points ({pairs.num_outside} out of "
+        f"their image); {need * per_pass / 1e9:.2f} GB of tokens on {device}, {len(passes)} pass(es)")
+
+    units = pairs.source_points / pairs.sizes[source]
+    per_batch = max(1, batch_size * 224**2 // (size**2 * world_size()))
+    found = torch.empty(int(mine.sum()), len(layers), 2, dtype=torch.float64, device=device)
+    first = int(mine.nonzero()[0]) if len(found) else 0
+    for number, chosen in enumerate(passes):
+        columns = slice(number * per_pass, number * per_pass + len(chosen))
+        held = encode_groups(encoder, pairs, [group.tolist() for group in groups], chosen, norm, per_batch, workers,
+                             precision)
+        for at, group, tokens in zip(points_of, groups, held, strict=True):
+            rows = [torch.searchsorted(group, images[at]) for images in (source, target)]
+            found[at.to(device) - first, columns] = match_points(tokens, *rows, units[at], match).transpose(0, 1)
+    sizes, side = pairs.sizes[target], pairs.box_side[pairs.pair]
+    by_chance = chance(*(rows[mine].to(device) for rows in (pairs.target_points, sizes, side)), grid)
+    predicted, by_chance = gather_rows(found).cpu() * sizes[:, None], gather_rows(by_chance).cpu()
+    if not predicted.isfinite().all():
+        raise UserError(f"tokens are not finite at {precision}; use --precision fp32, or check the weights")
+
+    levels = {"category": [pair.category for pair in pairs.pairs]}
+    for name in pairs.pairs[0].attributes:
+        levels[name] = [pair.attributes.get(name, "unknown") for pair in pairs.pairs]
+    by_layer = {str(layer): pck(within(predicted[:, column], pairs.target_points, side), pairs.pair, levels)
+                for column, layer in enumerate(layers)}
+    expected = {key: value for key, value in pck(by_chance, pairs.pair, levels).items() if key.startswith("pck")}
+    metrics = {**by_layer[str(layers[-1])], "num_outside": pairs.num_outside, "chance": expected,
+               "protocol": f"images squashed to {size} x {size}, {grid[0]} x {grid[1]} cells, patch tokens "
+                           f"{'with' if norm else 'without'} final norm, bilinear source token, cosine similarity, "
+                           f"{'centre of the best cell' if match == 'cell' else 'windowed soft-argmax'}; "
+                           "distance <= alpha * max(w, h) of the target's box, in original pixels"}
+    for layer, figures in by_layer.items():
+        log(f"block {layer:>2}  PCK@0.1 per image {figures['pck_image']['0.1']:6.2f}  per point "
+            f"{figures['pck_point']['0.1']:6.2f}  category mean {figures['pck_category']['0.1']:6.2f}")
+    log(f"a random cell: {expected['pck_image']['0.1']:.2f} per image; {metrics['protocol']}")
+    return {**metrics, **({"by_layer": by_layer} if len(layers) > 1 else {})}, predicted[:, -1]
+
+
+def draw_transfer(source: Image.Image, target: Image.Image, source_points: torch.Tensor, predicted: torch.Tensor,
+                  points: torch.Tensor, right: torch.Tensor, side: int = 320) -> Image.Image:
+    """Two images in squares side by side, a line from every keypoint to its prediction: green where right [n], red
+    where wrong, with a white ring at the true place. Points [n, 2] in pixels of their own image."""
+    canvas = Image.new("RGB", (2 * side, side), "white")
+    places = []
+    for left, image, marks in ((0, source, [source_points]), (side, target, [predicted, points])):
+        scale = (side - 8) / max(image.size)
+        canvas.paste(image.resize([max(1, round(scale * length)) for length in image.size]), (left + 4, 4))
+        places += [(scale * mark + torch.tensor([left + 4, 4])).tolist() for mark in marks]
+    draw = ImageDraw.Draw(canvas)
+    for start, end, true, good in zip(*places, right.tolist(), strict=True):
+        if not good:
+            draw.line((*end, *true), fill="white")
+            draw.ellipse([true[0] - 4, true[1] - 4, true[0] + 4, true[1] + 4], outline="white", width=2)
+        draw.line((*start, *end), fill="lime" if good else "red", width=2)
+        draw.ellipse([start[0] - 3, start[1] - 3, start[0] + 3, start[1] + 3], fill="yellow", outline="black")
+    return canvas
+
+
+def draw_pairs(pairs, predicted: torch.Tensor, count: int, columns: int = 2) -> Image.Image:
+    """A sheet of count pairs, evenly spaced in the list of all, each by draw_transfer; right is what is right at alpha
+    0.1. predicted [n, 2]: as transfer_run returns it."""
+    numbers = torch.linspace(0, len(pairs.pairs) - 1, min(count, len(pairs.pairs))).round().long().tolist()
+    pictures = []
+    for number in numbers:
+        pair, at = pairs.pairs[number], pairs.pair == number
+        right = within(predicted[at], pairs.target_points[at], pairs.box_side[pairs.pair][at])[:, ALPHAS.index(0.1)]
+        pictures.append(draw_transfer(pairs.images.load(pair.source), pairs.images.load(pair.target),
+                                      pairs.source_points[at], predicted[at], pairs.target_points[at], right))
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for place, picture in enumerate(pictures):
+        sheet.paste(picture, (place % columns * width, place // columns * height))
+    return sheet
