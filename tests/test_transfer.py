@@ -1,0 +1,403 @@
+"""Keypoint transfer: matching and PCK against loops in float64 and SciPy, the pairs of each data set, processes."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.ndimage import map_coordinates
+
+from datasets.pairs import Pair, PairDataset, load_cub_pairs, load_pairs, load_spair, load_synthetic_pairs
+from datasets.synthetic import draw_figure
+from models import build_model, transfer
+from models.transfer import (
+    chance,
+    draw_pairs,
+    draw_transfer,
+    match_points,
+    pck,
+    transfer_keypoints,
+    transfer_run,
+    within,
+)
+from utils import UserError
+from utils.distributed import init_processes, is_main
+
+SHARED = Path(__file__).parents[2] / "shared"
+CUB, WEIGHTS = SHARED / "real/CUB_200_2011", SHARED / "weights/vit_tiny_patch16_224.pth"
+needs_cub = pytest.mark.skipif(not CUB.is_dir(), reason=f"needs the sample {CUB}")
+
+
+class PixelEncoder(torch.nn.Module):
+    """Tokens of block k are 48 mean colours of the patch less 0.1 k; an image's do not depend on its batch."""
+
+    def __init__(self, patch_size=16, embed_dim=48, depth=3):
+        super().__init__()
+        self.patch_size, self.embed_dim, self.depth, self.encoded = patch_size, embed_dim, depth, 0
+        self.zero = torch.nn.Parameter(torch.zeros(1))
+
+    def preprocess(self, images):
+        self.encoded += len(images)
+        return images.float() / 255 - 0.5
+
+    def get_intermediate_layers(self, images, n, norm):
+        tokens = F.pixel_unshuffle(F.avg_pool2d(images, self.patch_size // 4), 4)
+        return [tokens - 0.1 * index + 0.03 * norm for index in n]
+
+
+class PlaceEncoder(PixelEncoder):
+    """Every cell's token is its own direction, whatever the image."""
+
+    def get_intermediate_layers(self, images, n, norm):
+        side = images.shape[-1] // self.patch_size
+        return [torch.eye(side * side).view(1, -1, side, side).expand(len(images), -1, -1, -1) for _ in n]
+
+
+def run(encoder, pairs, layers=(0,), match="cell", norm=False, batch_size=64, precision="fp32"):
+    return transfer_run(encoder, pairs, layers, norm, match, batch_size, 0, precision, lambda line: None)
+
+
+def slow_transfer(source, target, point, match):
+    """One point by NumPy and SciPy in float64."""
+    source, target = (map_.double().numpy() / np.linalg.norm(map_.double().numpy(), axis=0)
+                      for map_ in (source, target))
+    at = [[point[1] * source.shape[1] - 0.5], [point[0] * source.shape[2] - 0.5]]
+    query = np.array([map_coordinates(channel, at, order=1, mode="nearest")[0] for channel in source])
+    similarity = np.einsum("d,dhw->hw", query / np.linalg.norm(query), target)
+    height, width = similarity.shape
+    row, column = divmod(int(similarity.argmax()), width)
+    if match == "cell":
+        return (column + 0.5) / width, (row + 0.5) / height
+    x = y = total = 0
+    for i in range(max(0, row - 7), min(height, row + 8)):
+        for j in range(max(0, column - 7), min(width, column + 8)):
+            weight = math.exp(similarity[i, j] / 0.02)
+            x, y, total = x + weight * (j + 0.5) / width, y + weight * (i + 0.5) / height, total + weight
+    return x / total, y / total
+
+
+@pytest.mark.parametrize("height,width", [(1, 1), (1, 5), (7, 3), (14, 14), (48, 48)])
+def test_an_image_finds_itself_within_half_a_cell(height, width):
+    tokens = torch.eye(height * width).view(-1, height, width)
+    points = torch.rand(100, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    error = (transfer_keypoints(tokens, tokens, points) - points).abs()
+    assert (error <= torch.tensor([0.5 / width, 0.5 / height]) + 1e-6).all()
+
+
+@pytest.mark.parametrize("size", [32, 96, 224])
+def test_an_image_finds_itself_in_its_own_pixels(size, tmp_path):
+    Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
+    points = (torch.rand(50, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([300, 200])).tolist()
+    pair = Pair("a", "x", str(tmp_path / "a.png"), str(tmp_path / "a.png"), points, points, (0, 0, 300, 200), {})
+    _, predicted = run(PlaceEncoder(embed_dim=(size // 16) ** 2), PairDataset([pair], size))
+    cell = torch.tensor([300, 200]) / (size // 16)
+    assert ((predicted - torch.tensor(points)).abs() <= cell / 2 + 1e-3).all()
+
+
+@pytest.mark.parametrize("match", ["cell", "soft-argmax"])
+def test_a_shift_by_whole_cells_is_exact(match):
+    tokens = torch.eye(80).view(80, 8, 10)
+    shifted = tokens.roll((2, -3), (1, 2))
+    rows, columns = torch.meshgrid(torch.arange(6), torch.arange(3, 10), indexing="ij")
+    points = torch.stack([(columns.flatten() + 0.5) / 10, (rows.flatten() + 0.5) / 8], 1)
+    expected = torch.stack([(columns.flatten() - 3 + 0.5) / 10, (rows.flatten() + 2 + 0.5) / 8], 1)
+    found = transfer_keypoints(tokens, shifted, points, match)
+    assert found.dtype == points.dtype and torch.allclose(found, expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("match", ["cell", "soft-argmax"])
+def test_transfer_keypoints_equals_a_slow_loop(match):
+    generator = torch.Generator().manual_seed(2)
+    source, target = torch.randn(16, 9, 5, generator=generator), torch.randn(16, 20, 30, generator=generator)
+    # Corners and points outside of the image too: the border's token.
+    points = torch.cat([torch.rand(60, 2, dtype=torch.float64, generator=generator),
+                        torch.tensor([[0, 0], [1, 1], [-0.2, 0.5], [0.4, 1.3]])])
+    found = transfer_keypoints(source, target, points, match)
+    expected = torch.tensor([slow_transfer(source, target, point, match) for point in points.tolist()])
+    assert torch.allclose(found, expected.double(), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="neither 'cell' nor"):
+        transfer_keypoints(source, target, points, "best")
+
+
+@pytest.mark.parametrize("match", ["cell", "soft-argmax"])
+def test_matching_in_batches_equals_one_pair_at_a_time(match):
+    generator = torch.Generator().manual_seed(3)
+    tokens = F.normalize(torch.randn(2, 5, 6, 6, 32, generator=generator), dim=-1)
+    source, target = torch.randint(0, 5, (2, 90), generator=generator)
+    points = torch.rand(90, 2, dtype=torch.float64, generator=generator)
+    found = match_points(tokens, source, target, points, match)
+    assert found.shape == (2, 90, 2)
+    for layer in range(2):
+        maps = tokens[layer].permute(0, 3, 1, 2)
+        for i in range(90):
+            alone = transfer_keypoints(maps[source[i]], maps[target[i]], points[i:i + 1], match)
+            assert torch.allclose(found[layer, i], alone[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("match", ["cell", "soft-argmax"])
+def test_a_whole_run_equals_a_slow_loop(match):
+    pairs = load_synthetic_pairs(96, 30, num_images=14)
+    encoder = PixelEncoder()
+    metrics, predicted = run(encoder, pairs, layers=(2, 0), match=match)
+    assert encoder.encoded == len(pairs.images) <= 14  # each once, for both blocks
+    right, total, per_pair = 0, 0, []
+    for pair in pairs.pairs:
+        pictures = [draw_figure(number, num_figures=1).image for number in (pair.source, pair.target)]
+        pixels = torch.stack([torch.from_numpy(np.array(picture.resize((96, 96), Image.BILINEAR)))
+                              for picture in pictures]).permute(0, 3, 1, 2)
+        source, target = encoder.get_intermediate_layers(encoder.preprocess(pixels), [2], False)[0]
+        hits = 0
+        for (x, y), (true_x, true_y) in zip(pair.source_points, pair.target_points, strict=True):
+            found = slow_transfer(source, target, (x / pictures[0].width, y / pictures[0].height), match)
+            at = found[0] * pictures[1].width, found[1] * pictures[1].height
+            assert at == pytest.approx(predicted[total].tolist(), abs=0.05)
+            side = max(pair.box[2] - pair.box[0], pair.box[3] - pair.box[1])
+            hits += math.dist(at, (true_x, true_y)) <= 0.1 * side
+            total += 1
+        right += hits
+        per_pair.append(100 * hits / len(pair.source_points))
+    assert (metrics["num_pairs"], metrics["num_points"]) == (30, total)
+    assert metrics["pck_point"]["0.1"] == pytest.approx(100 * right / total)
+    assert metrics["pck_image"]["0.1"] == pytest.approx(sum(per_pair) / 30)
+    assert metrics["by_layer"].keys() == {"0", "2"} and metrics["by_layer"]["2"]["pck_image"] == metrics["pck_image"]
+    assert metrics["by_layer"]["0"]["pck_image"] != metrics["pck_image"]
+
+
+def test_means_over_images_points_and_categories():
+    # Cats: a pair with 1 of 4 right, one with 1 of 1. Dogs: a pair with 0 of 2.
+    right = torch.tensor([1, 0, 0, 0, 1, 0, 0])[:, None].expand(-1, 4)
+    groups = {"category": ["cat", "cat", "dog"], "viewpoint": ["easy", "hard", "hard"]}
+    result = pck(right, torch.tensor([0, 0, 0, 0, 1, 2, 2]), groups)
+    assert result["pck_image"]["0.1"] == pytest.approx(125 / 3)
+    assert result["pck_point"]["0.1"] == pytest.approx(200 / 7)
+    assert result["pck_category"]["0.1"] == pytest.approx((62.5 + 0) / 2)
+    assert list(result["pck_image"]) == ["0.05", "0.1", "0.15", "0.2"]
+    assert result["by_category"]["cat"]["pck_point"]["0.2"] == pytest.approx(40)
+    hard = result["by_viewpoint"]["hard"]
+    assert (hard["num_pairs"], hard["num_points"], hard["pck_image"]["0.05"]) == (2, 3, 50)
+    assert hard["pck_point"]["0.05"] == pytest.approx(100 / 3)
+
+
+def test_a_distance_exactly_at_the_threshold_is_right():
+    # 3-4-5 triangles: distances 5, 10 and 20 of a box of side 100, and a hair more.
+    offsets = torch.tensor([[3, 4], [6, 8], [12, 16], [3, 4 + 1e-9]], dtype=torch.float64)
+    points, side = torch.full((4, 2), 50, dtype=torch.float64), torch.full((4,), 100, dtype=torch.float64)
+    assert within(points + offsets, points, side).tolist() == [
+        [True] * 4, [False, True, True, True], [False, False, False, True], [False, True, True, True]]
+
+
+def test_chance_counts_cells():
+    generator = torch.Generator().manual_seed(4)
+    points = torch.rand(300, 2, dtype=torch.float64, generator=generator) * 100
+    sizes = torch.tensor([[130, 90]], dtype=torch.float64).expand(300, 2)
+    side = torch.rand(300, dtype=torch.float64, generator=generator) * 100
+    shares = chance(points, sizes, side, (5, 7))
+    for i in (0, 17, 299):
+        for k, alpha in enumerate((0.05, 0.1, 0.15, 0.2)):
+            count = sum(math.dist(((x + 0.5) / 7 * 130, (y + 0.5) / 5 * 90), points[i].tolist()) <= alpha * side[i]
+                        for x in range(7) for y in range(5))
+            assert shares[i, k].item() == pytest.approx(count / 35)
+
+
+def process_main():
+    size, images, match = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    init_processes("cpu")
+    pairs = load_synthetic_pairs(size, 70, num_images=images)
+    metrics, predicted = run(PixelEncoder(), pairs, (0, 1), match, batch_size=int(sys.argv[4]))
+    if is_main():
+        print(json.dumps([metrics, predicted.tolist()]))
+
+
+@pytest.mark.parametrize("images,match", [(15, "cell"), (4, "soft-argmax")])
+def test_two_and_three_processes_equal_one(launch, images, match):
+    one = json.loads(launch(process_main, [64, images, match, 64])[0])
+    assert one[0]["num_pairs"] > 1
+    for processes, batch_size in ((2, 5), (3, 64)):
+        assert json.loads(launch(process_main, [64, images, match, batch_size], processes)[0]) == one
+
+
+def test_layers_that_do_not_fit_take_passes(monkeypatch):
+    pairs, encoder = load_synthetic_pairs(64, 40, num_images=12), PixelEncoder()
+    expected = run(encoder, pairs, range(3))
+    images_of = [len(set(pairs.source[pairs.category == c].tolist()) | set(pairs.target[pairs.category == c].tolist()))
+                 for c in range(len(pairs.categories))]
+    one_layer = max(images_of) * 16 * 48 * 4
+    monkeypatch.setattr(transfer, "free_memory", lambda device: 2 * (2 * one_layer + 8))
+    encoder.encoded = 0
+    metrics, predicted = run(encoder, pairs, range(3))
+    assert encoder.encoded == 2 * len(pairs.images)
+    assert metrics == expected[0] and torch.equal(predicted, expected[1])
+    monkeypatch.setattr(transfer, "free_memory", lambda device: 2 * one_layer - 8)
+    with pytest.raises(UserError, match="--image-size 64"):
+        run(encoder, pairs)
+
+
+def test_mistakes_of_a_run():
+    pairs = load_synthetic_pairs(64, 3, num_images=8)
+    with pytest.raises(UserError, match="blocks 0 to 2"):
+        run(PixelEncoder(), pairs, layers=(3,))
+    with pytest.raises(UserError, match="not divisible by the patch size 24; use 72"):
+        run(PixelEncoder(patch_size=24), pairs)
+    broken = PixelEncoder()
+    broken.preprocess = lambda images: images.float() * float("nan")
+    with pytest.raises(UserError, match="not finite at fp32"):
+        run(broken, pairs)
+
+
+def write_spair(root, separator=":", layout=True, **changes):
+    """A tiny SPair-71k with two cats and two dogs, the second of each the target; returns the pairs' names."""
+    names = []
+    for number, category in enumerate(("dog", "cat")):
+        folder = root / "JPEGImages" / category
+        folder.mkdir(parents=True)
+        for i, size in enumerate(((60, 40), (50, 80))):
+            Image.new("RGB", size, (90 * i, 80, 70)).save(folder / f"2008_{number}{i}.jpg")
+        name = f"00000{number}-2008_{number}0-2008_{number}1:{category}"
+        pair = {"filename": name, "category": category, "src_imname": f"2008_{number}0.jpg",
+                "trg_imname": f"2008_{number}1.jpg", "src_imsize": [60, 40, 3], "trg_imsize": [50, 80, 3],
+                "src_bndbox": [1, 2, 50, 39], "trg_bndbox": [5, 10, 45, 70], "kps_ids": ["0", "4"],
+                "src_kps": [[10, 20], [30, 39]], "trg_kps": [[12, 33], [49, 79]], "viewpoint_variation": number,
+                "scale_variation": 2, "truncation": 3, "occlusion": 1, "mirror": 0}
+        if category == "cat":
+            pair |= changes
+        file = root / "PairAnnotation/test" / f"{name.replace(':', separator)}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(pair))
+        names.append(name)
+    if layout:
+        (root / "Layout/large").mkdir(parents=True)
+        (root / "Layout/large/test.txt").write_text("\n".join(names) + "\n")
+    return names
+
+
+@pytest.mark.parametrize("separator", [":", "_"])
+@pytest.mark.parametrize("layout", [True, False])
+def test_spair(tmp_path, separator, layout):
+    write_spair(tmp_path, separator, layout)
+    pairs = load_pairs("spair", tmp_path, 32)
+    assert pairs.categories == ["cat", "dog"] and len(pairs.images) == 4 and pairs.num_outside == 0
+    assert pairs.box_side.tolist() == [60, 60] and pairs.sizes[pairs.target].tolist() == [[50, 80]] * 2
+    assert pairs.target_points.tolist() == [[12, 33], [49, 79]] * 2 and pairs.pair.tolist() == [0, 0, 1, 1]
+    metrics, _ = run(PixelEncoder(), pairs)
+    assert {name: list(metrics[f"by_{name}"]) for name in ("viewpoint", "scale", "truncation", "occlusion")} == {
+        "viewpoint": ["easy", "medium"], "scale": ["hard"], "truncation": ["both"], "occlusion": ["source"]}
+    assert json.loads(json.dumps(pairs.rows()))[0]["category"] == "cat"
+    assert len(load_spair(tmp_path, 32, num_pairs=1).pairs) == 1
+    with pytest.raises(UserError, match="PairAnnotation/val does not exist"):
+        load_spair(tmp_path, 32, "val")
+
+
+def test_a_keypoint_outside_its_image_is_counted_and_kept(tmp_path):
+    write_spair(tmp_path, src_kps=[[-3, 20], [30, 39]], trg_kps=[[12, 33], [51, 79]])
+    pairs = load_spair(tmp_path, 32)
+    assert pairs.num_outside == 2
+    lines = []
+    metrics, _ = transfer_run(PixelEncoder(), pairs, [0], True, "cell", 64, 0, "fp32", lines.append)
+    assert metrics["num_points"] == 4 and metrics["num_outside"] == 2 and "(2 out of their image)" in lines[0]
+
+
+def test_broken_pairs_are_named(tmp_path):
+    def loading(name, message, break_=lambda root, cat: None, **changes):
+        cat = write_spair(tmp_path / name, **changes)[1]
+        break_(tmp_path / name, cat)
+        with pytest.raises(UserError, match=f"pair {cat}: .*{message}"):
+            load_spair(tmp_path / name, 32)
+
+    loading("image", "2008_11.jpg cannot be read", lambda root, cat: (root / "JPEGImages/cat/2008_11.jpg").unlink())
+    loading("pixels", "cannot be read", lambda root, cat: (root / "JPEGImages/cat/2008_10.jpg").write_text("no image"))
+    loading("annotation", "does not exist", lambda root, cat: (root / f"PairAnnotation/test/{cat}.json").unlink())
+    loading("json", "is not a pair's annotation",
+            lambda root, cat: (root / f"PairAnnotation/test/{cat}.json").write_text("{"))
+    loading("box", "no size", trg_bndbox=[5, 10, 5, 70])
+    loading("corners", "is not a pair's annotation", trg_bndbox=[5, 10, 5])
+    loading("points", "2 keypoints in the source, 1 in the target", trg_kps=[[1, 2]])
+    loading("none", "0 keypoints in the source", src_kps=[], trg_kps=[])
+    loading("shape", "is not a pair's annotation", src_kps=[[1, 2], [3]])
+    with pytest.raises(UserError, match="no split 'val'"):
+        load_pairs("synthetic-pairs", None, 32, "val")
+
+
+def test_an_image_that_is_cut_off_is_named(tmp_path):
+    write_spair(tmp_path)
+    path = tmp_path / "JPEGImages/cat/2008_11.jpg"
+    Image.effect_noise((50, 80), 90).save(path)
+    path.write_bytes(path.read_bytes()[:-800])
+    with pytest.raises(UserError, match="2008_11.jpg cannot be decoded"):
+        run(PixelEncoder(), load_spair(tmp_path, 32))
+
+
+def test_synthetic_pairs():
+    pairs = load_synthetic_pairs(64, 50, seed=1, num_images=20)
+    assert len(pairs.pairs) == 50 and pairs.num_outside == 0
+    assert [pair.name for pair in pairs.pairs] == [pair.name for pair in load_synthetic_pairs(64, 50, 1, 20).pairs]
+    assert [pair.name for pair in pairs.pairs] != [pair.name for pair in load_synthetic_pairs(64, 50, 2, 20).pairs]
+    for pair in pairs.pairs[::7]:
+        source, target = (draw_figure(number, num_figures=1) for number in (pair.source, pair.target))
+        assert np.unique(source.object_mask).tolist() == np.unique(target.object_mask).tolist()
+        for (x, y), (u, v) in zip(pair.source_points, pair.target_points, strict=True):
+            part = source.part_mask[int(y), int(x)]
+            assert part > 0 and part == target.part_mask[int(v), int(u)]
+        rows, columns = target.object_mask.nonzero()
+        x1, y1, x2, y2 = pair.box
+        assert x1 <= columns.min() and columns.max() < x2 and y1 <= rows.min() and rows.max() < y2
+
+
+@needs_cub
+def test_cub_pairs():
+    pairs = load_cub_pairs(CUB, 64, 200, seed=3)
+    names = dict(line.split() for line in (CUB / "images.txt").read_text().splitlines())
+    split = dict(line.split() for line in (CUB / "train_test_split.txt").read_text().splitlines())
+    boxes = {line.split()[0]: line.split()[1:] for line in (CUB / "bounding_boxes.txt").read_text().splitlines()}
+    number = {str(CUB / "images" / name): image for image, name in names.items()}
+    visible = {}
+    for line in (CUB / "parts/part_locs.txt").read_text().splitlines():
+        image, part, x, y, flag = line.split()
+        if flag == "1":
+            visible[image, int(part)] = (float(x), float(y))
+    assert len(pairs.pairs) == 200 and len({pair.name for pair in pairs.pairs}) == 200
+    for pair, side in zip(pairs.pairs, pairs.box_side.tolist(), strict=True):
+        source, target = number[pair.source], number[pair.target]
+        assert source != target and split[source] == split[target] == "0"
+        assert Path(pair.source).parent.name == Path(pair.target).parent.name == pair.category
+        shared = [part for part in range(1, 16) if (source, part) in visible and (target, part) in visible]
+        assert list(pair.source_points) == [visible[source, part] for part in shared]
+        assert list(pair.target_points) == [visible[target, part] for part in shared]
+        assert side == max(map(float, boxes[target][2:]))
+    # All ordered pairs of 18 test images in each of 10 species share a part here.
+    assert len(load_pairs("cub-pairs", CUB, 64).pairs) == 10 * 18 * 17
+
+
+def test_cub_pairs_without_boxes(tmp_path):
+    with pytest.raises(UserError, match="images.txt does not exist"):
+        load_cub_pairs(tmp_path, 64, 10)
+
+
+@needs_cub
+@pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"needs {WEIGHTS}")
+def test_a_trained_network_knows_parts_of_real_birds():
+    pairs, values = load_cub_pairs(CUB, 224, 3060), {}
+    for weights in (WEIGHTS, "random"):
+        encoder = build_model("timm/vit_tiny_patch16_224", str(weights))
+        metrics, _ = run(encoder, pairs, (7, 11), norm=True)
+        values[str(weights)] = [metrics["by_layer"][layer]["pck_image"]["0.1"] for layer in ("7", "11")]
+    # Measured: 49.4 and 46.0; untrained 7.6 and 7.3; a random cell 1.6.
+    assert values[str(WEIGHTS)] == pytest.approx([49.4, 46.0], abs=0.5)
+    assert all(value < 10 for value in values["random"]) and 1.5 < metrics["chance"]["pck_image"]["0.1"] < 1.7
+
+
+def test_pictures():
+    grey = Image.new("RGB", (100, 50), (90, 90, 90))
+    points = torch.tensor([[20.0, 10.0], [80.0, 40.0]])
+    picture = np.array(draw_transfer(grey, grey, points, points, points, torch.tensor([True, False]), side=208))
+    lime, red = ((picture == colour).all(-1).nonzero() for colour in ((0, 255, 0), (255, 0, 0)))
+    # Twice as large, 4 pixels from the edge: the right line leaves (44, 24), the wrong one (164, 84), 208 to the right.
+    assert set(lime[0]) <= {23, 24, 25} and 44 < lime[1].min() < 50 and 250 <= lime[1].max() <= 254
+    assert set(red[0]) <= {83, 84, 85} and 164 < red[1].min() < 170 and 370 <= red[1].max() <= 374
+    pairs = load_synthetic_pairs(64, 20, num_images=12)
+    _, predicted = run(PixelEncoder(), pairs)
+    assert draw_pairs(pairs, predicted, 5).size == (2 * 640, 3 * 320)
