@@ -182,8 +182,9 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     layers: 0-based blocks. norm: apply the encoder's final norm. batch_size: over all processes, in images of 224 x
     224; of larger ones proportionally fewer.
 
-    Returns the metrics of a results line (pck's, of the last layer, by_layer where there are several, chance, the
-    protocol in words) and the predictions of the last layer, float64 [n, 2] in pixels. Raises UserError.
+    Returns the metrics of a results line and the predictions of the last layer, float64 [n, 2] in pixels. The metrics
+    are pck's of the last layer, by_layer where there are several, what a random cell (chance) and the source's own
+    coordinates (same_place) give, and the protocol in words. Raises UserError.
     """
     device, size, patch = next(encoder.parameters()).device, pairs.image_size, encoder.patch_size
     layers, grid = sorted(set(layers)), (size // patch, size // patch)
@@ -231,8 +232,10 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
         levels[name] = [pair.attributes.get(name, "unknown") for pair in pairs.pairs]
     by_layer = {str(layer): pck(within(predicted[:, column], pairs.target_points, side), pairs.pair, levels)
                 for column, layer in enumerate(layers)}
-    expected = {key: value for key, value in pck(by_chance, pairs.pair, levels).items() if key.startswith("pck")}
-    metrics = {**by_layer[str(layers[-1])], "num_outside": pairs.num_outside, "chance": expected,
+    same_place = within(units * sizes, pairs.target_points, side)
+    expected, same = ({key: value for key, value in pck(right, pairs.pair, levels).items() if key.startswith("pck")}
+                      for right in (by_chance, same_place))
+    metrics = {**by_layer[str(layers[-1])], "num_outside": pairs.num_outside, "chance": expected, "same_place": same,
                "protocol": f"images squashed to {size} x {size}, {grid[0]} x {grid[1]} cells, patch tokens "
                            f"{'with' if norm else 'without'} final norm, bilinear source token, cosine similarity, "
                            f"{'centre of the best cell' if match == 'cell' else 'windowed soft-argmax'}; "
@@ -240,7 +243,9 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     for layer, figures in by_layer.items():
         log(f"block {layer:>2}  PCK@0.1 per image {figures['pck_image']['0.1']:6.2f}  per point "
             f"{figures['pck_point']['0.1']:6.2f}  category mean {figures['pck_category']['0.1']:6.2f}")
-    log(f"a random cell: {expected['pck_image']['0.1']:.2f} per image; {metrics['protocol']}")
+    log(f"compare PCK@0.1 per image of a random cell, {expected['pck_image']['0.1']:.2f}, and of the same place as "
+        f"in the source, {same['pck_image']['0.1']:.2f}")
+    log(f"protocol: {metrics['protocol']}")
     return {**metrics, **({"by_layer": by_layer} if len(layers) > 1 else {})}, predicted[:, -1]
 
 

@@ -143,14 +143,15 @@ def test_matching_in_batches_equals_one_pair_at_a_time(match):
 def test_a_whole_run_equals_a_slow_loop(match):
     pairs = load_synthetic_pairs(96, 30, num_images=14)
     encoder = PixelEncoder()
-    metrics, predicted = run(encoder, pairs, layers=(2, 0), match=match)
+    norm = match == "cell"
+    metrics, predicted = run(encoder, pairs, layers=(2, 0), match=match, norm=norm)
     assert encoder.encoded == len(pairs.images) <= 14  # each once, for both blocks
     right, total, per_pair = 0, 0, []
     for pair in pairs.pairs:
         pictures = [draw_figure(number, num_figures=1).image for number in (pair.source, pair.target)]
         pixels = torch.stack([torch.from_numpy(np.array(picture.resize((96, 96), Image.BILINEAR)))
                               for picture in pictures]).permute(0, 3, 1, 2)
-        source, target = encoder.get_intermediate_layers(encoder.preprocess(pixels), [2], False)[0]
+        source, target = encoder.get_intermediate_layers(encoder.preprocess(pixels), [2], norm)[0]
         hits = 0
         for (x, y), (true_x, true_y) in zip(pair.source_points, pair.target_points, strict=True):
             found = slow_transfer(source, target, (x / pictures[0].width, y / pictures[0].height), match)
@@ -164,6 +165,9 @@ def test_a_whole_run_equals_a_slow_loop(match):
     assert (metrics["num_pairs"], metrics["num_points"]) == (30, total)
     assert metrics["pck_point"]["0.1"] == pytest.approx(100 * right / total)
     assert metrics["pck_image"]["0.1"] == pytest.approx(sum(per_pair) / 30)
+    sizes = [pairs.sizes[ends[pairs.pair]] for ends in (pairs.source, pairs.target)]
+    same = within(pairs.source_points / sizes[0] * sizes[1], pairs.target_points, pairs.box_side[pairs.pair])
+    assert metrics["same_place"]["pck_point"]["0.2"] == pytest.approx(100 * same[:, 3].double().mean().item())
     assert metrics["by_layer"].keys() == {"0", "2"} and metrics["by_layer"]["2"]["pck_image"] == metrics["pck_image"]
     assert metrics["by_layer"]["0"]["pck_image"] != metrics["pck_image"]
 
@@ -342,6 +346,7 @@ def test_synthetic_pairs():
         for (x, y), (u, v) in zip(pair.source_points, pair.target_points, strict=True):
             part = source.part_mask[int(y), int(x)]
             assert part > 0 and part == target.part_mask[int(v), int(u)]
+            assert {x % 1, y % 1, u % 1, v % 1} == {0.5}
         rows, columns = target.object_mask.nonzero()
         x1, y1, x2, y2 = pair.box
         assert x1 <= columns.min() and columns.max() < x2 and y1 <= rows.min() and rows.max() < y2
