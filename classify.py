@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from datasets.classification import held_out_images, hold_out, load_classification
+from datasets.classification import held_out_images, hold_out, open_classification
 from datasets.patches import RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
@@ -311,7 +311,7 @@ def main() -> None:
     device, log = setup(args)
     output = args.output_dir
 
-    train, test = load_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images)
+    train, test = open_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images)
     classes = train.classes
     held_out = hold_out(train, args.seed) if args.select == "held-out" else torch.zeros(train.num_patches).bool()
     num_train = int((~held_out).sum())

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets.segmentation import PROTOCOLS, in_order, open_split
+from datasets.segmentation import PROTOCOLS, in_order, open_segmentation
 from datasets.segmentation_pictures import figure6, save_picture, tables
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
@@ -340,10 +340,10 @@ def main() -> None:
     if args.batch_size < world_size():
         raise UserError(f"--batch-size {args.batch_size} is less than the number of processes, {world_size()}")
 
-    test_split = open_split(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
+    test_split = open_segmentation(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
     names = test_split.names
     if not args.evaluate:
-        train_split = open_split(args.dataset, args.data_path, "train")
+        train_split = open_segmentation(args.dataset, args.data_path, "train")
         if train_split.names != names:
             raise UserError(f"the training and the test split below {args.data_path} have different names.txt")
     encoder = load_encoder(args, device, log, projector=False)
