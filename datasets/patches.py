@@ -60,11 +60,8 @@ class PatchImage(NamedTuple):
 
 def patch_image(path: str, points: Sequence[Sequence[float]], labels: Sequence[int], crop_scale: float) -> PatchImage:
     """The image with the patches of the keypoints that select_keypoints keeps, in the order of the keypoints."""
-    kept, half_sides = select_keypoints(points, crop_scale)
-    boxes = []
-    for index, h in zip(kept.tolist(), half_sides.tolist(), strict=True):
-        x, y = points[index][:2]
-        boxes.append((x - h, y - h, x + h, y + h))
+    kept, half_sides = (array.tolist() for array in select_keypoints(points, crop_scale))
+    boxes = [(x - h, y - h, x + h, y + h) for (x, y, *_), h in zip((points[i] for i in kept), half_sides, strict=True)]
     return PatchImage(path, boxes, [labels[index] for index in kept])
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,19 +210,15 @@ def reduce_label(raw: np.ndarray) -> np.ndarray:
 
 
 def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """map(function, items) by threads, at most two items ahead per thread, results in order."""
+    """map(function, items) by that many threads (0: by this one), at most two items ahead per thread, in order."""
     if workers == 0:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    items, pool = iter(items), ThreadPoolExecutor(workers)
+    try:
+        pending = deque(pool.submit(function, item) for item in islice(items, 2 * workers))
+        while pending:
+            pending.extend(pool.submit(function, item) for item in islice(items, 1))
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

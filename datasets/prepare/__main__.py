@@ -23,14 +23,7 @@ from utils import UserError
 from utils.run import OneLineParser, exit_with_one_line_errors, positive_int
 
 from ..segmentation import LAYOUTS, LONG_NAMES
-from ..segmentation_classes import (
-    ADE20K_150,
-    ADE20K_OBJECT_59,
-    LIP_19,
-    PASCAL_OBJECT_16,
-    PASCAL_PART_193,
-    read_names,
-)
+from ..segmentation_classes import ADE20K_150, CLASS_NAMES, PASCAL_OBJECT_16, PASCAL_PART_193, read_names
 from .ade20k_part import prepare_ade20k_part
 from .common import first_folder, import_loadmat, pair_by_name, prepare, read_index_map
 
@@ -48,16 +41,16 @@ def prepare_lip(source: Path, target: Path, workers: int) -> None:
                       for folders in zip(*LAYOUTS[2:], strict=True))
     pairs = {split: pair_by_name(images / f"{split}_images", labels / f"{split}_segmentations")
              for split in ("train", "val")}
-    unchanged = np.arange(len(LIP_19) + 1, dtype=np.uint8)
-    prepare(target / "LIP", pairs, LIP_19, partial(read_and_renumber, table=unchanged), workers)
+    unchanged = np.arange(len(CLASS_NAMES["lip"]) + 1, dtype=np.uint8)
+    prepare("lip", target, pairs, CLASS_NAMES["lip"], partial(read_and_renumber, table=unchanged), workers)
 
 
 def prepare_ade20k_object(source: Path, target: Path, workers: int, classes: Path | None) -> None:
     """Some of the 150 classes of ADEChallengeData2016, renumbered; the others become 0.
 
-    classes: a file of names (first synonyms of objectInfo150.txt) in label order (default: ADE20K_OBJECT_59).
+    classes: a file of names (first synonyms of objectInfo150.txt) in label order (default: the paper's 59).
     """
-    names = read_names(classes) if classes else ADE20K_OBJECT_59
+    names = read_names(classes) if classes else CLASS_NAMES["ade20k-object"]
     unknown = [name for name in names if name not in ADE20K_150]
     if unknown:
         raise UserError(f"--classes {classes}: {unknown[0]} is not one of the 150 names of ADE20K "
@@ -69,8 +62,7 @@ def prepare_ade20k_object(source: Path, target: Path, workers: int, classes: Pat
                              ADE20K_OBJECT_TREE).parents[1]
     pairs = {split: pair_by_name(challenge / "images" / folder, challenge / "annotations" / folder)
              for split, folder in LONG_NAMES.items()}
-    prepare(target / "ade_59object" / "ADEChallengeData2016", pairs, names, partial(read_and_renumber, table=table),
-            workers, layout=LAYOUTS[1])
+    prepare("ade20k-object", target, pairs, names, partial(read_and_renumber, table=table), workers, LAYOUTS[1])
 
 
 def read_and_renumber(path: Path, table: np.ndarray) -> np.ndarray:
@@ -104,9 +96,9 @@ def prepare_pascal(source: Path, target: Path, workers: int, lists: Path | None,
     if names["train"] & names["val"]:
         raise UserError(f"{min(names['train'] & names['val'])} is in train.txt and in val.txt; remove it from one")
     unlisted = {path.stem for path in annotations.glob("*.mat")} - names["train"] - names["val"]
-    folder, classes = ("pascal_part", PASCAL_PART_193) if parts else ("pascal_semantic", PASCAL_OBJECT_16)
-    prepare(target / folder, pairs, classes, partial(read_pascal, parts=parts), workers,
-            {"annotated, but neither in train.txt nor in val.txt": len(unlisted)})
+    dataset = "pascal-part" if parts else "pascal-object"
+    prepare(dataset, target, pairs, CLASS_NAMES[dataset], partial(read_pascal, parts=parts), workers,
+            left_out={"annotated, but neither in train.txt nor in val.txt": len(unlisted)})
 
 
 def read_pascal(path: Path, parts: bool) -> np.ndarray:
@@ -121,14 +113,10 @@ def read_pascal(path: Path, parts: bool) -> np.ndarray:
     labels = np.zeros(things[0]["mask"].shape, dtype=np.uint8)
     for thing in things:
         name = str(thing["class"][0])
-        if name in PASCAL_OBJECT_16:
-            label = PASCAL_OBJECT_16.index(name) + 1
-        elif name in PASCAL_WITHOUT_PARTS:
-            label = 0
-        else:
+        if name not in PASCAL_OBJECT_16 + PASCAL_WITHOUT_PARTS:
             raise ValueError(f"unknown class {name}")
         if not parts:
-            labels[thing["mask"] > 0] = label
+            labels[thing["mask"] > 0] = PASCAL_OBJECT_16.index(name) + 1 if name in PASCAL_OBJECT_16 else 0
             continue
         for part in thing["parts"].ravel():
             family = str(part["part_name"][0]).rstrip("0123456789").removesuffix("_")

@@ -21,7 +21,7 @@ from PIL import Image
 from utils import UserError
 from utils.run import open_output
 
-from ..segmentation import LONG_NAMES
+from ..segmentation import LONG_NAMES, ROOTS
 from ..segmentation_classes import ADE20K_OBJECT_59, read_names
 from .common import attempt_all, first_folder, import_loadmat, prepare, raise_failures, write_text
 
@@ -188,7 +188,7 @@ def prepare_ade20k_part(source: Path, target: Path, workers: int, classes: Path 
                                      ("", "ADE20K_2016_07_26/", "ADE20K_2021_17_01/") for inner in ("", "ADE/")], TREE)
     images = training.parent
     release = images.parent if images.name == "images" else images.parents[1]
-    root = target / "ADE20K_Part"
+    root = target / ROOTS["ade20k-part"][0]
     pairs, left_out = {"train": [], "val": []}, 0
     for split, folder in LONG_NAMES.items():
         for path in find_segmentations(images / folder):
@@ -220,5 +220,5 @@ def prepare_ade20k_part(source: Path, target: Path, workers: int, classes: Path 
         if len(names) < len(named):
             print(f"  an 8-bit label map holds {MAX_CLASSES} classes: those in most training images are kept")
     labels = {tuple(named[name]["indices"]): label for label, name in enumerate(names, 1)}
-    prepare(root, pairs, names, partial(read_parts, labels=labels), workers,
-            {f"not among the {NUM_TRAIN} training images of 2016 by its number": left_out})
+    prepare("ade20k-part", target, pairs, names, partial(read_parts, labels=labels), workers,
+            left_out={f"not among the {NUM_TRAIN} training images of 2016 by its number": left_out})

@@ -15,7 +15,7 @@ from utils import UserError
 from utils.run import Progress, open_output
 from utils.storage import atomic_write
 
-from ..segmentation import LAYOUTS, LONG_NAMES
+from ..segmentation import LAYOUTS, LONG_NAMES, ROOTS
 
 
 def first_folder(source: Path, candidates: Sequence[str], expected: str) -> Path:
@@ -89,16 +89,16 @@ def write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def prepare(root: Path, pairs: dict[str, list[tuple[Path, Path]]], names: Sequence[str],
-            read_labels: Callable[[Path], np.ndarray], workers: int, left_out: dict[str, int] | None = None,
-            layout: tuple[str, str] = LAYOUTS[0]) -> None:
+def prepare(dataset: str, target: Path, pairs: dict[str, list[tuple[Path, Path]]], names: Sequence[str],
+            read_labels: Callable[[Path], np.ndarray], workers: int, layout: tuple[str, str] = LAYOUTS[0],
+            left_out: dict[str, int] | None = None) -> None:
     """Converts all (image, annotation) pairs of the splits "train" and "val", and prints a report.
 
-    read_labels: annotation -> uint8 [height, width], 0 = other, k = names[k - 1]. left_out: how many images each rule
-    leaves out. layout: folders of images and of label maps below root. Raises UserError, after the report, if an image
-    failed, and where root holds maps of another or an unknown class list.
+    read_labels: annotation -> uint8 [height, width], 0 = other, k = names[k - 1]. layout: one of LAYOUTS. left_out: how
+    many images each rule leaves out. Raises UserError where the target holds maps of another or an unknown class list
+    and, after the report, if an image failed.
     """
-    items, folders = [], []
+    root, items, folders = target / ROOTS[dataset][0], [], []
     for split, listed in pairs.items():
         if not listed:
             raise UserError(f"{root.name}: no images for the split {split} in --source; both splits are needed")
