@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, has_file_allowed_extension
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
@@ -27,18 +27,17 @@ def load_image_folder(root: str | Path, split: str, transform: Callable[[Image.I
     """
     folder = Path(root) / split
     try:
-        classes, class_to_idx = find_classes(folder)
-        samples = make_dataset(folder, class_to_idx, IMG_EXTENSIONS, allow_empty=True)
+        found = ImageFolder(folder, allow_empty=True)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} has no class folders; --data-path must be a folder with "
                         f"{split}/CLASS/*.JPEG") from None
-    labels = [[index] for index in range(len(classes))]  # one list per class, shared by its images
-    images = [PatchImage(path, None, labels[index]) for path, index in samples]
-    empty = sorted(set(range(len(classes))) - {index for _, index in samples})
+    labels = [[index] for index in range(len(found.classes))]  # one list per class, shared by its images
+    images = [PatchImage(path, None, labels[index]) for path, index in found.samples]
+    empty = sorted(set(range(len(labels))) - set(found.targets))
     if empty:
-        raise UserError(f"{folder / classes[empty[0]]} holds no image ({len(empty)} of {len(classes)} class folders "
-                        "are empty); fill or remove them")
-    return PatchDataset(images, classes, transform, skip_bad_images=skip_bad_images)
+        raise UserError(f"{folder / found.classes[empty[0]]} holds no image ({len(empty)} of {len(labels)} class "
+                        "folders are empty); fill or remove them")
+    return PatchDataset(images, found.classes, transform, skip_bad_images=skip_bad_images)
 
 
 def list_images(folder: str | Path, num_images: int | None = None, seed: int = 0) -> list[str]:

@@ -136,13 +136,9 @@ class PatchDataset(Dataset):
         counts = self.first_id.diff()[indices]
         group = (counts.cumsum(0) - counts) // PATCHES_PER_GROUP
         groups = indices.split(group.unique_consecutive(return_counts=True)[1].tolist())
-        loader = DataLoader(ImageGroups(self), batch_size=None, num_workers=workers,
-                            sampler=[one.tolist() for one in groups])
+        loader = DataLoader([one.tolist() for one in groups], None, num_workers=workers, collate_fn=self._load_group)
         filled = 0
-        for item in received(loader):
-            if isinstance(item, UserError):
-                raise item
-            patches, ids = item
+        for patches, ids in received(loader):
             while len(ids):
                 if filled == 0:
                     batch = patches.new_empty((batch_size, *patches.shape[1:]), pin_memory=pin_memory)
@@ -155,6 +151,15 @@ class PatchDataset(Dataset):
                     filled = 0
         if filled:
             yield batch[:filled], batch_ids[:filled]
+
+    def _load_group(self, image_indices: list[int]) -> tuple[torch.Tensor, torch.Tensor] | UserError:
+        """What a worker runs. An error is returned: the DataLoader turns a raised one into a message of many lines."""
+        try:
+            items = [self[index] for index in image_indices]
+        except UserError as error:
+            return error
+        items = [item for item in items if len(item[1])] or items[:1]
+        return torch.cat([patches for patches, _ in items]), torch.cat([ids for _, ids in items])
 
 
 def keypoint_patches(points: Iterable[tuple[str, list[tuple[int, Sequence[float]]]]], chosen: Sequence[int],
@@ -188,28 +193,13 @@ def reason(error: Exception) -> str:
     return "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
 
 
-class ImageGroups(Dataset):
-    """What a DataLoader's worker runs: list of image indices -> their (patches, ids), or the UserError.
-
-    The error is returned, because the DataLoader turns a raised one into a message of many lines.
-    """
-
-    def __init__(self, dataset: PatchDataset):
-        self.dataset = dataset
-
-    def __getitem__(self, image_indices: list[int]):
-        try:
-            items = [self.dataset[index] for index in image_indices]
-        except UserError as error:
-            return error
-        items = [item for item in items if len(item[1])] or items[:1]
-        return torch.cat([patches for patches, _ in items]), torch.cat([ids for _, ids in items])
-
-
 def received(loader: DataLoader) -> Iterator:
-    """The loader's items. Raises UserError where a worker process was killed."""
+    """The loader's items. Raises the UserError that is one of them, or one that says that a worker was killed."""
     try:
-        yield from loader
+        for item in loader:
+            if isinstance(item, UserError):
+                raise item
+            yield item
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise

@@ -108,17 +108,16 @@ def read_pascal(path: Path, parts: bool) -> np.ndarray:
     object. Parts have a map of their own, which later objects do not clear. Objects of a class without parts cover
     earlier objects with 0. Raises ValueError for an unknown class or part.
     """
-    annotation = import_loadmat()(path)["anno"][0, 0]
-    things = annotation["objects"].ravel()
-    labels = np.zeros(things[0]["mask"].shape, dtype=np.uint8)
-    for thing in things:
-        name = str(thing["class"][0])
+    objects = import_loadmat()(path)["anno"][0, 0]["objects"].ravel()
+    labels = np.zeros(objects[0]["mask"].shape, dtype=np.uint8)
+    for item in objects:
+        name = str(item["class"][0])
         if name not in PASCAL_OBJECT_16 + PASCAL_WITHOUT_PARTS:
             raise ValueError(f"unknown class {name}")
         if not parts:
-            labels[thing["mask"] > 0] = PASCAL_OBJECT_16.index(name) + 1 if name in PASCAL_OBJECT_16 else 0
+            labels[item["mask"] > 0] = PASCAL_OBJECT_16.index(name) + 1 if name in PASCAL_OBJECT_16 else 0
             continue
-        for part in thing["parts"].ravel():
+        for part in item["parts"].ravel():
             family = str(part["part_name"][0]).rstrip("0123456789").removesuffix("_")
             if f"{name} {family}" not in PASCAL_PART_193:
                 raise ValueError(f"unknown part {part['part_name'][0]} of {name}")

@@ -70,20 +70,20 @@ def part_instances(segmentation: Path) -> tuple[np.ndarray, np.ndarray]:
 def read_parts(segmentation: Path, labels: dict[tuple[int, int], int]) -> np.ndarray:
     """Label map of an image, uint8 [height, width]. labels: of a pair (object index, part index); others become 0."""
     instance, pairs = part_instances(segmentation)
-    return np.array([0] + [labels.get((thing, part), 0) for thing, part in pairs.tolist()], dtype=np.uint8)[instance]
+    return np.array([0] + [labels.get(tuple(pair), 0) for pair in pairs.tolist()], dtype=np.uint8)[instance]
 
 
 def scan(segmentation: Path, with_names: bool) -> tuple[set[tuple[int, int]], dict[int, str]]:
     """The pairs in an image, and with_names the names of its classes, from its json."""
     _, pairs = part_instances(segmentation)
-    json_path = segmentation.with_name(segmentation.name.replace("_seg.png", ".json"))
-    return {(thing, part) for thing, part in pairs.tolist() if thing}, names_from_json(json_path) if with_names else {}
+    path = segmentation.with_name(segmentation.name.replace("_seg.png", ".json"))
+    return {(parent, part) for parent, part in pairs.tolist() if parent}, names_from_json(path) if with_names else {}
 
 
 def names_from_json(path: Path) -> dict[int, str]:
-    things = json.loads(path.read_bytes().decode("utf-8", errors="replace"))["annotation"]["object"]
+    objects = json.loads(path.read_bytes().decode("utf-8", errors="replace"))["annotation"]["object"]
     # MATLAB wrote the files: a list of one is its element.
-    return {thing["name_ndx"]: thing["name"] for thing in (things if isinstance(things, list) else [things])}
+    return {item["name_ndx"]: item["name"] for item in (objects if isinstance(objects, list) else [objects])}
 
 
 class IndexUnpickler(pickle.Unpickler):
@@ -166,9 +166,9 @@ def find_parts(root: Path, release: Path, pairs: dict[str, list[tuple[Path, Path
     for number, (found, names_here) in enumerate(results):
         counts["train" if number < len(pairs["train"]) else "val"].update(found)
         names.update(names_here)
-    parts = [{"object": names.get(thing, f"class {thing}"), "part": names.get(part, f"class {part}"),
-              "indices": [thing, part], "train": counts["train"][thing, part], "val": counts["val"][thing, part]}
-             for thing, part in sorted(set(counts["train"]) | set(counts["val"]))]
+    parts = [{"object": names.get(parent, f"class {parent}"), "part": names.get(part, f"class {part}"),
+              "indices": [parent, part], "train": counts["train"][parent, part], "val": counts["val"][parent, part]}
+             for parent, part in sorted(set(counts["train"]) | set(counts["val"]))]
     lines = ",\n".join(json.dumps(part, ensure_ascii=False) for part in parts)
     write_text(report, json.dumps(numbers)[:-1] + f', "parts": [\n{lines}\n]}}\n')
     return parts

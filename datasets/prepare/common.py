@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -59,12 +60,11 @@ def attempt(item, function: Callable) -> tuple[object, str]:
 
 
 def attempt_all(function: Callable, items: Sequence, workers: int, label: str) -> tuple[list, list[str]]:
-    """attempt of every item in that many processes, with progress: results and errors. Raises UserError if a process
-    dies."""
+    """(results, errors) of attempt on all items, by that many processes. Raises UserError if a process is killed."""
     progress, results, function = Progress(len(items), label, "images"), [], partial(attempt, function=function)
     try:
-        with ProcessPoolExecutor(workers) as pool:
-            for result in map(function, items) if workers == 1 else pool.map(function, items, chunksize=8):
+        with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+            for result in pool.map(function, items, chunksize=8) if pool else map(function, items):
                 results.append(result)
                 progress.update()
     except BrokenProcessPool:
