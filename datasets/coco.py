@@ -38,13 +38,13 @@ def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int] =
         raise UserError(f"{missing} does not exist; --data-path must be a folder with "
                         f"annotations/person_keypoints_{split}2017.json and images/{split}2017/*.jpg")
     names, file_names, persons = read_person_keypoints(annotations)
+    known = [(label, keypoint) for label, keypoint in enumerate(keypoints) if 1 <= keypoint <= len(names)]
     points = {image: [] for image in file_names}  # (class, (x, y, annotation id))
     for image, annotation, values in persons:
-        triples = enumerate(zip(values[::3], values[1::3], values[2::3], strict=True), 1)
-        visible = {number: (x, y, annotation) for number, (x, y, visibility) in triples if visibility == 2}
-        chosen = [(label, visible[number]) for label, number in enumerate(keypoints) if number in visible]
-        if len(chosen) >= 2:
-            points[image] += chosen
+        visible = [(label, (*values[3 * keypoint - 3:3 * keypoint - 1], annotation))
+                   for label, keypoint in known if values[3 * keypoint - 1] == 2]
+        if len(visible) >= 2:
+            points[image] += visible
     by_path = ((str(folder / name), points[image]) for image, name in file_names.items())
     return keypoint_patches(by_path, keypoints, dict(enumerate(names, 1)), "keypoint", annotations, crop_scale,
                             transform, skip_bad_images)
