@@ -115,8 +115,8 @@ def download(url: str, part: Path, advice: str) -> None:
 
 
 def open_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint file, on the CPU. Raises CheckpointError for a file that is absent, truncated, not a
-    checkpoint, or that asks for anything but tensors, plain values and argparse.Namespace."""
+    """The content of a checkpoint file, on the CPU. Raises CheckpointError for one that is missing, truncated, or not a
+    checkpoint, or that holds anything but tensors, plain values and argparse.Namespace."""
     if not path.is_file():
         raise CheckpointError(f"weights file {path} does not exist; give --weights PATH, official or random")
     try:
@@ -125,10 +125,10 @@ def open_checkpoint(path: Path) -> dict:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
-            raise CheckpointError(f"{path} asks for {refused[1]} on loading, which plain weights do not need and which "
-                                  "could run code: refused; save it again with tensors and plain values only") from None
+            raise CheckpointError(f"{path} asks for {refused[1]} on loading, which weights do not need and which could "
+                                  "run code: refused; save it again with tensors and plain values only") from None
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise CheckpointError(f"{path} is truncated or no PyTorch checkpoint ({reason}); get the file again") from None
+        raise CheckpointError(f"{path} is truncated or no PyTorch checkpoint ({reason}); download it again") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary")
     return checkpoint

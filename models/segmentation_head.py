@@ -23,19 +23,19 @@ class LinearHead(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
     def forward(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-        """List of [B, D, h, w] -> logits float32 [B, K, h, w]. Always in float32: it costs little."""
+        """List of [B, D, h, w] -> logits [B, K, h, w], float32 also under autocast."""
         with torch.autocast(blocks[0].device.type, enabled=False):
-            # Outside inference mode cat makes an ordinary tensor of the encoder's inference tensors.
+            # cat turns the encoder's inference tensors into an ordinary tensor, which training needs.
             return super().forward(torch.cat(list(blocks), dim=1).float())
 
 
 def upsampled_cross_entropy(logits: torch.Tensor, label: torch.Tensor, ignore_index: int = 255,
                             total_pixels: int | None = None) -> torch.Tensor:
-    """Cross-entropy of logits, upsampled bilinearly (align_corners False) to the label's size.
+    """Cross-entropy of logits upsampled bilinearly (align_corners False) to the label's size.
 
     logits: float32 [B, K, h, w]; label: uint8 [B, H, W], each below K or ignore_index. Returns the sum over the
     labelled pixels divided by total_pixels, by default all of them, ignored ones included (as mmsegmentation does).
-    Memory beside the arguments: fused, five numbers per logit; else twice the logits and two strips of STRIP_BYTES.
+    Extra memory: with the kernel five numbers per logit, else twice the logits and two strips of STRIP_BYTES.
     """
     return _UpsampledCrossEntropy.apply(logits, label, ignore_index, total_pixels or label.numel())
 
@@ -66,9 +66,9 @@ def interpolation_matrix(out_size: int, in_size: int, device: torch.device) -> t
 
 
 def strip_loss_and_gradient(logits: torch.Tensor, label: torch.Tensor, ignore_index: int) -> tuple:
-    """Summed cross-entropy (scalar) and its gradient with respect to logits [B, K, h, w], strip by strip of rows.
+    """Summed cross-entropy (scalar) and its gradient with respect to logits [B, K, h, w], one strip of rows at a time.
 
-    Interpolation down is a matrix A, across C: strip = A_rows (logits C^T); and back, gradient = A^T G C.
+    Interpolation is a matrix A vertically and C horizontally: strip = A_rows (logits C^T), and gradient = A^T G C.
     """
     classes, (height, width) = logits.shape[1], label.shape[1:]
     down = interpolation_matrix(height, logits.shape[2], logits.device)
@@ -82,7 +82,7 @@ def strip_loss_and_gradient(logits: torch.Tensor, label: torch.Tensor, ignore_in
             index = target[None, start:start + rows].long()
             valid = index != ignore_index
             index = index.masked_fill(~valid, 0)
-            # [K, rows, width], turned in place from logits into the gradient.
+            # [K, rows, width]: the logits, converted in place to the gradient.
             strip = weights @ wide
             loss_of_pixel = -strip.gather(0, index)
             peak = strip.amax(0, keepdim=True)

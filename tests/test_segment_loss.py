@@ -35,7 +35,7 @@ def test_logits_loss_and_gradients(case, strip_bytes, monkeypatch):
 
 
 def reference(logits, label):
-    """float64: upsample everything, let autograd differentiate."""
+    """Full upsampling in float64, gradient by autograd."""
     logits = logits.double().requires_grad_()
     upsampled = F.interpolate(logits, size=label.shape[1:], mode="bilinear", align_corners=False)
     loss = F.cross_entropy(upsampled, label.long(), ignore_index=255, reduction="sum")
@@ -68,7 +68,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_gradient_of_a_batch_is_the_sum_over_processes():
-    """Shares of a batch, each divided by the pixels of the whole, add up."""
+    """Losses of parts of a batch, each divided by the pixels of the whole batch, add up to its loss."""
     logits, label = example(batch=3, classes=5)
     logits.requires_grad_()
     whole = upsampled_cross_entropy(logits, label)
@@ -77,7 +77,7 @@ def test_gradient_of_a_batch_is_the_sum_over_processes():
 
 
 def test_memory_is_bounded_by_the_strips(monkeypatch):
-    """No tensor that the loss makes is larger than a strip or the logits; the upsampled ones would be 32 times that."""
+    """No tensor of the loss is larger than a strip or the logits; the upsampled logits would be 32 times as large."""
     logits, label = example(batch=2, classes=64, height=8, width=8)
     monkeypatch.setitem(segmentation_head.STRIP_BYTES, "cpu", 4 * 64 * 128 * 4)
 
