@@ -90,7 +90,7 @@ def download(url: str, part: Path, advice: str) -> None:
             request = urllib.request.Request(url, headers=headers)
             with urllib.request.urlopen(request, timeout=60) as response:
                 if response.status != 206:
-                    # The server sends the whole file, whatever was asked for.
+                    # The server sends the whole file, not the range.
                     file.seek(0)
                     file.truncate()
                 length = response.headers.get("Content-Length")
