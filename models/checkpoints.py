@@ -66,7 +66,7 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
                     if not (found := file_hash(new, algorithm)).startswith(digits):
                         part.unlink(missing_ok=True)
                         raise CheckpointError(f"{path}: its {algorithm.upper()} begins with {found[:len(digits)]}, "
-                                              f"published is {digits}; it is another file: download it again")
+                                              f"published is {digits}; delete it if it is there and start again")
                 atomic_write(recorded, lambda file: file.write_text(file_hash(new) + "\n"))
                 os.replace(new, path)
         if recorded.read_text().strip() != file_hash(path):
