@@ -1,28 +1,32 @@
-"""Linear and attentive probing of a frozen encoder: parts (CUB, COCO), ImageNet, any folder of class folders.
+"""Linear, attentive and nearest-neighbour probes of a frozen encoder: parts (CUB, COCO), ImageNet, class folders.
 
-    torchrun classify.py --model ibot --dataset cub --data-path CUB_200_2011 --probe linear attentive knn
+    python classify.py --model ibot --weights random --probe linear knn    nothing downloaded: synthetic, untrained
+    python classify.py --model ibot --dataset cub --data-path CUB_200_2011 --probe linear attentive knn
+    torchrun --nproc-per-node 8 classify.py --model mae --dataset imagenet --data-path imagenet --resume
 
-Also runs as plain `python classify.py`, on one GPU, several, or none. Where the transform is deterministic every image
-is encoded once, whatever the number of epochs, probes, learning rates and seeds; ImageNet's training images are not.
-Protocol: sections 4.1, 4.2 and A.4 of the paper, numbers as in its authors' code. Results: OUTPUT_DIR/results.jsonl.
+Where the transform is deterministic every image is encoded once, whatever the number of epochs, probes, learning rates
+and seeds; ImageNet's training images get random crops and are encoded as they come. Protocol: sections 4.1, 4.2 and A.4
+of the paper, numbers as in its authors' code.
 """
 
 import argparse
 import json
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 from datasets.classification import held_out_images, hold_out, load_classification
-from datasets.patches import RandomViews, random_crop_flip
+from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
 from models.features import Features, decoded_ids, encode_batch_size, encode_features, encode_tokens
-from models.probe_training import RECIPES, Probe
+from models.probe_training import RECIPES, Probe, Recipe
 from models.probes import build_heads, knn_predict, load_head
 from utils import UserError
 from utils.distributed import (
@@ -42,12 +46,16 @@ from utils.results import (
     caveats,
     markdown_table,
     read_results,
+    run_title,
+    start_line,
 )
 from utils.run import (
     OneLineParser,
     Progress,
     add_common_arguments,
+    check_same_run,
     exit_with_one_line_errors,
+    load_saved,
     positive_int,
     setup,
 )
@@ -56,6 +64,7 @@ from utils.storage import atomic_write
 PARTS = ("cub", "coco", "synthetic")
 IMAGES = ("imagenet", "folder", "synthetic-species")
 NEIGHBOURS = (10, 20, 100, 200)
+CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out tenth of the training images"}
 # Arguments that may differ when a run is resumed: they do not change what it computes.
 FREE_ON_RESUME = ("output_dir", "workers", "device", "cache", "cache_dir", "resume", "checkpoint_seconds", "save_plots",
                   "table")
@@ -140,22 +149,31 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
     train_up_to(len(order))
 
 
-def run_knn(train: Features, train_ids: torch.Tensor, held_out_ids: torch.Tensor, test: Features,
-            test_ids: torch.Tensor, num_classes: int) -> dict:
-    """k by the held-out ids, or by the test set where there are none; percentages on the test set for every k."""
-    rows = train.rows(train_ids).to(train.cls.device)
-    bank, labels = gather_rows(train.cls[rows]), gather_rows(train.labels[rows])
+class Subset(NamedTuple):
+    """The patches of a training, held-out or test set whose images could be decoded."""
+    features: Features
+    ids: torch.Tensor
+
+
+def run_knn(training: Subset, holding: Subset, testing: Subset, line: dict, log: Callable[[str], None]) -> dict:
+    """The results line of nearest neighbours: percentages on the test set for every k; the best k is chosen on the
+    held-out patches, or on the test set where there are none."""
+    rows = training.features.rows(training.ids).to(training.features.cls.device)
+    bank, labels = (gather_rows(values[rows]) for values in (training.features.cls, training.features.labels))
 
     def percent(features, ids):
         rows = features.rows(ids).to(features.cls.device)
-        predicted = knn_predict(bank, labels, features.cls[rows], num_classes, NEIGHBOURS)
+        predicted = knn_predict(bank, labels, features.cls[rows], len(line["classes"]), NEIGHBOURS)
         hits = torch.stack([(predicted[k] == features.labels[rows]).sum() for k in NEIGHBOURS])
         return dict(zip(NEIGHBOURS, (100 * all_reduce(hits).double() / len(ids)).tolist(), strict=True))
 
-    by_k = percent(test, test_ids)
-    scores = percent(train, held_out_ids) if len(held_out_ids) else by_k
+    by_k = percent(*testing)
+    scores = percent(*holding) if len(holding.ids) else by_k
     best = max(NEIGHBOURS, key=scores.get)
-    return {"acc1": by_k[20], "best_acc1": by_k[best], "best_k": best, "acc1_by_k": by_k}
+    log("knn: " + ", ".join(f"{value:.2f}% (k = {k})" for k, value in by_k.items())
+        + f"; best {by_k[best]:.2f}%, k chosen on {CHOSEN_BY[line['select']]}")
+    return line | {"probe": "knn", "feature": "cls", "acc1": by_k[20], "best_acc1": by_k[best], "best_k": best,
+                   "acc1_by_k": by_k}
 
 
 def per_class(matrix: torch.Tensor) -> dict:
@@ -254,193 +272,218 @@ def print_table(folder: Path) -> None:
         print("".join(f"* {remark}\n" for remark in remarks))
 
 
-def save_checkpoint(path: Path, fixed: dict, epoch: int, probes: Sequence[Probe]) -> None:
-    content = {"fixed": fixed, "epoch": epoch, "probes": [probe.state() for probe in probes]}
+def save_checkpoint(path: Path, settings: dict, epoch: int, probes: Sequence[Probe]) -> None:
+    content = {"settings": settings, "epoch": epoch, "probes": [probe.state() for probe in probes]}
     if is_main():
         atomic_write(path, lambda temporary: torch.save(content, temporary))
 
 
-def load_checkpoint(path: Path, fixed: dict, probes: Sequence[Probe]) -> int:
+def load_checkpoint(path: Path, settings: dict, probes: Sequence[Probe], log: Callable[[str], None]) -> int:
     """Restores the probes and returns the number of epochs done. Raises UserError where the run is another one."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        saved = content["fixed"]
-    except Exception as error:
-        raise UserError(f"{path} is not a checkpoint of this script ({type(error).__name__}); remove it") from None
-    for name, value in fixed.items():
-        if saved.get(name) != value:
-            raise UserError(f"--resume: {name} was {saved.get(name)} when {path} was written and is {value} now; "
-                            "give the same arguments, or start without --resume")
+    if not path.is_file():
+        log(f"{path} does not exist: starting from the beginning")
+        return 0
+    content = load_saved(path, "a checkpoint of classify.py", ("settings", "epoch", "probes"))
+    check_same_run(path, content["settings"], settings)
     for probe, state in zip(probes, content["probes"], strict=True):
         probe.load_state(state)
+    log(f"resumed after epoch {content['epoch']}")
     return content["epoch"]
 
 
-def save_head(path: Path, kind: str, num_heads: int, state: dict, info: dict) -> None:
-    """One head as plain tensors (models.probes.load_head reads it)."""
-    content = {"kind": kind, "num_heads": num_heads, "head": state, **info}
-    if is_main():
-        atomic_write(path, lambda temporary: torch.save(content, temporary))
-
-
-def open_head(path: Path, encoder: Encoder, classes: Sequence[str], device: torch.device) -> nn.Module:
-    """Raises UserError for a file that is no head, and for a head of another width or of other classes."""
-    try:
-        heads = load_head(path)
-    except FileNotFoundError:
-        raise UserError(f"--evaluate {path} does not exist; name a *_head.pth that classify.py saved") from None
-    except Exception as error:
-        raise UserError(f"--evaluate {path} is not a head that classify.py saved ({type(error).__name__})") from None
+def open_head(path: Path, encoder: Encoder, classes: Sequence[str]) -> nn.Module:
+    """A saved head. Raises UserError for a file that is none, and for a head of another width or of other classes."""
+    load_saved(path, "a head that classify.py saved", ("head", "kind", "num_heads", "classes"), option="--evaluate ")
+    heads = load_head(path)
     width, known = heads.weight.shape[2], heads.info["classes"]
     if width != encoder.embed_dim:
         raise UserError(f"--evaluate {path}: the head takes features of width {width}, the encoder gives "
-                        f"{encoder.embed_dim}; name the encoder it was trained on, {heads.info['model']}")
+                        f"{encoder.embed_dim}; use the encoder it was trained on, {heads.info['model']}")
     if known != list(classes):
         raise UserError(f"--evaluate {path}: the head knows {len(known)} classes ({', '.join(known[:4])}, ...), "
-                        f"the data set has {len(classes)} ({', '.join(classes[:4])}, ...); name the data set it was "
+                        f"the data set has {len(classes)} ({', '.join(classes[:4])}, ...); use the data set it was "
                         f"trained on, {heads.info['dataset']}")
-    return heads.to(device)
+    return heads
+
+
+def encode_subsets(encode: Callable, train: PatchDataset, test: PatchDataset, held_out: torch.Tensor,
+                   kinds: Sequence[str], augmented: bool) -> tuple[Subset, Subset, Subset, Subset]:
+    """Encodes what the probes need, each image once: (training, held-out, choosing, test) subsets.
+
+    encode: maps (data set, label, with all tokens) to Features. held_out: bool [patches of train]. The choosing subset
+    selects epoch and learning rate: the held-out patches where there are any, else the test set. augmented: training
+    images are encoded later, crop by crop; only kNN needs features of them, then of their central crops.
+    """
+    tokens, trained = "attentive" in kinds, None
+    tested = encode(test, "test", tokens)
+    testing = Subset(tested, decoded_ids(test, tested))
+    ids = torch.arange(train.num_patches)
+    if not augmented or "knn" in kinds:
+        trained = encode(train, "training set", tokens and not augmented)
+        ids = decoded_ids(train, trained)
+    training, holding = (Subset(trained, ids[side[ids]]) for side in (~held_out, held_out))
+    choosing = holding if held_out.any() else testing
+    if augmented and held_out.any() and set(kinds) != {"knn"}:
+        images = held_out_images(train, held_out)
+        chosen = encode(images, "held-out", tokens)
+        choosing = Subset(chosen, decoded_ids(images, chosen))
+    return training, holding, choosing, testing
+
+
+def make_probes(kinds: Sequence[str], recipes: dict[str, Recipe], batch_size: int | None, rates: Sequence[float] | None,
+                seeds: Sequence[int], epochs: int, num_train: int, encoder: Encoder, num_classes: int,
+                log: Callable[[str], None]) -> list[Probe]:
+    """A Probe of each kind, with a head for every learning rate and seed. batch_size and rates: None = the recipe's,
+    the batch no larger than the training set and the rate in proportion. Raises UserError for a larger batch_size."""
+    if batch_size and batch_size > num_train:
+        raise UserError(f"--batch-size {batch_size} is larger than the training set ({num_train} patches); "
+                        "use at most that, or leave it out")
+    probes = []
+    for kind in kinds:
+        recipe = recipes[kind]
+        size = batch_size or min(recipe.batch_size, num_train)
+        chosen = rates or [recipe.lr * size / recipe.batch_size]
+        log(f"{kind}: batches of {size} (published: {recipe.batch_size}), learning rates "
+            f"{', '.join(f'{rate:g}' for rate in chosen)}, {len(seeds)} heads each, {epochs} epochs")
+        probes.append(Probe(kind, recipe, size, chosen, seeds, epochs, encoder.embed_dim, num_classes,
+                            encoder.num_heads, encoder.mean.device))
+    return probes
+
+
+def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, choosing: Subset, testing: Subset,
+                 views: RandomViews | None, epochs: range, seed: int, precision: str, workers: int,
+                 authors_defects: bool, save: Callable, save_seconds: float, log: Callable[[str], None]) -> None:
+    """Trains and tests every probe in each of the epochs, and calls save(epochs done, probes) every save_seconds.
+
+    views: random crops of the training images, encoded as they come; None: the training subset's features are used.
+    """
+    progress, num_classes = Progress(epochs.stop, "training", "epochs"), probes[0].heads.bias.shape[1]
+    progress.update(epochs.start)
+    saved = time.monotonic()
+    for epoch in epochs:
+        order = shuffled(training.ids, seed, epoch)
+        if views:
+            train_on_views(probes, encoder, views, order, epoch, precision, workers)
+        else:
+            for probe in probes:
+                train_on_features(probe, training.features, order, epoch)
+        for probe in probes:
+            percent = accuracy(confusion_of_heads(probe.heads, *testing, num_classes, authors_defects))
+            score = percent if choosing is testing else accuracy(
+                confusion_of_heads(probe.heads, *choosing, num_classes, authors_defects))
+            probe.record(score, percent)
+        progress.update()
+        if views or epoch % 10 == 9:
+            log(f"epoch {epoch + 1}: " + "; ".join(
+                f"{probe.kind} " + " ".join(f"{value:.2f}" for value in probe.test[-1]) for probe in probes))
+        if time.monotonic() - saved >= save_seconds and epoch + 1 < epochs.stop:
+            save(epoch + 1, probes)
+            saved = time.monotonic()
+
+
+def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_defects: bool, save_plots: bool,
+           prefix: Path, log: Callable[[str], None]) -> dict:
+    """Saves the chosen head as PREFIX_KIND_head.pth, with plots where asked for, and returns the whole results line."""
+    summary, classes = probe.summary(), line["classes"]
+    index = summary.pop("index")
+    heads = build_heads(probe.kind, 1, encoder.embed_dim, len(classes), encoder.num_heads, probe.recipe.batch_norm)
+    heads.load_state_dict({key: tensor[index:index + 1] for key, tensor in probe.best.items()})
+    matrix = confusion_of_heads(heads.to(encoder.mean.device), *testing, len(classes), authors_defects)[0]
+    line = line | {"probe": probe.kind, "feature": "cls" if probe.kind == "linear" else "all tokens",
+                   "epochs": probe.epochs, "batch_size": probe.batch_size, **summary, **per_class(matrix)}
+    path = Path(f"{prefix}_{probe.kind}_head.pth")
+    info = ("classes", "model", "weights", "sha256", "dataset", "precision", "lr", "best_epoch")
+    content = {"kind": probe.kind, "num_heads": encoder.num_heads, "head": heads.state_dict(),
+               "accuracy": accuracy(matrix).item(), **{key: line[key] for key in info}}
+    if is_main():
+        atomic_write(path, lambda temporary: torch.save(content, temporary))
+    spread = f" +- {summary['best_acc1_std']:.2f}" if "best_acc1_std" in summary else ""
+    log(f"{probe.kind}: best {summary['best_acc1']:.2f}%{spread} (epoch {summary['best_epoch']}, learning rate "
+        f"{summary['lr']:g}; chosen on {CHOSEN_BY[line['select']]}), last {summary['acc1']:.2f}%; head in {path}")
+    if save_plots and is_main():
+        title = f"{run_title(line)}, {probe.kind}"
+        curves = {f"lr {rate:g}, seed {seed}": [epoch[k] for epoch in probe.test]
+                  for k, (rate, seed) in enumerate(zip(probe.rates, probe.seeds, strict=True))}
+        draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.png"), f"{title}: test accuracy by epoch", curves)
+        draw_confusion(Path(f"{prefix}_{probe.kind}_confusion.png"), title, matrix, classes)
+    return line
+
+
+def evaluate(path: Path, encode: Callable, encoder: Encoder, test: PatchDataset, line: dict, authors_defects: bool,
+             log: Callable[[str], None]) -> dict:
+    """Tests a saved head and returns the whole results line."""
+    heads = open_head(path, encoder, line["classes"]).to(encoder.mean.device)
+    tested = encode(test, "test", heads.kind == "attentive")
+    ids = decoded_ids(test, tested)
+    matrix = confusion_of_heads(heads, tested, ids, len(line["classes"]), authors_defects)[0]
+    percent = accuracy(matrix).item()
+    log(f"{heads.kind} head {path}: {percent:.2f}% of {len(ids)} test patches")
+    return line | {"probe": heads.kind, "acc1": percent, "num_test": len(ids), **per_class(matrix)}
 
 
 def main() -> None:
-    started = time.monotonic()
-    args = parse_arguments()
+    """Encodes once, trains all probes on the features, and writes a head and a results line for each."""
+    args, started = parse_arguments(), time.monotonic()
     if args.table:
         print_table(args.output_dir)
         return
     device, log = setup(args)
-    output = args.output_dir
 
+    # Data and encoder
     train, test = load_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images)
-    classes = train.classes
     held_out = hold_out(train, args.seed) if args.select == "held-out" else torch.zeros(train.num_patches).bool()
-    num_train = int((~held_out).sum())
-    if args.batch_size and args.batch_size > num_train:
-        raise UserError(f"--batch-size {args.batch_size} is larger than the training set ({num_train} patches); "
-                        "take at most that, or leave it out")
-    augmented = args.dataset in IMAGES and not args.no_augment
     options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
     encoder = load_encoder(args, device, log, projector=False, **options)
-    result = {"task": "classify", "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
-              "dataset": args.dataset, "world_size": world_size(), "precision": args.precision, "seed": args.seed,
-              "select": args.select, "num_train": num_train, "num_held_out": int(held_out.sum()),
-              "num_test": test.num_patches, "classes": classes, "args": args_to_json(args)}
-    marks = caveats(result)
-    log(f"{args.model} from {encoder.weights} (SHA-256 {encoder.sha256}); {args.dataset}: {train.num_patches} training "
-        f"and {test.num_patches} test patches of {len(classes)} classes" + (f" [{marks}]" if marks else ""))
-    name = f"{args.model}_{args.dataset}".replace("/", "-")
+    encode = partial(encode_features, encoder, precision=args.precision, workers=args.workers, place=args.cache,
+                     folder=args.cache_dir or args.output_dir, keep=args.cache_dir, log=log)
+    line = start_line("classify", args, encoder) | {"select": args.select, "classes": train.classes}
+    log(f"{run_title(line)}: {train.num_patches} training and {test.num_patches} test patches of "
+        f"{len(train.classes)} classes")
 
-    def features(dataset, label, with_tokens):
-        return encode_features(encoder, dataset, label, with_tokens, args.precision, args.workers, args.cache,
-                               args.cache_dir or output, args.cache_dir, log)
-
+    # A saved head is only tested
     if args.evaluate:
-        heads = open_head(args.evaluate, encoder, classes, device)
-        tested = features(test, "test", heads.kind == "attentive")
-        ids = decoded_ids(test, tested)
-        matrix = confusion_of_heads(heads, tested, ids, len(classes), args.authors_defects)[0]
-        result |= {"probe": heads.kind, "acc1": accuracy(matrix).item(), "num_test": len(ids), **per_class(matrix),
-                   "seconds": time.monotonic() - started}
-        log.open(output)
-        log(f"{heads.kind} head {args.evaluate}: {result['acc1']:.2f}% of {len(ids)} test patches")
-        if is_main():
-            append_result(output, result)
+        line = evaluate(args.evaluate, encode, encoder, test, line, args.authors_defects, log)
+        log.open(args.output_dir)
+        append_result(args.output_dir, line | {"seconds": time.monotonic() - started})
         return
 
-    kinds = [kind for kind in args.probe if kind != "knn"]
-    probes = []
-    for kind in kinds:
-        recipe = RECIPES["images" if args.dataset in IMAGES else "parts"][kind]
-        batch_size = args.batch_size or min(recipe.batch_size, num_train)
-        rates = args.lr or [recipe.lr * batch_size / recipe.batch_size]
-        log(f"{kind}: batches of {batch_size} (published: {recipe.batch_size}), learning rates "
-            f"{', '.join(f'{rate:g}' for rate in rates)}, {args.seeds} heads each, {args.epochs} epochs")
-        probes.append(Probe(kind, recipe, batch_size, rates, range(args.seed, args.seed + args.seeds), args.epochs,
-                            encoder.embed_dim, len(classes), encoder.num_heads, device))
-    fixed = {key: value for key, value in args_to_json(args).items() if key not in FREE_ON_RESUME}
-    fixed |= {"the weights' SHA-256": encoder.sha256, "the number of training patches": num_train}
-    checkpoint, first_epoch = output / f"{name}_checkpoint.pth", 0
-    if args.resume and checkpoint.is_file():
-        first_epoch = load_checkpoint(checkpoint, fixed, probes)
-        log(f"resumed after epoch {first_epoch}")
-    elif args.resume:
-        log(f"{checkpoint} does not exist: starting from the beginning")
+    # Probes, new or as the checkpoint of a stopped run left them
+    num_train = int((~held_out).sum())
+    recipes = RECIPES["images" if args.dataset in IMAGES else "parts"]
+    probes = make_probes([kind for kind in args.probe if kind != "knn"], recipes, args.batch_size, args.lr,
+                         range(args.seed, args.seed + args.seeds), args.epochs, num_train, encoder,
+                         len(train.classes), log)
+    settings = {key: value for key, value in args_to_json(args).items() if key not in FREE_ON_RESUME}
+    settings |= {"the weights' SHA-256": encoder.sha256, "the number of training patches": num_train}
+    prefix = args.output_dir / f"{args.model}_{args.dataset}".replace("/", "-")
+    checkpoint = Path(f"{prefix}_checkpoint.pth")
+    done = load_checkpoint(checkpoint, settings, probes, log) if args.resume else 0
 
-    attentive = "attentive" in kinds
-    tested = features(test, "test", attentive)
-    test_ids = decoded_ids(test, tested)
-    trained = None
-    if not augmented or "knn" in args.probe:
-        trained = features(train, "training set", attentive and not augmented)
-    usable = decoded_ids(train, trained) if trained else torch.arange(train.num_patches)
-    train_ids, held_out_ids = usable[~held_out[usable]], usable[held_out[usable]]
-    choosing, choosing_ids = (tested, test_ids) if args.select == "test" else (trained, held_out_ids)
-    if augmented and args.select == "held-out" and kinds:
-        subset = held_out_images(train, held_out)
-        choosing = features(subset, "held-out", attentive)
-        choosing_ids = decoded_ids(subset, choosing)
-    result |= {"num_train": len(train_ids), "num_held_out": len(held_out_ids), "num_test": len(test_ids)}
-    encoded = time.monotonic()
-    log.open(output)
-    log(f"features are ready after {encoded - started:.1f} s")
+    # Features
+    augmented = args.dataset in IMAGES and not args.no_augment
+    training, holding, choosing, testing = encode_subsets(encode, train, test, held_out, args.probe, augmented)
+    log.open(args.output_dir)
+    line |= {"num_train": len(training.ids), "num_held_out": len(holding.ids), "num_test": len(testing.ids),
+             "seconds_features": time.monotonic() - started}
+    log(f"features are ready after {line['seconds_features']:.1f} s")
 
-    chosen_by = "the test set, as in the paper" if args.select == "test" else "a held-out tenth of the training images"
-    views = RandomViews(train, random_crop_flip(), args.seed) if augmented else None
-    progress, saved = Progress(args.epochs, "training", "epochs"), time.monotonic()
-    progress.update(first_epoch)
-    for epoch in range(first_epoch, args.epochs if probes else 0):
-        order = shuffled(train_ids, args.seed, epoch)
-        if augmented:
-            train_on_views(probes, encoder, views, order, epoch, args.precision, args.workers)
-        else:
-            for probe in probes:
-                train_on_features(probe, trained, order, epoch)
-        for probe in probes:
-            percent = accuracy(confusion_of_heads(probe.heads, tested, test_ids, len(classes), args.authors_defects))
-            score = percent if args.select == "test" else accuracy(confusion_of_heads(
-                probe.heads, choosing, choosing_ids, len(classes), args.authors_defects))
-            probe.record(score, percent)
-        progress.update()
-        if augmented or epoch % 10 == 9:
-            log(f"epoch {epoch + 1}: " + "; ".join(
-                f"{probe.kind} " + " ".join(f"{value:.2f}" for value in probe.test[-1]) for probe in probes))
-        if time.monotonic() - saved >= args.checkpoint_seconds and epoch + 1 < args.epochs:
-            save_checkpoint(checkpoint, fixed, epoch + 1, probes)
-            saved = time.monotonic()
-    result |= {"seconds_features": encoded - started, "seconds_training": time.monotonic() - encoded}
-    log(f"trained in {result['seconds_training']:.1f} s; {memory_peak(device)}")
+    # Training
+    if probes:
+        views = RandomViews(train, random_crop_flip(), args.seed) if augmented else None
+        train_probes(probes, encoder, training, choosing, testing, views, range(done, args.epochs), args.seed,
+                     args.precision, args.workers, args.authors_defects, partial(save_checkpoint, checkpoint, settings),
+                     args.checkpoint_seconds, log)
+    line["seconds_training"] = time.monotonic() - started - line["seconds_features"]
+    log(f"trained in {line['seconds_training']:.1f} s; {memory_peak(device)}")
 
-    results = []
-    for probe in probes:
-        summary = probe.summary()
-        index = summary.pop("index")
-        heads = build_heads(probe.kind, 1, encoder.embed_dim, len(classes), encoder.num_heads, probe.recipe.batch_norm)
-        heads.load_state_dict({key: tensor[index:index + 1] for key, tensor in probe.best.items()})
-        matrix = confusion_of_heads(heads.to(device), tested, test_ids, len(classes), args.authors_defects)[0]
-        line = result | {"probe": probe.kind, "feature": "cls" if probe.kind == "linear" else "all tokens",
-                         "epochs": args.epochs, "batch_size": probe.batch_size, **summary, **per_class(matrix)}
-        path = output / f"{name}_{probe.kind}_head.pth"
-        info = ("classes", "model", "weights", "sha256", "dataset", "precision", "lr", "best_epoch")
-        save_head(path, probe.kind, encoder.num_heads, heads.state_dict(),
-                  {key: line[key] for key in info} | {"accuracy": accuracy(matrix).item()})
-        spread = f" +- {summary['best_acc1_std']:.2f} over {args.seeds} seeds" if args.seeds > 1 else ""
-        log(f"{probe.kind}: best {summary['best_acc1']:.2f}%{spread} (epoch {summary['best_epoch']}, learning rate "
-            f"{summary['lr']:g}; chosen on {chosen_by}), last {summary['acc1']:.2f}%; head in {path}")
-        results.append(line)
-        if args.save_plots and is_main():
-            curves = {f"lr {rate:g}, seed {seed}": [epoch[k] for epoch in probe.test]
-                      for k, (rate, seed) in enumerate(zip(probe.rates, probe.seeds, strict=True))}
-            title = f"{args.model}, {args.dataset}, {probe.kind}" + (f" [{marks}]" if marks else "")
-            draw_curves(output / f"{name}_{probe.kind}_accuracy.png", f"{title}: test accuracy by epoch", curves)
-            draw_confusion(output / f"{name}_{probe.kind}_confusion.png", title, matrix, classes)
+    # Report
+    lines = [report(probe, line, testing, encoder, args.authors_defects, args.save_plots, prefix, log)
+             for probe in probes]
     if "knn" in args.probe:
-        line = run_knn(trained, train_ids, held_out_ids, tested, test_ids, len(classes))
-        log("knn: " + ", ".join(f"{percent:.2f}% (k = {k})" for k, percent in line["acc1_by_k"].items())
-            + f"; best {line['best_acc1']:.2f}%, k chosen on {chosen_by}")
-        results.append(result | {"probe": "knn", "feature": "cls", **line})
+        lines.append(run_knn(training, holding, testing, line, log))
+    for one in lines:
+        append_result(args.output_dir, one | {"seconds": time.monotonic() - started})
     if is_main():
-        for line in results:
-            append_result(output, line | {"seconds": time.monotonic() - started})
         checkpoint.unlink(missing_ok=True)
     barrier()
 

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -36,9 +35,9 @@ from utils.results import (
     append_result,
     args_to_json,
     beside_published,
-    caveats,
     markdown_table,
     read_results,
+    run_title,
 )
 from utils.run import (
     Log,
@@ -47,14 +46,15 @@ from utils.run import (
     add_common_arguments,
     autocast,
     exit_with_one_line_errors,
+    load_saved,
     positive_int,
     setup,
 )
 from utils.storage import atomic_write, free_memory
 
-# What a feature file holds.
-FEATURE_FILE = {"features", "ids", "labels", "classes", "paths", "model", "weights", "sha256", "dataset", "precision",
-                "crop_scale", "keypoints", "authors_defects"}
+# The arguments that features are made with, and all that a source of features (and its file) holds.
+PROTOCOL = ("model", "dataset", "precision", "crop_scale", "keypoints", "authors_defects")
+FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "weights", "sha256", *PROTOCOL)
 # Patches that the published rule leaves of the whole data set, where it is known; the table marks other numbers.
 FULL_PATCHES = {"cub": 30543}
 
@@ -204,27 +204,26 @@ def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[s
     return {name: torch.cat(rows[name]) for name in features}, torch.cat(ids)
 
 
-def save_features(path: Path, content: dict) -> None:
-    """Writes a feature file: {"features": {name: [N, D]}, "ids": [N], ...}, tensors and plain values only."""
+def save_features(path: Path, source: dict, device: torch.device) -> None:
+    """Writes a source whose rows all processes share: tensors and plain values only. Raises UserError."""
+    whole = {name: gather_rows(rows).cpu() for name, rows in source["features"].items()}
+    content = {**source, "features": whole, "ids": gather_rows(source["ids"].to(device)).cpu()}
     try:
-        atomic_write(path, lambda temporary: torch.save(content, temporary))
+        if is_main():
+            atomic_write(path, lambda temporary: torch.save(content, temporary))
     except (OSError, RuntimeError) as error:
         raise UserError(f"--save-features {path}: cannot be written ({error}); choose another path") from None
 
 
 def load_features(path: Path) -> dict:
-    """Reads a feature file of save_features; of its rows, this process's share. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"--load-features {path}: no such file; write one with --save-features")
+    """Reads what save_features wrote; of its rows, this process's share. Raises UserError."""
+    content = load_saved(path, "a whole feature file", FEATURE_FILE, option="--load-features ")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
         share = slice(shard(len(content["ids"])).start, shard(len(content["ids"])).stop)
-        content["features"] = {name: rows[share] for name, rows in content["features"].items()}
-        if not content.keys() >= FEATURE_FILE:
-            raise KeyError
-        return {**content, "ids": content["ids"][share]}
-    except (RuntimeError, KeyError, TypeError, EOFError, OSError, UnpicklingError):
-        raise UserError(f"--load-features {path}: not a whole feature file; write it again") from None
+        features = {name: rows[share] for name, rows in content["features"].items()}
+        return {**content, "features": features, "ids": content["ids"][share]}
+    except (TypeError, AttributeError):
+        raise UserError(f"--load-features {path} is not a whole feature file; write it again") from None
 
 
 def load_dataset(name: str, root: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
@@ -254,43 +253,29 @@ def load_dataset(name: str, root: Path | None, keypoints: Sequence[str] | None, 
     return load_cub(root, parts=numbers, **options) if name == "cub" else load_coco(root, "train", numbers, **options)
 
 
-def extract_features(args: argparse.Namespace, device: torch.device, log: Log) -> dict:
-    """Builds what the arguments name and encodes it: what load_features gives, from images."""
-    dataset = load_dataset(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images, args.seed,
-                           args.skip_bad_images)
-    options = {}
-    if args.authors_defects:
-        defects = {"mae": {"shuffle_patches": True}, "dino": {"branch": "student"}}
-        if args.model not in defects:
-            raise UserError(f"--authors-defects: none is known for {args.model} in retrieval, only for mae and dino")
-        if args.model == "dino" and args.weights == "random":
-            raise UserError("--authors-defects: a random control has no student; give a full checkpoint of DINO")
-        options = defects[args.model]
-    wanted = args.features
-    if wanted:
-        projector = "projected" in wanted
-    else:
-        # The paper's table has a projected column wherever the official full file has a projector.
-        projector = True if args.weights == "official" and args.model in WITH_PROJECTOR else None
-    encoder = load_encoder(args, device, log, projector=projector, **options)
-    names = wanted or ["cls", "avg"] + ["projected"] * encoder.has_projector
-    need = dataset.num_patches * encoder.embed_dim * 4 * len(names)
-    log(f"{args.dataset}: {len(dataset)} images, {dataset.num_patches} patches; features need {need / 1e9:.2f} GB")
-    if need > free_memory(device):
-        raise UserError(f"features need {need / 1e9:.1f} GB, {free_memory(device) / 1e9:.1f} GB are free on {device}; "
-                        "take fewer --features or --num-images")
-    features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device)
-    is_grid = args.dataset == "imagenet"
-    return {"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
-            "paths": [image.path for image in dataset.images] if is_grid else [],
-            "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256, "dataset": args.dataset,
-            "precision": args.precision, "crop_scale": args.crop_scale, "keypoints": args.keypoints,
-            "authors_defects": args.authors_defects}
+def defect_options(model: str, weights: str) -> dict:
+    """Options of build_model that bring back a defect of the authors' code. Raises UserError where none is known."""
+    defects = {"mae": {"shuffle_patches": True}, "dino": {"branch": "student"}}
+    if model not in defects:
+        raise UserError(f"--authors-defects: none is known for {model} in retrieval, only for mae and dino")
+    if model == "dino" and weights == "random":
+        raise UserError("--authors-defects: a random control has no student; give a full checkpoint of DINO")
+    return defects[model]
+
+
+def check_memory(num_patches: int, width: int, device: torch.device) -> str:
+    """What the features need, for the log. Raises UserError where they do not fit on the device."""
+    need, free = num_patches * width * 4 / 1e9, free_memory(device) / 1e9
+    if need > free:
+        raise UserError(f"features need {need:.1f} GB, {free:.1f} GB are free on {device}; "
+                        "use fewer --features or --num-images")
+    return f"features need {need:.2f} GB"
 
 
 def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None, seed: int, device: torch.device,
             log: Log) -> dict:
     """AP and mAP of every feature of a source, all processes together; returns the metrics of a results line."""
+    log(f"{run_title(source)}, {source['precision']}")
     ids = gather_rows(source["ids"].to(device)).cpu()
     labels = source["labels"][ids]
     if len(ids) == 0:
@@ -366,14 +351,16 @@ def table(folder: Path) -> str:
     return text
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """The command line. Raises UserError for values that cannot be."""
     parser = OneLineParser(__doc__)
     add_common_arguments(parser, METHODS, ("cub", "coco", "imagenet", "synthetic"), batch_size=256)
     group = parser.add_argument_group("retrieval")
     group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
                        help="(default: cls and avg, and projected where the checkpoint has a projector)")
     group.add_argument("--crop-scale", type=float, default=0.5,
-                       help="patch side over d: 0.5 as the authors' code, 1.0 as the paper's text (default: 0.5)")
+                       help="patch side / distance to the next keypoint: 0.5 as the authors' code, 1.0 as the paper's "
+                            "text (default: %(default)s)")
     group.add_argument("--keypoints", nargs="+", metavar="N", help="numbers from 1 (synthetic: names), or all")
     group.add_argument("--exclude-query", action="store_true", help="leave the query out of its own ranking")
     group.add_argument("--num-queries", type=positive_int, metavar="N", help="a seeded sample, with its standard error")
@@ -385,48 +372,65 @@ def main() -> None:
     group.add_argument("--skip-bad-images", action="store_true", help="count undecodable images instead of stopping")
     group.add_argument("--authors-defects", action="store_true", help="MAE: shuffled tokens; DINO: the student")
     group = parser.add_argument_group("picture sheets (--dataset imagenet: any folder of images)")
-    group.add_argument("--queries", type=positive_int, default=10, metavar="N", help="query patches, drawn by the seed")
+    group.add_argument("--queries", type=positive_int, default=10, metavar="N",
+                       help="query patches, drawn by the seed (default: %(default)s)")
     group.add_argument("--query", nargs="+", default=[], metavar="PATH:POSITION", help="these instead")
-    group.add_argument("--top", type=positive_int, default=24, help="patches shown (paper 24, code 84)")
-    group.add_argument("--columns", type=positive_int, default=6, help="of patches in a block")
+    group.add_argument("--top", type=positive_int, default=24,
+                       help="patches shown (paper 24, code 84; default: %(default)s)")
+    group.add_argument("--columns", type=positive_int, default=6, help="of patches in a block (default: %(default)s)")
     args = parser.parse_args()
+    if args.save_features and not args.save_features.parent.is_dir():
+        raise UserError(f"--save-features {args.save_features}: the folder does not exist; make it first")
+    return args
 
+
+def main() -> None:
+    """Encodes a data set, or loads features, and ranks every patch against all others, or draws picture sheets."""
+    args, started = parse_arguments(), time.monotonic()
     if args.table:
         print(table(args.output_dir))
         return
-    start = time.monotonic()
     device, log = setup(args)
-    if args.save_features and not args.save_features.parent.is_dir():
-        raise UserError(f"--save-features {args.save_features}: the folder does not exist; make it first")
+
+    # Features: from files, or encoded here
     if args.load_features:
         sources = [load_features(path) for path in args.load_features]
     else:
-        sources = [extract_features(args, device, log)]
+        dataset = load_dataset(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
+                               args.seed, args.skip_bad_images)
+        # The paper's table has a projected column wherever the official full file has a projector.
+        official = args.weights == "official" and args.model in WITH_PROJECTOR
+        projector = "projected" in args.features if args.features else official or None
+        options = defect_options(args.model, args.weights) if args.authors_defects else {}
+        encoder = load_encoder(args, device, log, projector=projector, **options)
+        names = args.features or ["cls", "avg"] + ["projected"] * encoder.has_projector
+        log(f"{args.dataset}: {len(dataset)} images, {dataset.num_patches} patches; "
+            + check_memory(dataset.num_patches, encoder.embed_dim * len(names), device))
+        features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device)
+        paths = [image.path for image in dataset.images] if args.dataset == "imagenet" else []
+        sources = [{"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
+                    "paths": paths, "weights": encoder.weights, "sha256": encoder.sha256,
+                    **{name: vars(args)[name] for name in PROTOCOL}}]
     if args.save_features:
-        whole = {name: gather_rows(rows).cpu() for name, rows in sources[0]["features"].items()}
-        ids = gather_rows(sources[0]["ids"].to(device)).cpu()
-        if is_main():
-            save_features(args.save_features, {**sources[0], "features": whole, "ids": ids})
-    about = {"world_size": world_size(), "seed": args.seed, "args": args_to_json(args)}
+        save_features(args.save_features, sources[0], device)
+
+    # Average precision of every source, or one sheet for all of them
     if sources[0]["paths"]:
         files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed, args.output_dir,
                              device)
         log(f"{len(files)} sheets in {args.output_dir}")
-        results = [{"sheets": files, "models": [source["model"] for source in sources]}]
+        results = [{"task": "retrieval-sheets", "sheets": files, "models": [source["model"] for source in sources]}]
     else:
-        results = []
-        for source in sources:
-            marks = caveats(source)
-            log(f"{source['model']} on {source['dataset']}{f' ({marks})' if marks else ''}, {source['precision']}")
-            results.append(retrieval_metrics(source, args.exclude_query, args.num_queries, args.seed, device, log))
+        results = [{"task": "retrieval",
+                    **retrieval_metrics(source, args.exclude_query, args.num_queries, args.seed, device, log)}
+                   for source in sources]
     log.open(args.output_dir)
+
+    # Results, of what the features were made with: they may come from files
     for source, result in zip(sources, results, strict=False):
-        # Of the features, which may come from a file: the arguments of this run need not be those they were made with.
-        names = ("model", "weights", "sha256", "dataset", "precision", "crop_scale", "keypoints", "authors_defects")
-        line = {"task": "retrieval" if "num_patches" in result else "retrieval-sheets",
-                **{name: source[name] for name in names}, **about, "seconds": time.monotonic() - start, **result}
-        if is_main():
-            append_result(args.output_dir, line)
+        made_with = {name: source[name] for name in ("weights", "sha256", *PROTOCOL)}
+        append_result(args.output_dir, {**made_with, "world_size": world_size(), "seed": args.seed,
+                                        "args": args_to_json(args), "seconds": time.monotonic() - started, **result})
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ trained on.
 """
 
 import argparse
-import json
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,47 +23,68 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets.segmentation import PROTOCOLS, in_order, open_split
+from datasets.segmentation import PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_split
 from datasets.segmentation_pictures import figure6, save_picture, tables
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from models import METHODS, Encoder, load_encoder
+from models.knn_segmentation import NEIGHBOURS, KNNSegmenter, fill_memory
+from models.probes import BatchNorm
 from models.segmentation_head import LinearHead, upsampled_cross_entropy
 from utils import UserError
 from utils.distributed import all_reduce, is_main, shard, world_size
-from utils.results import append_result, args_to_json, caveats
+from utils.results import append_result, run_title, start_line
 from utils.run import (
-    Log,
     OneLineParser,
     Progress,
     add_common_arguments,
     autocast,
+    check_same_run,
     exit_with_one_line_errors,
+    load_saved,
     non_negative_int,
     positive_int,
     setup,
 )
 from utils.storage import atomic_write
 
-BLOCKS = (3, 5, 7, 11)
+# The blocks after which features are taken, as shares of the depth: 3 5 7 11 of 12 blocks, 7 11 15 23 of 24.
+DEPTH_SHARES = (4 / 12, 6 / 12, 8 / 12, 1)
 # The study decays the bias too, but not in its configurations of these methods.
 NO_BIAS_DECAY = ("mae", "beit", "cae")
 # Logits of one pass over sliding windows, in bytes.
 WINDOW_BYTES = {"cuda": 8 << 30, "cpu": 512 << 20}
 # What a checkpoint must agree on with the run that resumes it.
-SETTINGS = ("model", "dataset", "layers", "iterations", "batch_size", "lr", "weight_decay", "warmup_iterations",
-            "base_scale", "crop_size", "seed", "precision")
+HEAD_INPUT = ("layers", "norm", "batch_norm")
+SETTINGS = ("model", "dataset", *HEAD_INPUT, "select", "iterations", "batch_size", "lr", "weight_decay",
+            "warmup_iterations", "base_scale", "crop_size", "seed", "precision")
+CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the training images"}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(__doc__, prog="segment.py")
     add_common_arguments(parser, METHODS, tuple(PROTOCOLS), batch_size=16)
-    group = parser.add_argument_group("training")
-    group.add_argument("--layers", type=non_negative_int, nargs="+", metavar="BLOCK",
-                       help="blocks, counted from 0 (default: 3 5 7 11)")
+    group = parser.add_argument_group("probes")
+    group.add_argument("--probe", nargs="+", choices=("linear", "knn"), default=["linear"],
+                       help="a trained linear head, nearest neighbours among patches of the training images, or both")
+    group.add_argument("--memory-size", type=positive_int, default=1_024_000, metavar="N",
+                       help="knn: patches kept (default: %(default)s)")
+    group.add_argument("--neighbours", type=positive_int, default=NEIGHBOURS, help="knn: (default: %(default)s)")
+    group.add_argument("--passes", type=positive_int, default=2,
+                       help="knn: over the training images, in other crops (default: %(default)s)")
+    group = parser.add_argument_group("training of the linear head")
+    group.add_argument("--layers", nargs="+", metavar="BLOCK",
+                       help="blocks whose tokens are concatenated, counted from 0, or last, or last4 (default: the "
+                            "paper's, 3 5 7 11 of 12, and the same shares of another depth)")
+    group.add_argument("--norm", action="store_true", help="apply the encoder's final norm to these tokens")
+    group.add_argument("--batch-norm", action="store_true", help="batch normalisation of the tokens before the head")
     group.add_argument("--iterations", type=positive_int, default=160_000, help="(default: %(default)s)")
-    group.add_argument("--lr", type=float, default=4e-4, help="(default: %(default)s)")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="(default: %(default)s)")
+    group.add_argument("--lr", type=float, nargs="+", default=[4e-4],
+                       help="one or several: a head for each pair with --weight-decay (default: 4e-4)")
+    group.add_argument("--weight-decay", type=float, nargs="+", default=[0.05], help="(default: 0.05)")
+    group.add_argument("--select", choices=("test", "held-out"), default="test",
+                       help="what chooses among several heads: the test images (default), or a tenth of the training "
+                            "images, which are then not trained on")
     group.add_argument("--warmup-iterations", type=non_negative_int,
                        help="(default: 1500, but at most a tenth of the iterations)")
     group.add_argument("--cache", choices=("auto", "gpu", "cpu", "disk"), default="auto",
@@ -84,29 +106,52 @@ def parse_arguments() -> argparse.Namespace:
                        help="test as the authors' code does: a label equal to the class count counts as the last "
                             "class, and a window smaller than the crop repeats the window before it")
     group.add_argument("--figure6", type=Path, metavar="PNG", help="no run: draw figure 6 with the results beside it")
-    args = parser.parse_args()
+    return check_arguments(parser.parse_args())
+
+
+def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in the data set's protocol where an option was not given. Raises UserError for values that cannot be."""
     protocol = PROTOCOLS[args.dataset]
     for name in ("base_scale", "test_scale", "crop_size", "stride"):
         setattr(args, name, getattr(args, name) or getattr(protocol, name))
     if args.warmup_iterations is None:
         args.warmup_iterations = min(1500, args.iterations // 10)
+    args.probe = ["linear"] if args.evaluate else list(dict.fromkeys(args.probe))
+    if min(*args.lr, 1) <= 0 or min(args.weight_decay) < 0:
+        raise UserError("--lr must be positive and --weight-decay must not be negative")
+    for name in ("lr", "weight_decay"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if args.seed < 0:
-        parser.error("--seed is negative; take a whole number from 0")
+        raise UserError(f"--seed {args.seed} is negative; use a whole number from 0")
     return args
 
 
 class Segmenter(nn.Module):
-    """Frozen encoder and trainable head: normalised images [B, 3, h, w] -> logits float32 [B, K, h, w], any h and w."""
+    """Frozen encoder and trainable head: normalised images [B, 3, h, w] -> logits float32 [B, K, h, w], any h and w.
 
-    def __init__(self, encoder: Encoder, head: LinearHead, layers: Sequence[int], precision: str):
+    norm: the encoder's final norm on every block's tokens; batch_norm: their channels normalised over all processes'
+    batches, without affine parameters, which the head's own weights make needless.
+    """
+
+    def __init__(self, encoder: Encoder, head: LinearHead, layers: Sequence[int], precision: str, norm: bool = False,
+                 batch_norm: bool = False):
         super().__init__()
-        self.encoder, self.head, self.layers, self.precision = encoder, head, layers, precision
+        self.encoder, self.head, self.layers, self.precision, self.norm = encoder, head, layers, precision, norm
+        self.batch_norm = BatchNorm(1, len(layers) * encoder.embed_dim, eps=1e-5) if batch_norm else None
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """[B, 3, h, w], divisible by the patch size -> the head's input, a list of [B, D, h/p, w/p]; no gradients."""
+        with torch.inference_mode(), autocast(images.device, self.precision):
+            blocks = self.encoder.get_intermediate_layers(images, n=self.layers, reshape=True, norm=self.norm)
+        if self.batch_norm is None:
+            return blocks
+        tokens = torch.cat(blocks, dim=1).float().movedim(1, -1)
+        with torch.no_grad():
+            return [self.batch_norm(tokens.flatten(0, 2)[None])[0].view_as(tokens).movedim(-1, 1)]
 
     def patch_logits(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, h, w], divisible by the patch size -> [B, K, h/p, w/p]; gradients reach the head only."""
-        with torch.inference_mode(), autocast(images.device, self.precision):
-            blocks = self.encoder.get_intermediate_layers(images, n=self.layers, reshape=True, norm=False)
-        return self.head(blocks)
+        return self.head(self.features(images))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[2:]
@@ -123,34 +168,45 @@ def linear_learning_rate(iteration: int, lr: float, total: int, warmup: int, war
     return regular * (1 - (1 - iteration / warmup) * (1 - warmup_ratio)) if iteration < warmup else regular
 
 
-def train(segmenter: Segmenter, optimizer: torch.optim.Optimizer, batches: Iterator, iterations: range, batch_size: int,
-          lr: float, warmup: int, after_iteration: Callable[[int], None], log: Log) -> None:
-    """The training loop, from iterations.start to the end of the schedule, iterations.stop.
+def train(segmenter: Segmenter, heads: Sequence[LinearHead], optimizer: torch.optim.Optimizer, batches: Iterator,
+          iterations: range, batch_size: int, warmup: int, save: Callable[[int], None], save_every: int,
+          test: Callable[[], dict], test_every: int | None, log: Callable[[str], None]) -> None:
+    """Trains all heads on the same features, from iterations.start to the end of the schedule, iterations.stop.
 
-    after_iteration is called with the number of iterations done. Raises UserError when the loss is not finite.
+    The optimiser's groups hold their base learning rate as initial_lr. save(iterations done) is called every save_every
+    iterations and at the end, test() every test_every before the end. Raises UserError when a loss is not finite.
     """
-    head, progress, losses = segmenter.head, Progress(len(iterations), "training", "iterations"), []
+    progress, losses = Progress(len(iterations), "training", "iterations"), []
+    segmenter.train()
     for iteration, (images, labels) in zip(iterations, batches, strict=True):
         for group in optimizer.param_groups:
-            group["lr"] = linear_learning_rate(iteration, lr, iterations.stop, warmup)
-        pixels = batch_size * labels.shape[1] * labels.shape[2]
-        loss = upsampled_cross_entropy(segmenter.patch_logits(images), labels, total_pixels=pixels)
+            group["lr"] = linear_learning_rate(iteration, group["initial_lr"], iterations.stop, warmup)
         optimizer.zero_grad()
-        loss.backward()
+        features, pixels = segmenter.features(images), batch_size * labels.shape[1] * labels.shape[2]
+        for head in heads:
+            loss = upsampled_cross_entropy(head(features), labels, total_pixels=pixels)
+            loss.backward()
+            losses.append(loss.detach())
         # The loss is divided by the pixels of the global batch, so that the processes' gradients add up.
-        for parameter in head.parameters():
-            all_reduce(parameter.grad)
+        for head in heads:
+            for parameter in head.parameters():
+                all_reduce(parameter.grad)
         optimizer.step()
-        losses.append(loss.detach())
         done = iteration + 1
-        if len(losses) == 50 or done == iterations.stop:
-            mean = all_reduce(torch.stack(losses).mean()).item()
-            log(f"iteration {done}/{iterations.stop}: loss {mean:.4f}, lr {optimizer.param_groups[0]['lr']:.2e}")
-            if not np.isfinite(mean):
-                raise UserError(f"the loss is {mean} near iteration {done}; lower --lr, or take --precision fp32")
+        if len(losses) == 50 * len(heads) or done == iterations.stop:
+            means = all_reduce(torch.stack(losses).view(-1, len(heads)).mean(0)).tolist()
+            log(f"iteration {done}/{iterations.stop}: loss {' '.join(f'{mean:.4f}' for mean in means)}, "
+                f"lr {optimizer.param_groups[0]['lr']:.2e}")
+            if not np.isfinite(means).all():
+                raise UserError(f"the loss is {means[int(np.isfinite(means).argmin())]} near iteration {done}; "
+                                "lower --lr, or use --precision fp32")
             losses = []
         progress.update()
-        after_iteration(done)
+        if done % save_every == 0 or done == iterations.stop:
+            save(done)
+        if test_every and done % test_every == 0 and done < iterations.stop:
+            log(f"after iteration {done}: {summary(test())}")
+            segmenter.train()
 
 
 def window_boxes(height: int, width: int, crop_size: int, stride: int) -> list[tuple[int, int, int, int]]:
@@ -235,6 +291,11 @@ def segmentation_metrics(confusion: torch.Tensor, num_classes: int | None = None
             "aAcc": (100 * correct.sum().double() / labelled.sum()).item(), "iou_per_class": iou, "acc_per_class": acc}
 
 
+def summary(metrics: dict) -> str:
+    return (f"mIoU {metrics['mIoU']:.2f}, mAcc {metrics['mAcc']:.2f}, aAcc {metrics['aAcc']:.2f} "
+            f"({metrics['num_images']} images)")
+
+
 class RepeatsSmallWindows:
     """The authors' sliding windows: one smaller than the crop gets the logits of the window before it (zeros at first).
 
@@ -260,6 +321,7 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
     """segmentation_metrics of a split at full resolution, each image once over all processes, and num_images.
 
     The first num_pictures images are written to picture_folder."""
+    segmenter.eval()
     mean, std = segmenter.encoder.mean, segmenter.encoder.std
     device, classes = mean.device, split.num_classes
     window_batch = min(32, max(1, WINDOW_BYTES[device.type] // (4 * classes * crop_size ** 2)))
@@ -288,11 +350,47 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
     return metrics | {"num_images": len(split)}
 
 
-def save_checkpoint(path: Path, head: LinearHead, optimizer: torch.optim.Optimizer, iteration: int, info: dict) -> None:
-    """Written whole by the main process. Raises UserError where it cannot be; the previous file is then as it was."""
+def make_heads(width: int, num_classes: int, rates: Sequence[float], decays: Sequence[float], decay_bias: bool,
+               seed: int, device: torch.device) -> tuple[nn.ModuleList, torch.optim.Optimizer]:
+    """A new head for every pair of a learning rate and a weight decay, all with the same weights, and one optimiser for
+    them (appendix A.4)."""
+    heads, groups = nn.ModuleList(), []
+    for lr in rates:
+        for decay in decays:
+            head = LinearHead(width, num_classes, torch.Generator().manual_seed(seed)).to(device)
+            heads.append(head)
+            for parameter, amount in ((head.weight, decay), (head.bias, decay * decay_bias)):
+                groups.append({"params": [parameter], "lr": lr, "initial_lr": lr, "weight_decay": amount})
+    return heads, torch.optim.AdamW(groups, fused=device.type == "cuda")
+
+
+def choose_head(segmenter: Segmenter, heads: Sequence[LinearHead], pairs: Sequence[tuple[float, float]],
+                test: Callable[[], dict], log: Callable[[str], None]) -> dict:
+    """Gives the segmenter the head of the best mIoU. pairs: (learning rate, weight decay) of each head. Returns those
+    of the chosen one and, where there are several, the mIoU of each, for the results line."""
+    scores = [0.0]
+    if len(heads) > 1:
+        scores = []
+        for segmenter.head, (lr, decay) in zip(heads, pairs, strict=True):
+            metrics = test()
+            scores.append(float(np.nan_to_num(metrics["mIoU"])))
+            log(f"learning rate {lr:g}, weight decay {decay:g}: {summary(metrics)}")
+    best = int(np.argmax(scores))
+    segmenter.head = heads[best]
+    grid = [{"lr": lr, "weight_decay": decay, "mIoU": score} for (lr, decay), score in zip(pairs, scores, strict=True)]
+    return dict(zip(("lr", "weight_decay"), pairs[best], strict=True)) | ({"heads": grid} if len(heads) > 1 else {})
+
+
+def save_checkpoint(path: Path, segmenter: Segmenter, heads: nn.ModuleList, optimizer: torch.optim.Optimizer,
+                    info: dict, iteration: int) -> None:
+    """Written whole by the main process; "head" is the segmenter's. Raises UserError where it cannot be written; the
+    previous file is then as it was."""
     if not is_main():
         return
-    content = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration, **info}
+    content = {"head": segmenter.head.state_dict(), "heads": heads.state_dict(),
+               "optimizer": optimizer.state_dict(), "iteration": iteration, **info}
+    if segmenter.batch_norm is not None:
+        content["batch_norm"] = segmenter.batch_norm.state_dict()
     try:
         atomic_write(path, lambda temporary: torch.save(content, temporary))
     except (OSError, RuntimeError) as error:
@@ -300,35 +398,121 @@ def save_checkpoint(path: Path, head: LinearHead, optimizer: torch.optim.Optimiz
                         "room and go on with --resume") from None
 
 
-def load_checkpoint(path: Path) -> dict:
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist; name one that segment.py wrote")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: checkpoint[name] for name in ("head", "optimizer", "iteration", "settings", "class_names")}
-    except Exception as error:  # torch.load raises many kinds on a file that is none of its own
-        raise UserError(f"{path} is not a checkpoint of segment.py ({type(error).__name__}); name another") from None
+def load_checkpoint(path: Path, option: str) -> dict:
+    """What save_checkpoint wrote. option: what names the file in messages. Raises UserError."""
+    keys = ("head", "heads", "optimizer", "iteration", "settings", "class_names")
+    return load_saved(path, "a checkpoint of segment.py", keys, option)
 
 
-def check_head(path: Path, checkpoint: dict, settings: dict, names: Sequence[str], must_agree: Sequence[str]) -> None:
-    """Raises UserError where a checkpoint belongs to other classes or to another run."""
-    count = len(checkpoint["head"]["bias"])
-    if count != len(names):
-        raise UserError(f"{path} is a head for {count} classes; {settings['dataset']} has {len(names)}")
-    different = [f"{name} {checkpoint['settings'][name]} there and {settings[name]} here" for name in must_agree
-                 if checkpoint["settings"][name] != settings[name]]
-    if different:
-        raise UserError(f"{path} was made by another run: {', '.join(different)}; give the same arguments")
+def load_segmenter(path: Path, encoder: Encoder, fixed: dict, dataset: str, num_classes: int,
+                   precision: str) -> tuple[Segmenter, dict]:
+    """The head of a checkpoint, for --evaluate: what linear_probe returns. fixed: the settings that must be the
+    checkpoint's. Raises UserError where they are not, or where the head is for another number of classes."""
+    checkpoint = load_checkpoint(path, "--evaluate ")
+    count, settings = len(checkpoint["head"]["bias"]), checkpoint["settings"]
+    if count != num_classes:
+        raise UserError(f"{path} is a head for {count} classes; {dataset} has {num_classes}")
+    check_same_run(path, settings, fixed, "--evaluate")
+    head = LinearHead(len(settings["layers"]) * encoder.embed_dim, count)
+    segmenter = Segmenter(encoder, head, settings["layers"], precision, settings["norm"], settings["batch_norm"])
+    restore(checkpoint, segmenter)
+    about = {"probe": "linear", "iterations": checkpoint["iteration"]} | {name: settings[name] for name in HEAD_INPUT}
+    return segmenter.to(encoder.mean.device), about
 
 
-def json_number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if np.isnan(value) else value
+def restore(checkpoint: dict, segmenter: Segmenter) -> None:
+    segmenter.head.load_state_dict(checkpoint["head"])
+    if segmenter.batch_norm is not None:
+        segmenter.batch_norm.load_state_dict(checkpoint["batch_norm"])
+
+
+def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: Sequence[str], settings: dict,
+                 test: Callable[[Segmenter], dict], choose: Callable[[Segmenter], dict], path: Path, resume: bool,
+                 save_every: int, test_every: int | None, log: Callable[[str], None]) -> tuple[Segmenter, dict]:
+    """Trains a head for every pair of a learning rate and a weight decay, and chooses one.
+
+    batches: training batches of a range of iterations. settings: by the names in SETTINGS. test, choose: segmenter ->
+    metrics, of the test images and of those that choose. path: of the checkpoint. Returns a segmenter with the chosen
+    head, and what a results line says of it. Raises UserError.
+    """
+    device, rates, decays = encoder.mean.device, settings["lr"], settings["weight_decay"]
+    heads, optimizer = make_heads(len(settings["layers"]) * encoder.embed_dim, len(names), rates, decays,
+                                  settings["model"] not in NO_BIAS_DECAY, settings["seed"], device)
+    segmenter = Segmenter(encoder, heads[0], settings["layers"], settings["precision"], settings["norm"],
+                          settings["batch_norm"]).to(device)
+    save = partial(save_checkpoint, path, segmenter, heads, optimizer,
+                   {"settings": settings, "class_names": list(names)})
+    done, total = 0, settings["iterations"]
+    if resume and path.exists():
+        checkpoint = load_checkpoint(path, "--resume: ")
+        check_same_run(path, checkpoint["settings"], settings)
+        restore(checkpoint, segmenter)
+        heads.load_state_dict(checkpoint["heads"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        done = checkpoint["iteration"]
+        log(f"resumed after iteration {done}")
+    elif resume:
+        log(f"{path} does not exist yet: from the beginning")
+    if done < total:
+        train(segmenter, heads, optimizer, batches(range(done, total)), range(done, total), settings["batch_size"],
+              settings["warmup_iterations"], save, save_every, partial(test, segmenter), test_every, log)
+    line = choose_head(segmenter, heads, list(itertools.product(rates, decays)), partial(choose, segmenter), log)
+    if len(heads) > 1:
+        log(f"learning rate {line['lr']:g}, weight decay {line['weight_decay']:g}, chosen on "
+            f"{CHOSEN_BY[settings['select']]}")
+        save(total)
+    return segmenter, line | {"probe": "linear", "iterations": total} | {name: settings[name] for name in HEAD_INPUT}
+
+
+def knn_probe(encoder: Encoder, batches: Callable[[range], Iterator], num_images: int, num_classes: int, settings: dict,
+              memory_size: int, neighbours: int, passes: int, log: Callable[[str], None]) -> tuple[nn.Module, dict]:
+    """Nearest neighbours among patches of the training images (models/knn_segmentation.py): what linear_probe returns.
+    passes: over the training images, each with other random crops."""
+    crops, size = passes * num_images, settings["batch_size"]
+    memory, labels = fill_memory(encoder, batches(range(-(-crops // size))), crops, size, settings["crop_size"],
+                                 num_classes, memory_size, settings["seed"], settings["precision"], log)
+    segmenter = KNNSegmenter(encoder, memory, labels, settings["precision"], neighbours)
+    return segmenter, {"probe": "knn", "iterations": 0, "memory": len(memory)}
+
+
+def open_training(dataset: str, data_path: Path | None, names: Sequence[str], select: str,
+                  seed: int) -> tuple[FolderSplit | SyntheticSplit, FolderSplit | SyntheticSplit | None]:
+    """(training split, held-out split): a seeded tenth of the training images, or None where the test images choose.
+    Raises UserError where the classes are not the test split's, or too few images are left."""
+    split = open_split(dataset, data_path, "train")
+    if split.names != names:
+        raise UserError(f"the training and the test split below {data_path} have different names.txt")
+    if select == "test":
+        return split, None
+    if len(split) < 2:
+        raise UserError("--select held-out needs two training images at least")
+    count = max(1, len(split) // 10)
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed)).tolist()
+    return split.subset(sorted(order[count:])), split.subset(sorted(order[:count]))
+
+
+def choose_layers(words: Sequence[str] | None, depth: int) -> list[int]:
+    """Blocks by number, "last", "last4", or None for the paper's shares of the depth. Raises UserError."""
+    if words is None:
+        return sorted({round(share * depth) - 1 for share in DEPTH_SHARES})
+    if list(words) in (["last"], ["last4"]):
+        return list(range(depth - (1 if words[0] == "last" else 4), depth))
+    if not all(word.isdigit() and int(word) < depth for word in words):
+        raise UserError(f"--layers {' '.join(words)}: this encoder has blocks 0 to {depth - 1}; or use last or last4")
+    return [int(word) for word in words]
+
+
+def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
+    """The metrics of a results line; JSON has no NaN, so that what is undefined becomes None."""
+    def plain(value):
+        return None if np.isnan(value) else value
+    return {**{key: plain(metrics[key]) for key in ("mIoU", "mAcc", "aAcc")}, "num_images": metrics["num_images"],
+            "iou_per_class": dict(zip(names, map(plain, metrics["iou_per_class"].tolist()), strict=True))}
 
 
 def main() -> None:
-    started = time.monotonic()
-    args = parse_arguments()
+    """Trains or loads a linear head, or fills a memory of patches, tests, and writes a results line for each probe."""
+    args, started = parse_arguments(), time.monotonic()
     if args.table or args.figure6:
         if args.table:
             print(tables(args.output_dir))
@@ -336,81 +520,56 @@ def main() -> None:
             figure6(args.figure6, args.output_dir)
         return
     device, log = setup(args)
-    output = args.output_dir
     if args.batch_size < world_size():
         raise UserError(f"--batch-size {args.batch_size} is less than the number of processes, {world_size()}")
 
+    # Data and encoder
     test_split = open_split(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
-    names = test_split.names
+    names, train_split, held_out = test_split.names, None, None
     if not args.evaluate:
-        train_split = open_split(args.dataset, args.data_path, "train")
-        if train_split.names != names:
-            raise UserError(f"the training and the test split below {args.data_path} have different names.txt")
+        train_split, held_out = open_training(args.dataset, args.data_path, names, args.select, args.seed)
     encoder = load_encoder(args, device, log, projector=False)
     if args.crop_size % encoder.patch_size:
         raise UserError(f"--crop-size {args.crop_size} is not divisible by the patch size {encoder.patch_size}")
-    name = f"{args.model}_{args.dataset}".replace("/", "-")
-    path = args.evaluate or output / f"{name}_segment.pt"
-    checkpoint = load_checkpoint(path) if args.evaluate or (args.resume and path.exists()) else None
-    args.layers = args.layers or (checkpoint["settings"]["layers"] if checkpoint else list(BLOCKS))
-    if max(args.layers) >= encoder.depth:
-        raise UserError(f"--layers {max(args.layers)}: {args.model} has blocks 0 to {encoder.depth - 1}")
-    settings = {key: args_to_json(args)[key] for key in SETTINGS} | {"sha256": encoder.sha256}
-    log(f"{args.model} from {encoder.weights} (SHA-256 {encoder.sha256}), blocks {args.layers}; {args.dataset}: "
-        f"{len(names)} classes, {len(test_split)} test images")
+    args.layers = choose_layers(args.layers, encoder.depth)
+    line = start_line("segment", args, encoder)
+    settings = {key: line["args"][key] for key in SETTINGS} | {"sha256": encoder.sha256}
+    log(f"{run_title(line)}: {len(names)} classes, {len(train_split or ())} training and {len(test_split)} test images")
 
-    generator = torch.Generator().manual_seed(args.seed)
-    head = LinearHead(len(args.layers) * encoder.embed_dim, len(names), generator).to(device)
-    segmenter = Segmenter(encoder, head, args.layers, args.precision)
-    bias_decay = 0.0 if args.model in NO_BIAS_DECAY else args.weight_decay
-    optimizer = torch.optim.AdamW([{"params": [head.weight]}, {"params": [head.bias], "weight_decay": bias_decay}],
-                                  lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    done = 0
-    if checkpoint:
-        must_agree = ("model", "sha256", "layers") if args.evaluate else settings
-        check_head(path, checkpoint, settings, names, must_agree)
-        head.load_state_dict(checkpoint["head"])
-        done = checkpoint["iteration"]
-    if args.resume and not args.evaluate:
-        if checkpoint:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        log(f"resumed after iteration {done}" if checkpoint else f"{path} does not exist yet: from the beginning")
+    @cache
+    def store():
+        return PixelStore(train_split, args.base_scale, device, args.output_dir, args.cache, args.workers, log)
 
-    def test(pictures=0):
-        metrics = evaluate(segmenter, test_split, args.test_scale, args.crop_size, args.stride, args.workers,
-                           args.authors_defects, output / f"{name}_pictures", pictures)
-        log(f"{args.dataset}: mIoU {metrics['mIoU']:.2f}, mAcc {metrics['mAcc']:.2f}, aAcc {metrics['aAcc']:.2f} "
-            f"({metrics['num_images']} images)")
-        return metrics
+    def batches(iterations):
+        made = training_batches(store(), iterations, args.batch_size, args.base_scale, args.crop_size, encoder.mean,
+                                encoder.std, args.seed)
+        log.open(args.output_dir)
+        return prefetched(made, device)
 
-    def after_iteration(done):
-        if done % args.checkpoint_every == 0 or done == args.iterations:
-            save_checkpoint(path, head, optimizer, done, {"settings": settings, "class_names": list(names)})
-        if args.eval_every and done % args.eval_every == 0 and done < args.iterations:
-            test()
+    def test(segmenter, split=test_split, **pictures):
+        return evaluate(segmenter, split, args.test_scale, args.crop_size, args.stride, args.workers,
+                        args.authors_defects, **pictures)
 
-    if not args.evaluate and done < args.iterations:
-        store = PixelStore(train_split, args.base_scale, device, output, args.cache, args.workers, log)
-        log.open(output)
-        batches = training_batches(store, range(done, args.iterations), args.batch_size, args.base_scale,
-                                   args.crop_size, encoder.mean, encoder.std, args.seed)
-        train(segmenter, optimizer, prefetched(batches, device), range(done, args.iterations), args.batch_size, args.lr,
-              args.warmup_iterations, after_iteration, log)
-        del store, batches
-    metrics = test(args.save_pictures)
-    log.open(output)
-    if is_main():
-        result = {"task": "segment", "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
-                  "dataset": args.dataset, "world_size": world_size(), "precision": args.precision, "seed": args.seed,
-                  "seconds": time.monotonic() - started, "iterations": done if args.evaluate else args.iterations,
-                  **{key: json_number(metrics[key]) for key in ("mIoU", "mAcc", "aAcc")},
-                  "iou_per_class": dict(zip(names, map(json_number, metrics["iou_per_class"].tolist()), strict=True)),
-                  "num_images": metrics["num_images"],
-                  "args": args_to_json(args)}
-        marks = caveats(result)
-        shown = {key: value for key, value in result.items() if key != "args"}
-        log(json.dumps(shown) + (f" [{marks}]" if marks else ""))
-        append_result(output, result)
+    # Each probe: trained, loaded or filled, then tested
+    for probe in args.probe:
+        prefix = f"{args.model}_{args.dataset}_{probe}".removesuffix("_linear").replace("/", "-")
+        if args.evaluate:
+            fixed = {name: settings[name] for name in ("model", "sha256")}
+            segmenter, about = load_segmenter(args.evaluate, encoder, fixed, args.dataset, len(names), args.precision)
+        elif probe == "linear":
+            segmenter, about = linear_probe(encoder, batches, names, settings, test,
+                                            partial(test, split=held_out or test_split),
+                                            args.output_dir / f"{prefix}_segment.pt", args.resume,
+                                            args.checkpoint_every, args.eval_every, log)
+        else:
+            segmenter, about = knn_probe(encoder, batches, len(train_split), len(names), settings, args.memory_size,
+                                         args.neighbours, args.passes, log)
+        metrics = test(segmenter, picture_folder=args.output_dir / f"{prefix}_pictures",
+                       num_pictures=args.save_pictures)
+        log.open(args.output_dir)
+        log(f"{run_title(line)}, {probe}: {summary(metrics)}")
+        append_result(args.output_dir, line | about | metrics_for_json(metrics, names)
+                      | {"seconds": time.monotonic() - started})
 
 
 if __name__ == "__main__":

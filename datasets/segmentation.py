@@ -1,12 +1,14 @@
 """The segmentation data sets by name: protocol, class names, folders, label maps; segmentation_store.py keeps them.
 
 A split has names, num_classes, len(), name(i), sizes() -> [(height, width)] and load(i) -> (uint8 [H, W, 3],
-uint8 [H, W]), the label map with 0 ("other") turned into 255 and the rest one less (appendix A.4).
+uint8 [H, W]), the label map with 0 ("other") turned into 255 and the rest one less (appendix A.4); of PartImageNet,
+whose classes count from 0, with the last label ("background") turned into 255.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +34,15 @@ class Protocol(NamedTuple):
 _ADE20K = Protocol((2048, 512), 512, (2048, 512), 341)
 _PASCAL = Protocol((520, 520), 480, (3840, 480), 161)
 _SYNTHETIC = Protocol((1024, 256), 256, (1024, 256), 171)
-PROTOCOLS = {
+PAPER_PROTOCOLS = {
     "ade20k": _ADE20K, "ade20k-object": _ADE20K, "ade20k-part": _ADE20K,
     "pascal-object": _PASCAL, "pascal-part": _PASCAL,
     "lip": Protocol((1024, 320), 320, (4096, 320), 161),
+}
+PROTOCOLS = PAPER_PROTOCOLS | {
+    # None is published for linear heads on frozen features: these are ADE20K's values. PartImageNet's test split is val
+    # here, as the study's is on every data set.
+    "partimagenet-object": _ADE20K, "partimagenet-part": _ADE20K,
     "synthetic": _SYNTHETIC, "synthetic-object": _SYNTHETIC, "synthetic-part": _SYNTHETIC,
 }
 
@@ -47,6 +54,8 @@ ROOTS = {
     "pascal-object": ("pascal_semantic", ""),
     "pascal-part": ("pascal_part", ""),
     "lip": ("LIP", ""),
+    "partimagenet-object": ("PartImageNet_Seg", ""),
+    "partimagenet-part": ("PartImageNet_Seg", ""),
 }
 # Images, label maps. {0} is train or val, {1} training or validation; the last three are LIP's own folders, the same
 # as its archives unpack, and mmsegmentation's.
@@ -58,6 +67,13 @@ LAYOUTS = (
      "TrainVal_parsing_annotations/TrainVal_parsing_annotations/{0}_segmentations"),
     ("{0}_images", "{0}_segmentations"),
 )
+# Both data sets are in one folder, with the same images.
+PARTIMAGENET_LAYOUTS = {
+    "partimagenet-object": (("images/{0}", "annotations/{0}_whole"),),
+    "partimagenet-part": (("images/{0}", "annotations/{0}"),),
+}
+PARTIMAGENET_NOTE = ("all images of PartImageNet are ImageNet training images: an encoder trained on ImageNet has seen "
+                     "those of the test split too")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -76,7 +92,7 @@ def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path,
     """The root, the image folder and the label folder of a split. Raises UserError where no known layout is there."""
     if not data_path.is_dir():
         raise UserError(f"--data-path {data_path} is not a folder")
-    layouts = LAYOUTS if dataset == "lip" else LAYOUTS[:2]
+    layouts = PARTIMAGENET_LAYOUTS.get(dataset) or (LAYOUTS if dataset == "lip" else LAYOUTS[:2])
     words = (split, {"train": "training", "val": "validation"}[split])
     for root in (data_path / name for name in ROOTS[dataset]):
         for folders in layouts:
@@ -85,7 +101,9 @@ def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path,
                 return root, images, labels
     expected = " or ".join(f"{image.format(*words)} and {label.format(*words)}" for image, label in layouts)
     raise UserError(f"{data_path} does not hold {dataset}: expected {expected}, there or in "
-                    f"{' or '.join(name for name in ROOTS[dataset] if name)}; python -m datasets.prepare makes them")
+                    f"{' or '.join(name for name in ROOTS[dataset] if name)}; "
+                    + ("unpack PartImageNet_Seg there" if dataset in PARTIMAGENET_LAYOUTS else
+                       "python -m datasets.prepare makes them"))
 
 
 class FolderSplit:
@@ -96,7 +114,8 @@ class FolderSplit:
         self.num_classes = len(self.names)
         if self.num_classes > 254:
             raise UserError(f"{root / 'names.txt'} holds {self.num_classes} names; 8-bit label maps hold up to 254")
-        self.largest_label = self.num_classes + extra_label
+        self.background = self.num_classes if dataset in PARTIMAGENET_LAYOUTS else 0
+        self.largest_label = self.num_classes + (extra_label and not self.background)
         self.pairs = pair_files(images, labels)
 
     def __len__(self) -> int:
@@ -115,9 +134,15 @@ class FolderSplit:
                             "replace one of the two files")
         return [(height, width) for (width, height), _ in pairs]
 
+    def subset(self, indices: Sequence[int]) -> "FolderSplit":
+        """Some images of this split as a split of their own."""
+        chosen = copy(self)
+        chosen.pairs = [self.pairs[index] for index in indices]
+        return chosen
+
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image_path, label_path = self.pairs[index]
-        image, label = read_image(image_path), read_label(label_path, self.largest_label)
+        image, label = read_image(image_path), read_label(label_path, self.largest_label, self.background)
         if image.shape[:2] != label.shape:
             raise UserError(f"{image_path} is {image.shape[1]} x {image.shape[0]} pixels, its label map {label_path} "
                             f"{label.shape[1]} x {label.shape[0]}; replace one of them")
@@ -131,22 +156,29 @@ class SyntheticSplit:
         self.kind, self.split = kind, split
         self.names = PART_NAMES if kind == "part" else OBJECT_NAMES
         self.num_classes = len(self.names)
+        self.numbers: Sequence[int] = range(NUM_IMAGES[split])
         self.drawn: dict[int, tuple] = {}
 
     def __len__(self) -> int:
-        return NUM_IMAGES[self.split]
+        return len(self.numbers)
 
     def name(self, index: int) -> str:
-        return f"{self.split}_{index:05}"
+        return f"{self.split}_{self.numbers[index]:05}"
+
+    def subset(self, indices: Sequence[int]) -> "SyntheticSplit":
+        chosen = copy(self)
+        chosen.numbers = [self.numbers[index] for index in indices]
+        return chosen
 
     def sizes(self, workers: int) -> list[tuple[int, int]]:
         return [self.load(index)[1].shape for index in range(len(self))]
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        if index not in self.drawn:
-            image, label = synthetic_segmentation(index, self.split, self.kind)
-            self.drawn[index] = np.array(image), reduce_label(label)
-        return self.drawn[index]
+        number = self.numbers[index]
+        if number not in self.drawn:
+            image, label = synthetic_segmentation(number, self.split, self.kind)
+            self.drawn[number] = np.array(image), reduce_label(label)
+        return self.drawn[number]
 
 
 def pair_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
@@ -182,8 +214,8 @@ def read_image(path: Path) -> np.ndarray:
             raise UserError(f"{path} cannot be decoded ({error}); replace the file") from None
 
 
-def read_label(path: Path, largest: int) -> np.ndarray:
-    """A label map as uint8 [H, W], reduced: raw 0 and 255 -> 255, the others one less.
+def read_label(path: Path, largest: int, background: int = 0) -> np.ndarray:
+    """A label map as uint8 [H, W], reduced: see reduce_label.
 
     Palette and 16-bit files give their indices. Raises UserError for a colour picture or a label above largest.
     """
@@ -198,11 +230,14 @@ def read_label(path: Path, largest: int) -> np.ndarray:
     if above.size:
         raise UserError(f"{path}: label {above.max()} is above the class count {largest}; "
                         "is it the label map of another data set? (python -m datasets.prepare)")
-    return reduce_label(raw)
+    return reduce_label(raw, background)
 
 
-def reduce_label(raw: np.ndarray) -> np.ndarray:
-    """0 -> 255, 255 -> 255, the others one less; uint8."""
+def reduce_label(raw: np.ndarray, background: int = 0) -> np.ndarray:
+    """0 -> 255, 255 -> 255, the others one less; uint8. Where the background is another label than 0, classes count
+    from 0: background -> 255, the others as they are."""
+    if background:
+        return np.where(raw == background, IGNORE, raw).astype(np.uint8)
     # In uint8, 0 - 1 is 255 and 255 - 1 is put right.
     reduced = raw.astype(np.uint8) - np.uint8(1)
     reduced[raw == IGNORE] = IGNORE

@@ -81,6 +81,15 @@ PASCAL_PART_193 = tuple(f"{name} {part}" for name, parts in PASCAL_PARTS.items()
 # The names are published only as label maps.
 ADE20K_PART_209 = tuple(f"class {label}" for label in range(1, 210))
 
+# PartImageNet_Seg: here name k, from 0, is label k. The names of the 158 objects do not come with the label maps.
+PARTIMAGENET_PART_40 = tuple(f"{name} {part}" for name, parts in {
+    "quadruped": "head torso foot tail", "biped": "head torso hand foot tail", "fish": "head torso fin tail",
+    "bird": "head torso wing foot tail", "snake": "head torso", "reptile": "head torso foot tail",
+    "car": "body tire mirror", "bicycle": "head body seat tire", "boat": "body sail",
+    "aeroplane": "head body wing engine tail", "bottle": "body mouth",
+}.items() for part in parts.split())
+PARTIMAGENET_OBJECT_158 = tuple(f"class {label}" for label in range(158))
+
 CLASS_NAMES = {
     "ade20k": ADE20K_150,
     "ade20k-object": ADE20K_OBJECT_59,
@@ -88,19 +97,24 @@ CLASS_NAMES = {
     "pascal-object": PASCAL_OBJECT_16,
     "pascal-part": PASCAL_PART_193,
     "lip": LIP_19,
+    "partimagenet-object": PARTIMAGENET_OBJECT_158,
+    "partimagenet-part": PARTIMAGENET_PART_40,
 }
 
 
 def class_names(dataset: str, root: Path | None = None) -> tuple[str, ...]:
     """The names of a data set's classes in label order: from root/names.txt where it exists, else from this file.
 
-    A names.txt may hold another number of names than the paper's (ade20k-part made from the full release does).
-    Raises UserError where it is empty or repeats a name.
+    A names.txt may hold another number of names than the paper's (ade20k-part made from the full release does); that
+    of PartImageNet, whose parts and objects share the root, holds the 158 objects. Raises UserError where it is empty,
+    repeats a name, or does not fit.
     """
     path = root / "names.txt" if root else None
-    if path is None or not path.is_file():
+    if path is None or not path.is_file() or dataset == "partimagenet-part":
         return CLASS_NAMES[dataset]
     names = tuple(path.read_text(encoding="utf-8").splitlines())
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path} is empty or holds a name twice; make it again with datasets.prepare")
+    if dataset == "partimagenet-object" and len(names) != 158:
+        raise UserError(f"{path} holds {len(names)} names; PartImageNet has 158 objects: correct or remove the file")
     return names

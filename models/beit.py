@@ -26,6 +26,7 @@ from .encoder import (
     vit_shape,
 )
 
+NESTING = "model"  # of the weights in the backbone file
 OFFICIAL = {
     "backbone": {"file": "beit_base_standard_epoch800_checkpoint-799.pth",
                  "where": "https://drive.google.com/drive/folders/1JSNzbxc9MBpNIhMRP8Vd0FFk7K5hC65q"},

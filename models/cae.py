@@ -21,6 +21,7 @@ from .encoder import (
     vit_shape,
 )
 
+NESTING = "model"  # of the weights in the backbone file
 OFFICIAL = {
     "backbone": {"file": "cae_base_1600ep.pth",
                  "where": "https://drive.google.com/drive/folders/1wwhg7nj2GQuU9uthVuQLkEEXEjx90G7g"},

@@ -15,6 +15,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -132,3 +133,59 @@ def open_checkpoint(path: Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary")
     return checkpoint
+
+
+# Under what training scripts save a model, and what they put before its keys.
+NESTINGS = ("state_dict", "model", "model_state_dict", "teacher", "student", "model_ema", "state_dict_ema", "ema")
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
+
+
+def state_dicts(content: object, path: str = "") -> dict[str, dict[str, torch.Tensor]]:
+    """The state dictionaries in a checkpoint, by where they lie: "", "model", "teacher/backbone", ..."""
+    if not isinstance(content, dict):
+        return {}
+    found = {}
+    tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor) and isinstance(key, str)}
+    if tensors:
+        found[path] = tensors
+    for prefix in PREFIXES:
+        inner = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
+        if inner:
+            found |= state_dicts(inner, f"{path}/{prefix[:-1]}".lstrip("/"))
+    for name in NESTINGS:
+        found |= state_dicts(content.get(name), f"{path}/{name}".lstrip("/"))
+    return found
+
+
+def as_official(checkpoint: dict, weights_key: str, nesting: str) -> dict:
+    """The state dictionary that lies at weights_key, under the name that official files have it. Raises CheckpointError
+    where there is none."""
+    states = state_dicts(checkpoint)
+    if weights_key not in states:
+        raise CheckpointError(f"--weights-key {weights_key}: it has {', '.join(map(repr, states)) or 'no weights'}")
+    return {nesting: states[weights_key]} if nesting else states[weights_key]
+
+
+def find_state(checkpoint: dict, load: Callable[[dict], None], weights_key: str | None = None) -> None:
+    """Calls load(state dictionary) with the only one in the checkpoint that it accepts.
+
+    load raises CheckpointError for one that does not fit. weights_key: where it lies, as state_dicts names it. Raises
+    CheckpointError where none fits, and where several do.
+    """
+    if weights_key is not None:
+        return load(as_official(checkpoint, weights_key, ""))
+    states, errors = state_dicts(checkpoint), {}
+    for where, state in states.items():
+        try:
+            load(state)
+        except CheckpointError as error:
+            errors[where] = error
+    fitting = [where for where in states if where not in errors]
+    if len(fitting) > 1:
+        raise CheckpointError(f"several of its state dictionaries fit: {', '.join(map(repr, fitting))}; choose one "
+                              "with --weights-key")
+    if not fitting:
+        # What the largest one lacks is what the user wants to know.
+        largest = max(states, key=lambda where: len(states[where]), default=None)
+        raise CheckpointError(str(errors[largest]) if states else "it holds no weights")
+    return None

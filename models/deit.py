@@ -5,6 +5,7 @@ The distilled files have a second prefix token; it takes part in attention and i
 
 from .encoder import CheckpointError, Encoder, bicubic_to_size, drop_keys, plain_vit, random_vit, unwrap
 
+NESTING = "model"  # of the weights in the backbone file
 OFFICIAL = {
     "backbone": {"url": "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth", "sha256": "b5f2ef4d"},
 }

@@ -16,6 +16,7 @@ from .encoder import (
 )
 
 URL = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain"
+NESTING = ""  # of the weights in the backbone file
 OFFICIAL = {
     "backbone": {"url": f"{URL}.pth"},
     "full": {"url": f"{URL}_full_checkpoint.pth"},
@@ -33,7 +34,8 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str 
     # Only the student was saved from DistributedDataParallel.
     state = {key.removeprefix("module."): value for key, value in state.items()}
     vit = plain_vit(take_prefix(state, "backbone."), num_heads)
-    return Encoder(vit, bicubic_by_scale, WeightNormHead.from_state(take_prefix(state, "head.")))
+    head = take_prefix(state, "head.")
+    return Encoder(vit, bicubic_by_scale, WeightNormHead.from_state(head) if head else None)
 
 
 def random() -> Encoder:

@@ -17,6 +17,7 @@ from .encoder import (
 )
 
 URL = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/vitb_16_rand_mask"
+NESTING = "state_dict"  # of the weights in the backbone file
 OFFICIAL = {
     "backbone": {"url": f"{URL}/checkpoint_teacher.pth", "file": "ibot_vitb_16_rand_mask_checkpoint_teacher.pth"},
     "full": {"url": f"{URL}/checkpoint.pth", "file": "ibot_vitb_16_rand_mask_checkpoint.pth"},
@@ -34,6 +35,8 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str 
     state = {key.removeprefix("module."): value for key, value in unwrap(checkpoint, branch).items()}
     vit = plain_vit(drop_keys(take_prefix(state, "backbone."), "masked_embed"), num_heads)
     head = take_prefix(state, "head.")
+    if not head:
+        return Encoder(vit, bicubic_by_scale)
     # Only the layer for patches distinguishes a full file of iBOT from one of DINO.
     if not any(key.startswith("last_layer2.") for key in head):
         raise CheckpointError("missing keys: head.last_layer2.weight_g or .weight; this is not a full file of iBOT")

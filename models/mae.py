@@ -24,6 +24,7 @@ from .encoder import (
     unwrap,
 )
 
+NESTING = "model"  # of the weights in the backbone file
 OFFICIAL = {
     "backbone": {"url": "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth", "md5": "8cad7c"},
     "full": {"url": "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base_full.pth"},

@@ -19,6 +19,7 @@ from .encoder import (
     unwrap,
 )
 
+NESTING = "state_dict"  # of the weights in the backbone file
 OFFICIAL = {
     "backbone": {"url": "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"},
 }

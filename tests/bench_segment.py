@@ -152,7 +152,8 @@ def main():
     encoder = build_model("ibot", "random").to(device)
     head = LinearHead(4 * encoder.embed_dim, args.classes).to(device)
     segmenter = Segmenter(encoder, head, (3, 5, 7, 11), default_precision(device))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=4e-4, weight_decay=0.05, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW([{"params": head.parameters(), "initial_lr": 4e-4}], lr=4e-4, weight_decay=0.05,
+                                  fused=device.type == "cuda")
     store = PixelStore(Noise(64, args.classes), PROTOCOL.base_scale, device, Path(),
                        "gpu" if device.type == "cuda" else "cpu", 0)
 
@@ -185,8 +186,8 @@ def main():
         torch.cuda.reset_peak_memory_stats()
         for count in (20, 20 + 10 * args.repeats):  # the first to warm up
             start = time.perf_counter()
-            train(segmenter, optimizer, prefetched(batches(count), device), range(count), args.batch_size, 4e-4, 0,
-                  lambda done: None, lambda line: None)
+            train(segmenter, [segmenter.head], optimizer, prefetched(batches(count), device), range(count),
+                  args.batch_size, 0, lambda done: None, count, None, None, lambda line: None)
             torch.cuda.synchronize()
             spent = 1000 * (time.perf_counter() - start) / count
         print(f"training, everything together: {spent:.2f} ms an iteration, {spent * 160_000 / 60_000:.0f} minutes for "

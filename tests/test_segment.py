@@ -257,7 +257,7 @@ def test_results_line_and_pictures(finished):
     assert result["num_images"] == len(TEST_SIZES)
     assert result["iterations"] == 8
     assert len(result["iou_per_class"]) == NUM_CLASSES
-    assert result["args"]["lr"] == 0.05
+    assert result["args"]["lr"] == [0.05] and result["lr"] == 0.05
     assert 0 <= result["mIoU"] <= 100
     for i in range(2):
         with Image.open(output / "mae_lip_pictures" / f"{i}.png") as picture:
@@ -286,7 +286,7 @@ def killed_in_iteration_six(lines):
             os.kill(os.getpid(), signal.SIGKILL)
         return loss(*args, **kwargs)
 
-    segment.upsampled_cross_entropy, segment.build_model = dies, small_encoder
+    segment.upsampled_cross_entropy, models.build_model = dies, small_encoder
     sys.argv = ["segment.py", *lines]
     segment.main()
 
@@ -330,11 +330,74 @@ def test_evaluate_a_head(finished, monkeypatch, lip, tmp_path):
     loaded.load_state_dict(torch.load(head, weights_only=True)["head"])
 
 
+# Recipes beyond the paper's
+
+def test_heads_trained_together_are_those_trained_alone(finished, monkeypatch, lip, tmp_path):
+    result = run(monkeypatch, lip, tmp_path, "--lr", 0.1, 0.05, "--weight-decay", 0.05, 0.2)
+    content = torch.load(tmp_path / "mae_lip_segment.pt", weights_only=True)
+    assert [(head["lr"], head["weight_decay"]) for head in result["heads"]] == [
+        (0.1, 0.05), (0.1, 0.2), (0.05, 0.05), (0.05, 0.2)]
+    alone = saved_head(finished[0])
+    assert torch.equal(content["heads"]["2.weight"], alone["weight"])
+    assert torch.equal(content["heads"]["2.bias"], alone["bias"])
+    assert not torch.equal(content["heads"]["3.weight"], alone["weight"])
+    scores = [head["mIoU"] for head in result["heads"]]
+    assert result["mIoU"] == pytest.approx(max(scores)) and scores[2] == pytest.approx(finished[1]["mIoU"])
+    best = scores.index(max(scores))
+    assert {name: result[name] for name in ("lr", "weight_decay")}.items() <= result["heads"][best].items()
+    assert torch.equal(content["head"]["weight"], content["heads"][f"{best}.weight"])
+
+
+def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, lip, tmp_path, capsys):
+    result = run(monkeypatch, lip, tmp_path, "--lr", 0.1, 0.001, "--select", "held-out")
+    printed = capsys.readouterr().out
+    assert f"{len(TRAIN_SIZES) - 1} training images" in printed and "chosen on a held-out tenth" in printed
+    assert "(1 images)" in printed and result["num_images"] == len(TEST_SIZES)
+
+
+def test_batch_norm_is_pytorchs_over_the_features():
+    encoder = small_encoder()
+    segmenter = segment.Segmenter(encoder, segment.LinearHead(48, NUM_CLASSES), (0, 3), "fp32", True, True).train()
+    reference = torch.nn.BatchNorm2d(48, affine=False).train()
+    for seed in range(3):
+        images = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(seed))
+        plain = torch.cat(encoder.get_intermediate_layers(images, n=(0, 3), norm=True), dim=1)
+        [features] = segmenter.features(images)
+        torch.testing.assert_close(features, reference(plain), rtol=1e-4, atol=1e-5)
+    [features] = segmenter.eval().features(images)
+    torch.testing.assert_close(features, reference.eval()(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_behind_batch_norm_resumes_and_evaluates(monkeypatch, lip, tmp_path):
+    words = ("--layers", "last4", "--norm", "--batch-norm")
+    result = run(monkeypatch, lip, tmp_path, *words)
+    assert result["args"]["layers"] == [0, 1, 2, 3]
+    assert run(monkeypatch, lip, tmp_path, *words, "--resume")["iou_per_class"] == result["iou_per_class"]
+    tested = run(monkeypatch, lip, tmp_path / "again", "--evaluate", tmp_path / "mae_lip_segment.pt")
+    assert tested["iou_per_class"] == result["iou_per_class"] and tested["batch_norm"]
+
+
+def test_both_probes_in_one_run(finished, monkeypatch, lip, tmp_path):
+    run(monkeypatch, lip, tmp_path, "--probe", "knn", "linear", "--memory-size", 60, "--save-pictures", 1)
+    knn, linear = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert (knn["probe"], linear["probe"]) == ("knn", "linear")
+    assert linear["iou_per_class"] == finished[1]["iou_per_class"]
+    assert 0 < knn["memory"] <= 60 and knn["num_images"] == len(TEST_SIZES)
+    assert (tmp_path / "mae_lip_knn_pictures" / "0.png").exists() and (tmp_path / "mae_lip_pictures").exists()
+
+
+@pytest.mark.parametrize(("words", "depth", "layers"), [
+    (None, 12, [3, 5, 7, 11]), (None, 24, [7, 11, 15, 23]), (["last"], 12, [11]), (["last4"], 24, [20, 21, 22, 23]),
+    (["2", "0"], 4, [2, 0])])
+def test_layers_by_share_of_depth(words, depth, layers):
+    assert segment.choose_layers(words, depth) == layers
+
+
 def worker(rank, world, port, lines):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    segment.build_model = small_encoder
+    models.build_model = small_encoder
     sys.argv = ["segment.py", *lines]
     segment.main()
     dist.destroy_process_group()
@@ -467,6 +530,8 @@ def test_the_authors_metrics_take_a_label_equal_to_the_class_count(monkeypatch, 
     (("--evaluate", __file__), "is not a checkpoint of segment.py"),
     (("--cache", "gpu"), "no GPU"),
     (("--lr", "1e30"), "the loss is"),
+    (("--probe", "knn", "--memory-size", "4"), "--memory-size 4 is less than one patch"),
+    (("--layers", "first"), "use last or last4"),
 ])
 def test_mistakes_are_one_line(monkeypatch, capsys, lip, tmp_path, more, words):
     data = tmp_path if more == ("--dataset", "ade20k") else lip
@@ -481,7 +546,7 @@ def test_a_head_of_another_class_count(monkeypatch, capsys, finished, lip, tmp_p
 
 def test_resuming_another_run(monkeypatch, capsys, finished, lip, tmp_path):
     shutil.copy(finished[0] / "mae_lip_segment.pt", tmp_path)
-    assert "lr 0.05 there and 0.1 here" in fails(monkeypatch, capsys, lip, tmp_path, "--resume", "--lr", "0.1")
+    assert "lr was [0.05] when" in fails(monkeypatch, capsys, lip, tmp_path, "--resume", "--lr", "0.1")
 
 
 def test_disk_full_leaves_the_checkpoint_before(monkeypatch, capsys, finished, lip, tmp_path):

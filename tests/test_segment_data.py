@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from datasets import segmentation_store
-from datasets.segmentation import PROTOCOLS, in_order, open_split, pair_files, read_image, read_label, reduce_label
+from datasets.segmentation import PAPER_PROTOCOLS as PROTOCOLS
+from datasets.segmentation import in_order, open_split, pair_files, read_image, read_label, reduce_label
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from datasets.synthetic import OBJECT_NAMES, PART_NAMES

@@ -34,10 +34,12 @@ def args_to_json(args: Namespace) -> dict:
     return {name: convert(value) for name, value in vars(args).items()}
 
 
-def start_line(task: str, args: Namespace) -> dict:
-    """What every results line begins with: task, model, data set and how the run was started."""
-    return {"task": task, "model": args.model, "dataset": args.dataset, "world_size": world_size(),
-            "precision": args.precision, "seed": args.seed, "args": args_to_json(args)}
+def start_line(task: str, args: Namespace, encoder: object) -> dict:
+    """What a results line begins with: task, model and its weights (encoder has weights and sha256), data set, and how
+    the run was started."""
+    return {"task": task, "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
+            "dataset": args.dataset, "world_size": world_size(), "precision": args.precision, "seed": args.seed,
+            "args": args_to_json(args)}
 
 
 def append_result(folder: Path, result: dict) -> None:
@@ -89,3 +91,9 @@ def caveats(result: dict) -> str:
     if result["dataset"].startswith("synthetic"):
         marks.append("synthetic data")
     return ", ".join(marks)
+
+
+def run_title(result: dict) -> str:
+    """Model, data set and caveats of a result: "ibot on synthetic (random weights, synthetic data)"."""
+    marks = caveats(result)
+    return f"{result['model']} on {result['dataset']}" + (f" ({marks})" if marks else "")

@@ -53,9 +53,11 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
                          batch_size: int | None) -> None:
     """Adds the options that mean the same in all scripts. models, datasets: their names; batch_size: the default."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="ibot", help=f"{', '.join(models)}, or timm/NAME (default: %(default)s)")
+    group.add_argument("--model", default="ibot",
+                       help=f"{', '.join(models)}, timm/NAME, or FILE.py:FUNCTION, your own (default: %(default)s)")
     group.add_argument("--weights", default="official",
                        help="official, random (untrained control), a path or a URL (default: %(default)s)")
+    group.add_argument("--weights-key", metavar="KEY", help="which of a file's state dictionaries: model, ema, ...")
     group.add_argument("--num-heads", type=positive_int, help="attention heads, where width / 64 is wrong")
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="synthetic", choices=datasets, help="(default: %(default)s)")
@@ -71,6 +73,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
                        help="of the encoder (default: bf16 on CUDA, fp32 on CPU)")
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    group.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     group.add_argument("--table", action="store_true",
                        help="no run: print the results in --output-dir beside the paper's numbers")
 
@@ -126,6 +129,31 @@ def open_output(folder: Path) -> Path:
         raise UserError(f"output folder {folder} cannot be written ({error.strerror}); "
                         "choose another with --output-dir") from None
     return folder
+
+
+def load_saved(path: Path, what: str, keys: Sequence[str], option: str = "") -> dict:
+    """The content of a file that a script of ours saved, on the CPU: tensors and plain values under these keys.
+
+    what: "a checkpoint of classify.py". option: the one that named the file. Raises UserError where it does not exist,
+    is damaged, or is something else."""
+    if not path.is_file():
+        raise UserError(f"{option}{path} does not exist; name {what}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content.keys() >= set(keys):
+            return content
+        reason = "keys are missing"
+    except Exception as error:  # torch.load raises many kinds on a file that is none of its own
+        reason = type(error).__name__
+    raise UserError(f"{option}{path} is not {what} ({reason}); name another file, or write it again")
+
+
+def check_same_run(path: Path, saved: dict, current: dict, option: str = "--resume") -> None:
+    """Raises UserError where the settings that a checkpoint was saved with differ from those of this run."""
+    different = [f"{name} was {saved.get(name)} when {path} was written and is {value} now"
+                 for name, value in current.items() if saved.get(name) != value]
+    if different:
+        raise UserError(f"{option}: {'; '.join(different)}; give the same arguments, or start without {option}")
 
 
 class Log:

@@ -34,6 +34,7 @@ Masks and directions depend on --seed and an image's place in the list: figures 
 processes, beyond rounding. The queries of receptive fields are the same patches at every mask ratio.
 """
 
+import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ from datasets.patches import PatchDataset, PatchImage, resize_center_crop
 from datasets.synthetic import draw_image, image_seeds
 from utils import UserError
 from utils.distributed import is_main, shard, world_size
-from utils.results import append_result, args_to_json, caveats, read_results
+from utils.results import append_result, read_results, run_title, start_line
 from utils.run import (
     OneLineParser,
     Progress,
@@ -153,7 +154,33 @@ def sum_attention(encoder: Encoder, dataset: PatchDataset, grid: tuple[int, int]
     return sums
 
 
-def main() -> None:
+def choose_ratios(mask_ratios: Sequence[float], num_patches: int, num_queries: int) -> list[float]:
+    """The decoder's mask ratios, sorted, each once. Raises UserError for one that leaves no patch visible and for more
+    queries than the smallest masks."""
+    ratios = sorted(set(mask_ratios))
+    masked = [num_patches - int(num_patches * (1 - ratio)) for ratio in ratios if 0 <= ratio < 1]
+    if len(masked) < len(ratios) or num_patches in masked:
+        raise UserError(f"--mask-ratios {' '.join(map(str, mask_ratios))}: of {num_patches} patches each must leave "
+                        "one visible, from 0 up to below 1")
+    most = min([number for ratio, number in zip(ratios, masked, strict=True) if ratio > 0], default=num_patches)
+    if num_queries > most:
+        raise UserError(f"--queries {num_queries}: only {most} of {num_patches} patches are masked at the smallest "
+                        "ratio")
+    return ratios
+
+
+def check_memory(encoder: Encoder, num_ratios: int, num_patches: int, device: torch.device) -> str:
+    """What the sums of attention maps need, for the log. Raises UserError where it is too much for the device."""
+    parts = [encoder.vit.blocks] + [encoder.decoder.decoder_blocks for _ in range(num_ratios)]
+    need = sum(len(blocks) * blocks[0].attn.num_heads for blocks in parts) * num_patches**2 * 8
+    if need > free_memory(device) / 2:
+        raise UserError(f"sums of attention maps need {need / 1e9:.1f} GB, more than half of the "
+                        f"{free_memory(device) / 1e9:.1f} GB free on {device}; use fewer --mask-ratios")
+    return f"sums of attention maps need {need / 1e9:.2f} GB"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = OneLineParser(__doc__, prog="python -m models.attention")
     add_common_arguments(parser, METHODS, ("imagenet", "synthetic"), batch_size=32)
     parser.set_defaults(model="mae", dataset="imagenet")
@@ -167,15 +194,20 @@ def main() -> None:
     group.add_argument("--encoder-only", action="store_true", help="leave MAE's decoder out; the base file is enough")
     group.add_argument("--skip-bad-images", action="store_true",
                        help="leave out undecodable images instead of stopping")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Sums attention over images, for the encoder and for MAE's decoder, and writes results lines and plots."""
+    args, started = parse_arguments(), time.monotonic()
     if args.table:
         results = read_results(args.output_dir, "attention")
         print(summary_table(results))
         write_plots(results, args.output_dir)
         return
-    start = time.monotonic()
     device, log = setup(args)
+
+    # Encoder
     wants_decoder = args.model == "mae" and not args.encoder_only
     encoder = load_encoder(args, device, log, projector=False, decoder=wants_decoder and args.weights == "official")
     if wants_decoder and not encoder.has_decoder:
@@ -184,42 +216,31 @@ def main() -> None:
     grid = tuple(encoder.vit.patch_embed.grid_size)
     if grid[0] != grid[1]:
         raise UserError(f"{args.model} has a grid of {grid[0]} x {grid[1]} patches; only square ones are measured")
-    count, ratios = grid[0] * grid[1], sorted(set(args.mask_ratios)) if wants_decoder else []
-    masked = [count - int(count * (1 - ratio)) for ratio in ratios if 0 <= ratio < 1]
-    if len(masked) < len(ratios) or count in masked:
-        raise UserError(f"--mask-ratios {' '.join(map(str, args.mask_ratios))}: of {count} patches each must leave one "
-                        "visible, from 0 up to below 1")
-    most = min([number for ratio, number in zip(ratios, masked, strict=True) if ratio > 0], default=count)
-    if args.queries > most:
-        raise UserError(f"--queries {args.queries}: only {most} of {count} patches are masked at the smallest ratio")
-    parts = [encoder.vit.blocks] + [encoder.decoder.decoder_blocks for _ in ratios]
-    need = sum(len(blocks) * blocks[0].attn.num_heads for blocks in parts) * count**2 * 8
-    log(f"sums of attention maps need {need / 1e9:.2f} GB")
-    if need > free_memory(device) / 2:
-        raise UserError(f"sums of attention maps need {need / 1e9:.1f} GB, more than half of the "
-                        f"{free_memory(device) / 1e9:.1f} GB free on {device}; take fewer --mask-ratios")
-    size = grid[0] * encoder.patch_size
+    count, size = grid[0] * grid[1], grid[0] * encoder.patch_size
+    ratios = choose_ratios(args.mask_ratios, count, args.queries) if wants_decoder else []
+    log(check_memory(encoder, len(ratios), count, device))
+
+    # Sums over the images
     dataset = load_images(args.data_path, args.dataset, size, args.num_images, args.seed, args.skip_bad_images)
     sums = sum_attention(encoder, dataset, grid, ratios, args.queries, args.batch_size, args.workers, args.precision,
                          args.seed, device)
+
+    # Results and plots
     lines = []
     for ratio, part in sums.items():
         figures = part.figures(encoder.patch_size)
         num_images = round(float(part.queries[:, 0].sum()) / count)
         if not num_images:
             raise UserError("no image could be read, so there is nothing to measure")
-        lines.append({"task": "attention", "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
-                      "dataset": args.dataset, "part": "encoder" if ratio is None else "decoder",
-                      "mask_ratio": ratio or 0.0, "num_images": num_images, "image_size": size,
-                      "patch_size": encoder.patch_size, "world_size": world_size(), "precision": args.precision,
-                      "seed": args.seed, "seconds": time.monotonic() - start, **figures, "args": args_to_json(args)})
-    marks = caveats(lines[0])
+        lines.append(start_line("attention", args, encoder) | {
+            "part": "encoder" if ratio is None else "decoder", "mask_ratio": ratio or 0.0, "num_images": num_images,
+            "image_size": size, "patch_size": encoder.patch_size, "seconds": time.monotonic() - started, **figures})
     log.open(args.output_dir)
-    log(f"{args.model} on {lines[0]['num_images']} images{f' ({marks})' if marks else ''}, {args.precision}")
+    log(f"{run_title(lines[0])}, {lines[0]['num_images']} images, {args.precision}")
     log(summary_table(lines))
+    for line in lines:
+        append_result(args.output_dir, line)
     if is_main():
-        for line in lines:
-            append_result(args.output_dir, line)
         names = write_plots(read_results(args.output_dir, "attention"), args.output_dir)
         log(f"{', '.join(names)} in {args.output_dir}")
 
