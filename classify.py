@@ -31,7 +31,7 @@ from datasets.classification import (
 from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
-from models.features import Features, decoded_ids, encode_batch_size, encode_features, encode_tokens
+from models.features import Batch, Features, decoded_ids, encode_batch_size, encode_features, encode_tokens
 from models.probe_training import RECIPES, Probe, Recipe
 from models.probes import build_heads, knn_predict, load_head
 from utils import UserError
@@ -84,8 +84,8 @@ def confusion_of_heads(heads: nn.Module, features: Features, ids: torch.Tensor, 
     heads.train(authors_defects)
     matrix = None
     batches = features.batches(ids.split(256 if authors_defects else 1024), heads.kind == "attentive")
-    for tokens, rstd, rows, labels in batches:
-        predicted = heads(tokens, rstd, rows).argmax(-1)
+    for tokens, rows, labels in batches:
+        predicted = heads.classify(tokens, rows).argmax(-1)
         if matrix is None:
             matrix = labels.new_zeros(len(predicted), num_classes * num_classes)
         matrix.scatter_add_(1, labels * num_classes + predicted, torch.ones_like(predicted))
@@ -106,7 +106,7 @@ def shuffled(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
 def train_on_features(probe: Probe, features: Features, order: torch.Tensor, epoch: int) -> None:
     steps = probe.steps(order)
     for index, batch in enumerate(features.batches(steps, probe.kind == "attentive")):
-        probe.step(*batch, epoch + index / len(steps))
+        probe.step(batch, epoch + index / len(steps))
 
 
 def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews, order: torch.Tensor, epoch: int,
@@ -127,28 +127,27 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
     waiting = [[] for _ in probes]
     nothing = (torch.zeros(0, 1, encoder.embed_dim, device=device), labels[:0])
 
-    def train_up_to(place):
-        while ends and ends[0][0] <= place:
+    def train_up_to(reached):
+        while ends and ends[0][0] <= reached:
             _, number, share = ends.pop(0)
             tokens, ids = zip(*(waiting[number] or [nothing]), strict=True)
-            probes[number].step(torch.cat(tokens), None, None, torch.cat(ids), epoch + share)
+            probes[number].step(Batch(torch.cat(tokens), None, torch.cat(ids)), epoch + share)
             waiting[number].clear()
 
     progress = Progress(len(order) // world_size(), f"epoch {epoch + 1}", "images")
     for images, ids in views.batches(order[rank()::world_size()].tolist(), encode_batch_size(device), workers,
                                      pin_memory=device.type == "cuda"):
-        tokens, places = encode_tokens(encoder, images.to(device, non_blocking=True), precision), position[ids]
-        begin = 0
-        while begin < len(ids):
-            train_up_to(int(places[begin]))
+        encoded, positions = encode_tokens(encoder, images.to(device, non_blocking=True), precision), position[ids]
+        start = 0
+        while start < len(ids):
+            train_up_to(int(positions[start]))
             if not ends:
                 break
-            stop = begin + int((places[begin:] < ends[0][0]).sum())
+            stop = start + int((positions[start:] < ends[0][0]).sum())
             for probe, rows in zip(probes, waiting, strict=True):
-                # A copy of the class tokens, so that the others are not held back.
-                part = tokens[begin:stop] if probe.kind == "attentive" else tokens[begin:stop, :1].clone()
-                rows.append((part, labels[ids[begin:stop].to(device)]))
-            begin = stop
+                tokens = encoded.tokens if probe.kind == "attentive" else encoded.cls[:, None]
+                rows.append((tokens[start:stop], labels[ids[start:stop].to(device)]))
+            start = stop
         progress.update(len(ids))
     train_up_to(len(order))
 
@@ -438,7 +437,7 @@ def main() -> None:
     held_out = hold_out(train, args.seed) if args.select == "held-out" else torch.zeros(train.num_patches).bool()
     options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
     encoder = load_encoder(args, device, log, projector=False, **options)
-    encode = partial(encode_features, encoder, precision=args.precision, workers=args.workers, place=args.cache,
+    encode = partial(encode_features, encoder, precision=args.precision, workers=args.workers, tier=args.cache,
                      folder=args.cache_dir or args.output_dir, keep=args.cache_dir, log=log)
     line = start_line("classify", args, encoder) | {"select": args.select, "classes": train.classes}
     log(f"{run_title(line)}: {train.num_patches} training and {test.num_patches} test patches of "

@@ -57,6 +57,7 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
             encoder = _from_file(name, method, path, num_heads, weights_key, method_options)
             encoder.weights, encoder.sha256 = str(path) if weights != "official" else path.name, file_hash(path)
 
+    encoder.method = name.rpartition(":")[0] if method is None else method.__file__
     if projector and not encoder.has_projector:
         raise CheckpointError(f"{encoder.weights} has no projector; give the full checkpoint of the method"
                               if name in WITH_PROJECTOR else

@@ -42,6 +42,8 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         # Images may have any size that grid accepts.
         vit.patch_embed.strict_img_size = False
+        # The file whose code chose how this encoder computes: the method's, set by build_model.
+        self.method = __file__
         # What the first of the tokens that forward returns is.
         self.cls_from = "class token"
         # Source and hash of the weights, set by build_model and recorded in every result.

@@ -22,7 +22,8 @@ from models import build_model
 from models.features import encode_features, encode_tokens
 from models.probe_training import Probe, Recipe
 from models.probes import load_head
-from utils import UserError
+from utils import UserError, storage
+from utils.run import autocast
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "tests" / "golden" / "ibot" / "checkpoint.pth"
@@ -180,15 +181,22 @@ def test_cached_features_are_bit_equal_to_encoding_again(cub, tmp_path, precisio
                                lines.append)
 
     images = torch.cat([train[index][0] for index in range(len(train))])
-    direct = torch.cat([encode_tokens(encoder, part, precision) for part in images.split(16)])
+    cls, direct = (torch.cat(parts) for parts in zip(
+        *(encode_tokens(encoder, part, precision) for part in images.split(16)), strict=True))
+    with autocast(images.device, precision):
+        tokens = torch.cat([encoder(encoder.preprocess(part)) for part in images.split(16)]).float()
+    variance = tokens.double().var(2, unbiased=False, keepdim=True)
+    expected = (tokens.double() - tokens.double().mean(2, keepdim=True)) / (variance + 1e-6).sqrt()
+    torch.testing.assert_close(direct.double(), expected, **(
+        {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 2**-8, "atol": 1e-3}))
     kept = tmp_path / "kept"
     for place, keep in (("cpu", None), ("disk", None), ("cpu", kept), ("disk", kept)):
         one = features(place, keep)
         assert one.tokens.dtype == feature_cache.DTYPES[precision]
-        assert torch.equal(one.tokens, direct) and torch.equal(one.cls, direct[:, 0])
-        tokens, rstd, rows, labels = next(one.batches([torch.tensor([50, 3, 3 + 40])], True))
+        assert torch.equal(one.tokens, direct) and torch.equal(one.cls, cls)
+        tokens, rows, labels = next(one.batches([torch.tensor([50, 3, 3 + 40])], True))
         assert torch.equal(tokens[rows], direct[[3, 43, 50]]) and torch.equal(labels, train.labels[[3, 43, 50]])
-        tokens, rstd, rows, labels = next(one.batches([torch.tensor([8, 7, 6])], True))
+        tokens, rows, labels = next(one.batches([torch.tensor([8, 7, 6])], True))
         assert rows is None and torch.equal(tokens, direct[6:9]) and torch.equal(labels, train.labels[6:9])
     assert [line for line in lines if "come from the cache" in line] == lines[-1:]
     assert not list((tmp_path / "files").iterdir()), "a mapped file of this process alone is already unlinked"
@@ -219,6 +227,8 @@ def test_a_kept_cache_of_other_inputs_or_half_written_is_not_used(cub, tmp_path,
     other.vit.norm.bias.data[0] += 1e-6
     assert features(encoder=other)[0] == 64
     assert features(dataset=test)[0] == 32
+    six_heads = build_model("ibot", str(WEIGHTS), 6, projector=False)
+    assert features(encoder=six_heads)[0] == 64, "the same weights with other heads give other features"
     changed, _ = open_classification("cub", cub)
     changed.transform.transforms[0].size = 257
     assert features(dataset=changed)[0] == 64
@@ -236,6 +246,13 @@ def test_a_kept_cache_of_other_inputs_or_half_written_is_not_used(cub, tmp_path,
     lines.clear()
     assert features()[0] == 64 and any("half-written: refused" in line for line in lines)
     assert features()[0] == 0
+
+
+def test_a_fingerprint_holds_the_code_that_features_depend_on_and_no_other(cub):
+    train, _ = open_classification("cub", cub)
+    encoder = small_encoder()
+    names = {Path(path).name for path in feature_cache.source_files(encoder, encoder.position_embedding, train)}
+    assert names == {"encoder.py", "patches.py"} and Path(encoder.method).name == "ibot.py"
 
 
 def test_a_cache_folder_that_is_full_or_not_writable_is_said_and_done_without(cub, tmp_path, monkeypatch):
@@ -260,7 +277,7 @@ def test_a_cache_folder_that_is_full_or_not_writable_is_said_and_done_without(cu
     lines.clear()
     assert torch.equal(features("disk", tmp_path / "disk", tmp_path / "kept").tokens, expected)
     assert any("not kept" in line and "No space left" in line for line in lines) and "in memory" in lines[-1]
-    monkeypatch.setattr(feature_cache, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(storage, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match=r"0.00 GB fit nowhere: only 0.00 GB are free in memory, .*No space left"):
         features("auto", tmp_path / "disk", None)
 
@@ -404,8 +421,8 @@ def test_batches_of_views_are_those_of_one_process(folder, monkeypatch):
     probes = [Probe(kind, Recipe(0.1, size, every_step=True), size, [0.1], [0], 4, 48, 3, 3, torch.device("cpu"))
               for kind, size in (("linear", 16), ("attentive", 8))]
     for probe in probes:
-        probe.step = lambda tokens, rstd, rows, labels, epoch, probe=probe: steps.append(
-            (probe.kind, tuple(tokens.shape), labels.tolist(), epoch))
+        probe.step = lambda batch, epoch, probe=probe: steps.append(
+            (probe.kind, tuple(batch.tokens.shape), batch.labels.tolist(), epoch))
     order = classify.shuffled(torch.arange(24), 0, 1)
     assert sorted(order.tolist()) == list(range(24)) and order.tolist() != list(range(24))
     classify.train_on_views(probes, encoder, views, order, 1, "fp32", 0)

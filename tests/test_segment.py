@@ -24,7 +24,7 @@ from datasets import segmentation, segmentation_pictures, segmentation_store
 from datasets.segmentation import reduce_label
 from datasets.segmentation_store import batch_indices
 from models.encoder import Encoder
-from utils import UserError
+from utils import UserError, storage
 from utils.run import exit_with_one_line_errors
 
 GOLDEN = Path(__file__).parent / "golden" / "segmentation"
@@ -597,9 +597,14 @@ def test_tables_and_figure(tmp_path):
 
 def test_where_images_are_kept(monkeypatch):
     gib, gpu, cpu = 1 << 30, torch.device("cuda", 0), torch.device("cpu")
-    monkeypatch.setattr(segmentation_store, "free_memory", lambda device: (40 if device.type == "cuda" else 100) * gib)
-    assert segmentation_store.choose_place(20 * gib, gpu) == "gpu"
-    assert segmentation_store.choose_place(30 * gib, gpu) == "cpu"
-    assert segmentation_store.choose_place(20 * gib, cpu) == "cpu"
+    monkeypatch.setattr(storage, "free_memory", lambda device: (40 if device.type == "cuda" else 100) * gib)
+
+    def first_tier(need, device):
+        tiers = ("gpu", "cpu") if device.type == "cuda" else ("cpu",)
+        return next((tier for tier in tiers if storage.has_room(
+            need, tier, device, segmentation_store.RESERVED_BYTES[tier], False)[0]), "disk")
+    assert first_tier(20 * gib, gpu) == "gpu"
+    assert first_tier(30 * gib, gpu) == "cpu"
+    assert first_tier(20 * gib, cpu) == "cpu"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert segmentation_store.choose_place(30 * gib, gpu) == "disk"
+    assert first_tier(30 * gib, gpu) == "disk"
