@@ -100,7 +100,7 @@ def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[f
     kinds = {"object, published": "#9ecae1", "object, ours": "#2171b5", "part, published": "#fdd0a2",
              "part, ours": "#d94801"}
     most = max(7, *map(len, panels.values()))
-    with plot(path, PAGE, 1.9 * len(panels) + 0.2) as figure:
+    with plot(path, PAGE * max(1, most / 10), 1.9 * len(panels) + 0.2) as figure:
         for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
             axes.set(title=title, ylabel="mIoU, percent", ylim=(0, 100), xlim=(-0.6, most - 0.4))
             axes.grid(axis="y")
@@ -111,7 +111,7 @@ def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[f
                 if bars:
                     axes.bar_label(drawn, fmt="%.0f", fontsize=5, padding=1)
             # A long name is broken where its group of bars ends.
-            names = ["\n".join(textwrap.fill(line, max(12, 120 // most)) for line in name.split("\n"))
+            names = ["\n".join(textwrap.fill(line, 115 // min(10, most)) for line in name.split("\n"))
                      for name, _ in rows]
             axes.set_xticks(range(len(rows)), names)
         handles = [figure.axes[0].bar(0, 0, color=colour, label=label) for label, colour in kinds.items()]
