@@ -20,7 +20,13 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from datasets.classification import held_out_images, hold_out, load_classification
+from datasets.classification import (
+    CLASSIFICATION_IMAGES,
+    CLASSIFICATION_PARTS,
+    held_out_images,
+    hold_out,
+    open_classification,
+)
 from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
@@ -50,8 +56,6 @@ from utils.run import (
 )
 from utils.storage import atomic_write
 
-PARTS = ("cub", "coco", "synthetic")
-IMAGES = ("imagenet", "folder", "synthetic-species")
 NEIGHBOURS = (10, 20, 100, 200)
 CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out tenth of the training images"}
 # Arguments that may differ when a run is resumed: they do not change what it computes.
@@ -179,7 +183,7 @@ def memory_peak(device: torch.device) -> str:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(__doc__)
-    add_common_arguments(parser, METHODS, PARTS + IMAGES, batch_size=None)
+    add_common_arguments(parser, METHODS, CLASSIFICATION_PARTS + CLASSIFICATION_IMAGES, batch_size=None)
     group = parser.add_argument_group("probing")
     group.add_argument("--probe", nargs="+", choices=("linear", "attentive", "knn"), default=["linear"],
                        help="one or several, on the same features (default: linear)")
@@ -219,7 +223,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--lr {' '.join(map(str, args.lr))}: learning rates must be positive and differ")
     if args.crop_scale <= 0:
         raise UserError(f"--crop-scale {args.crop_scale} must be positive")
-    if args.no_augment and args.dataset in PARTS:
+    if args.no_augment and args.dataset in CLASSIFICATION_PARTS:
         raise UserError(f"--no-augment is for whole images; {args.dataset} is never augmented")
     if args.save_plots:
         require_matplotlib()
@@ -385,7 +389,7 @@ def main() -> None:
     device, log = setup(args)
 
     # Data and encoder
-    train, test = load_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images)
+    train, test = open_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images)
     held_out = hold_out(train, args.seed) if args.select == "held-out" else torch.zeros(train.num_patches).bool()
     options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
     encoder = load_encoder(args, device, log, projector=False, **options)
@@ -404,7 +408,7 @@ def main() -> None:
 
     # Probes, new or as the checkpoint of a stopped run left them
     num_train = int((~held_out).sum())
-    recipes = RECIPES["images" if args.dataset in IMAGES else "parts"]
+    recipes = RECIPES["images" if args.dataset in CLASSIFICATION_IMAGES else "parts"]
     probes = make_probes([kind for kind in args.probe if kind != "knn"], recipes, args.batch_size, args.lr,
                          range(args.seed, args.seed + args.seeds), args.epochs, num_train, encoder,
                          len(train.classes), log)
@@ -415,7 +419,7 @@ def main() -> None:
     done = load_checkpoint(checkpoint, settings, probes, log) if args.resume else 0
 
     # Features
-    augmented = args.dataset in IMAGES and not args.no_augment
+    augmented = args.dataset in CLASSIFICATION_IMAGES and not args.no_augment
     training, holding, choosing, testing = encode_subsets(encode, train, test, held_out, args.probe, augmented)
     log.open(args.output_dir)
     line |= {"num_train": len(training.ids), "num_held_out": len(holding.ids), "num_test": len(testing.ids),

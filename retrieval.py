@@ -20,11 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.coco import load_coco
-from datasets.cub import load_cub
-from datasets.imagenet import GRID_BOXES, GridDataset, load_grid, query_image, shown_patch
+from datasets.imagenet import GRID_BOXES, query_image, shown_patch
 from datasets.patches import PatchDataset
-from datasets.synthetic import KEYPOINT_NAMES, load_synthetic_patches
+from datasets.retrieval import RETRIEVAL_DATASETS, open_retrieval
 from models import METHODS, WITH_PROJECTOR, Encoder, load_encoder
 from utils import UserError
 from utils.distributed import all_reduce, gather_rows, is_main, shard, world_size
@@ -215,33 +213,6 @@ def load_features(path: Path) -> dict:
         raise UserError(f"--load-features {path} is not a whole feature file; write it again") from None
 
 
-def load_dataset(name: str, root: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
-                 num_images: int | None, seed: int, skip_bad_images: bool) -> PatchDataset:
-    """The patches of a data set by its name on the command line. Raises UserError."""
-    if name == "synthetic":
-        keypoints = KEYPOINT_NAMES if keypoints == ["all"] else keypoints
-        return load_synthetic_patches("train", num_images or 60, seed, keypoints, crop_scale,
-                                      skip_bad_images=skip_bad_images)
-    if root is None:
-        raise UserError(f"--dataset {name} needs --data-path, the folder it lies in; synthetic needs none")
-    if name == "imagenet":
-        dataset = load_grid(root, skip_bad_images)
-        if num_images and num_images < len(dataset):
-            chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num_images]
-            images = [dataset.images[index] for index in sorted(chosen.tolist())]
-            dataset = GridDataset(images, dataset.classes, skip_bad_images=skip_bad_images)
-        return dataset
-    options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images}
-    if keypoints is None:
-        return load_cub(root, **options) if name == "cub" else load_coco(root, "train", **options)
-    every = range(1, 16 if name == "cub" else 18)
-    try:
-        numbers = list(every) if keypoints == ["all"] else [int(number) for number in keypoints]
-    except ValueError:
-        raise UserError(f"--keypoints {' '.join(keypoints)}: {name} numbers them, from 1 to {every[-1]}") from None
-    return load_cub(root, parts=numbers, **options) if name == "cub" else load_coco(root, "train", numbers, **options)
-
-
 def defect_options(model: str, weights: str) -> dict:
     """Options of build_model that bring back a defect of the authors' code. Raises UserError where none is known."""
     defects = {"mae": {"shuffle_patches": True}, "dino": {"branch": "student"}}
@@ -366,7 +337,7 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises UserError for values that cannot be."""
     parser = OneLineParser(__doc__)
-    add_common_arguments(parser, METHODS, ("cub", "coco", "imagenet", "synthetic"), batch_size=256)
+    add_common_arguments(parser, METHODS, RETRIEVAL_DATASETS, batch_size=256)
     group = parser.add_argument_group("retrieval")
     group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
                        help="(default: cls and avg, and projected where the checkpoint has a projector)")
@@ -408,7 +379,7 @@ def main() -> None:
     if args.load_features:
         sources = [load_features(path) for path in args.load_features]
     else:
-        dataset = load_dataset(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
+        dataset = open_retrieval(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
                                args.seed, args.skip_bad_images)
         # The paper's table has a projected column wherever the official full file has a projector.
         official = args.weights == "official" and args.model in WITH_PROJECTOR

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets.segmentation import PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_split
+from datasets.segmentation import PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_segmentation
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from models import METHODS, Encoder, load_encoder
@@ -480,7 +480,7 @@ def open_training(dataset: str, data_path: Path | None, names: Sequence[str], se
                   seed: int) -> tuple[FolderSplit | SyntheticSplit, FolderSplit | SyntheticSplit | None]:
     """(training split, held-out split): a seeded tenth of the training images, or None where the test images choose.
     Raises UserError where the classes are not the test split's, or too few images are left."""
-    split = open_split(dataset, data_path, "train")
+    split = open_segmentation(dataset, data_path, "train")
     if split.names != names:
         raise UserError(f"the training and the test split below {data_path} have different names.txt")
     if select == "test":
@@ -525,7 +525,7 @@ def main() -> None:
         raise UserError(f"--batch-size {args.batch_size} is less than the number of processes, {world_size()}")
 
     # Data and encoder
-    test_split = open_split(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
+    test_split = open_segmentation(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
     names, train_split, held_out = test_split.names, None, None
     if not args.evaluate:
         train_split, held_out = open_training(args.dataset, args.data_path, names, args.select, args.seed)

@@ -1,4 +1,4 @@
-"""Encoders by name. One file per method; encoder.py is what they share, checkpoints.py gets and opens files."""
+"""Encoders by name. One file per method; encoder.py holds what they share, checkpoints.py downloads and opens files."""
 
 import argparse
 import importlib
@@ -10,8 +10,8 @@ import torch
 from utils import UserError
 from utils.distributed import local_main_first
 
-from . import timm_vit
-from .checkpoints import fetch, file_hash, open_checkpoint
+from . import own, timm_vit
+from .checkpoints import as_official, fetch, file_hash, open_checkpoint, state_dicts
 from .encoder import CheckpointError, Encoder
 
 METHODS = ("deit", "mocov3", "dino", "beit", "mae", "cae", "ibot")
@@ -21,40 +21,41 @@ __all__ = ["METHODS", "WITH_PROJECTOR", "CheckpointError", "Encoder", "build_mod
 
 
 def build_model(name: str, weights: str = "official", num_heads: int | None = None, *, projector: bool | None = None,
-                decoder: bool = False, seed: int = 0, **method_options) -> Encoder:
-    """A frozen encoder, in evaluation mode, requires_grad False, float32, on the CPU.
+                decoder: bool = False, seed: int = 0, weights_key: str | None = None, **method_options) -> Encoder:
+    """A frozen encoder: evaluation mode, requires_grad False, float32, on the CPU.
 
-    name: one of METHODS or timm/NAME. weights: "official" (downloaded and checked), "random" (a control drawn from
-    the seed, ViT-B/16 of the method), a path or a URL. num_heads: width / 64 unless given. projector: True = needed,
-    False = dropped, None = kept where the file has one; decoder: True = needed (MAE). "official" is the full file
-    where either is needed. method_options: those of the method's from_checkpoint or random. encoder.weights and
-    encoder.sha256 name what was loaded. Raises CheckpointError with one line that names the file.
+    name: one of METHODS, timm/NAME, or path/to/file.py:function (models/own.py). weights: "official" (downloaded and
+    checked), "random" (untrained ViT-B/16 of the method, from the seed), a path or a URL. num_heads: by the file, else
+    width / 64. projector: True = required, False = dropped, None = kept where the file has one; decoder: True =
+    required (MAE). "official" is the full file where either is required. weights_key: which weights of a file that has
+    several (named as by checkpoints.state_dicts); None: the only ones that fit. method_options: of the method's
+    from_checkpoint or random. encoder.weights and encoder.sha256 say what was loaded. Raises CheckpointError.
     """
+    method = None
     if name.startswith("timm/"):
         method = timm_vit
         method_options["name"] = name.removeprefix("timm/")
     elif name in METHODS:
         method = importlib.import_module(f".{name}", __name__)
-    else:
-        raise CheckpointError(f"unknown model {name!r}: take one of {', '.join(METHODS)} or timm/NAME")
+    elif ".py:" not in name:
+        raise CheckpointError(f"unknown model {name!r}: take one of {', '.join(METHODS)}, FILE.py:FUNCTION or timm/NAME"
+                              f"{timm_vit.suggestion(name, METHODS)}")
 
-    if weights == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if method is None:
+            encoder = own.load_own(name, weights)
+            encoder.weights, encoder.sha256 = weights, file_hash(Path(name.rpartition(":")[0]))
+        elif weights == "random":
             encoder = method.random(**method_options)
-        encoder.weights = "random"
-    elif weights == "official" and method is timm_vit:
-        encoder = timm_vit.pretrained(**method_options)
-        encoder.weights = name
-    else:
-        path = _weights_file(name, weights, method, full=bool(projector or decoder))
-        try:
-            encoder = method.from_checkpoint(open_checkpoint(path), num_heads=num_heads, **method_options)
-        except CheckpointError as error:
-            if str(path) in str(error):
-                raise
-            raise CheckpointError(f"{path} is not a file of {name}: {error}") from None
-        encoder.weights, encoder.sha256 = str(path) if weights != "official" else path.name, file_hash(path)
+            encoder.weights = "random"
+        elif weights == "official" and method is timm_vit:
+            encoder = timm_vit.pretrained(**method_options)
+            encoder.weights = name
+        else:
+            path = _weights_file(name, weights, method, full=bool(projector or decoder))
+            encoder = _from_file(name, method, path, num_heads, weights_key, method_options)
+            encoder.weights, encoder.sha256 = str(path) if weights != "official" else path.name, file_hash(path)
 
     if projector and not encoder.has_projector:
         raise CheckpointError(f"{encoder.weights} has no projector; give the full checkpoint of the method"
@@ -72,13 +73,37 @@ def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[
     Logs what was loaded. options: of build_model. Raises UserError."""
     try:
         with local_main_first():
-            encoder = build_model(args.model, args.weights, args.num_heads, seed=args.seed, **options)
+            encoder = build_model(args.model, args.weights, args.num_heads, seed=args.seed,
+                                  weights_key=args.weights_key, **options)
     except CheckpointError as error:
+        if args.debug:
+            raise
         raise UserError(str(error)) from None
     log(f"{args.model} from {encoder.weights}" + (f", SHA-256 {encoder.sha256}" if encoder.sha256 else "")
-        + f": {encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads, patch {encoder.patch_size}"
+        + f": {encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads "
+        + ("as given" if args.num_heads else "by the file" if args.model in METHODS else "by its architecture")
+        + f", patch {encoder.patch_size}, {encoder.cls_from}"
         + (", with projector" if encoder.has_projector else ""))
     return encoder.to(device)
+
+
+def _from_file(name: str, method, path: Path, num_heads: int | None, weights_key: str | None,
+               options: dict) -> Encoder:
+    """The encoder in a file. A method's official structure is what tells its files from another's, so that only
+    weights_key reads a state dictionary from elsewhere."""
+    checkpoint = open_checkpoint(path)
+    try:
+        if method is timm_vit:
+            return method.from_checkpoint(checkpoint, num_heads=num_heads, weights_key=weights_key, **options)
+        if weights_key is not None:
+            checkpoint = as_official(checkpoint, weights_key, method.NESTING)
+        return method.from_checkpoint(checkpoint, num_heads=num_heads, **options)
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        places = [place for place in state_dicts(checkpoint) if place]
+        hint = f"; it has weights at {', '.join(places)}, which --weights-key can name" if places else ""
+        raise CheckpointError(f"{path} is not a file of {name}: {error}{'' if weights_key else hint}") from None
 
 
 def _weights_file(name: str, weights: str, method, full: bool) -> Path:
@@ -88,8 +113,8 @@ def _weights_file(name: str, weights: str, method, full: bool) -> Path:
         return Path(weights)
     entry = method.OFFICIAL["full" if full and "full" in method.OFFICIAL else "backbone"]
     if "url" not in entry:
-        raise CheckpointError(f"{name}: the official file {entry['file']} lies on Google Drive, closed to scripts; "
-                              f"get it from {entry['where']} and give --weights PATH")
+        raise CheckpointError(f"{name}: scripts cannot download the official file {entry['file']} from Google Drive; "
+                              f"download it from {entry['where']} and give --weights PATH")
     url = entry["url"]
     published = {key: entry[key] for key in ("sha256", "md5") if key in entry}
     return fetch(url, entry.get("file") or url.rsplit("/", 1)[-1], published)

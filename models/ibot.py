@@ -17,6 +17,7 @@ from .encoder import (
 )
 
 URL = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/vitb_16_rand_mask"
+NESTING = "state_dict"  # of the weights in the backbone file
 OFFICIAL = {
     "backbone": {"url": f"{URL}/checkpoint_teacher.pth", "file": "ibot_vitb_16_rand_mask_checkpoint_teacher.pth"},
     "full": {"url": f"{URL}/checkpoint.pth", "file": "ibot_vitb_16_rand_mask_checkpoint.pth"},
@@ -24,17 +25,19 @@ OFFICIAL = {
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str = "teacher") -> Encoder:
-    """An official file's content, backbone or full -> Encoder. branch: "teacher" or "student" of a full file (the paper
-    evaluates the teacher). Raises CheckpointError."""
+    """Content of an official file, backbone or full -> Encoder. branch: "teacher" (which the paper evaluates) or
+    "student" of a full file. Raises CheckpointError."""
     if "teacher" not in checkpoint:
         if branch == "student":
             raise CheckpointError("this file holds the teacher's backbone only; the student is in checkpoint.pth")
         return Encoder(plain_vit(unwrap(checkpoint, "state_dict"), num_heads), bicubic_by_scale)
-    # The student was saved from DistributedDataParallel, the teacher not.
+    # Only the student was saved from DistributedDataParallel.
     state = {key.removeprefix("module."): value for key, value in unwrap(checkpoint, branch).items()}
     vit = plain_vit(drop_keys(take_prefix(state, "backbone."), "masked_embed"), num_heads)
     head = take_prefix(state, "head.")
-    # The layer for patches is what tells a full file of iBOT from DINO's.
+    if not head:
+        return Encoder(vit, bicubic_by_scale)
+    # Only the layer for patches distinguishes a full file of iBOT from one of DINO.
     if not any(key.startswith("last_layer2.") for key in head):
         raise CheckpointError("missing keys: head.last_layer2.weight_g or .weight; this is not a full file of iBOT")
     head = drop_keys(head, r"last_layer2\..*")
@@ -42,5 +45,5 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str 
 
 
 def random() -> Encoder:
-    """An untrained ViT-B/16 with iBOT's head of 8,192 outputs, drawn from PyTorch's generator."""
+    """An untrained ViT-B/16 with iBOT's head of 8,192 outputs."""
     return Encoder(random_vit(), bicubic_by_scale, WeightNormHead(768, (2048, 2048), 256, 8192))

@@ -1,41 +1,86 @@
-"""Any ViT of timm with a class token, as --model timm/NAME."""
+"""Any plain ViT of timm, as --model timm/NAME: VisionTransformer, Eva and Beit, with or without class token."""
 
+import difflib
+import sys
 from collections.abc import Sequence
 
 import timm
 import torch
 import torch.nn as nn
 
-from .encoder import CheckpointError, Encoder, load_exactly
+from .checkpoints import find_state
+from .encoder import CheckpointError, Encoder, drop_keys, load_exactly
+
+# What the file of a whole model holds beside what gives tokens.
+NOT_TOKENS = (r"(head|head_dist|lm_head|fc|classifier|projector|decoder|predictor)[._].*|mask_token|"
+              r".*relative_position_index")
 
 
 class TimmEncoder(Encoder):
-    """timm's own embedding and position resampling; tokens that are neither class nor patch are left out."""
+    """timm's own embedding and position resampling; register and distillation tokens are left out.
+
+    cls_from says what stands in the first place of what it returns: the model's "class token"; the output of its
+    "attention pool" where it has no class token; or the "mean" of its patch tokens where it has neither.
+    """
 
     def __init__(self, vit: nn.Module):
         super().__init__(vit, None, mean=vit.default_cfg["mean"], std=vit.default_cfg["std"])
+        if getattr(vit, "cls_token", None) is not None:
+            self.cls_from = "class token"
+        else:
+            self.cls_from = "mean" if getattr(vit, "attn_pool", None) is None else "attention pool"
+        norm, fc_norm = vit.norm, getattr(vit, "fc_norm", None)
+        # A model made for mean pooling has its final norm behind the pool: applied to the tokens, it serves both.
+        self.late_norm = fc_norm if isinstance(norm, nn.Identity) and fc_norm is not None else nn.Identity()
+        self.dynamic = getattr(vit, "dynamic_img_size", False)
+        self.native = {name: value.clone() for name, value in vit.state_dict().items()
+                       if "relative_position" in name or name == "pos_embed"} if not self.dynamic else {}
+        self.native_size = self.size = tuple(vit.patch_embed.img_size)
+
+    def fit(self, images: torch.Tensor) -> None:
+        """Makes a model that has one input size at a time take images of this one."""
+        size = tuple(images.shape[-2:])
+        self.grid(images)
+        if self.dynamic or size == self.size:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            # From the native tables each time: resampling a resampled table would lose more with every size.
+            self.vit.set_input_size(img_size=self.native_size)
+            self.vit.load_state_dict(self.native, strict=False)
+            self.vit.set_input_size(img_size=size)
+        self.vit.requires_grad_(False)
+        self.size = size
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("a timm model embeds its input itself")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.grid(images)
-        return self._drop_extra_tokens(self.vit.forward_features(images))
+        self.fit(images)
+        tokens = self.late_norm(self.vit.forward_features(images))
+        patches = tokens[:, self.vit.num_prefix_tokens:]
+        if self.cls_from == "class token":
+            first = tokens[:, :1]
+        else:
+            first = (patches.mean(1) if self.cls_from == "mean" else self.vit.pool(tokens))[:, None]
+        return torch.cat([first, patches], dim=1)
 
     def get_intermediate_layers(self, images: torch.Tensor, n: Sequence[int] = (3, 5, 7, 11), reshape: bool = True,
                                 norm: bool = False) -> list[torch.Tensor]:
         if not all(0 <= index < self.depth for index in n):
             raise IndexError(f"blocks {list(n)} were asked for; this encoder has blocks 0 to {self.depth - 1}")
-        self.grid(images)
+        self.fit(images)
         layers = self.vit.forward_intermediates(images, indices=sorted(set(n)), norm=norm, stop_early=True,
-                                                output_fmt="NCHW" if reshape else "NLC", intermediates_only=True)
-        layers = dict(zip(sorted(set(n)), layers, strict=True))
+                                                output_fmt="NLC", intermediates_only=True)
+        layers = {index: self.late_norm(layer) if norm else layer
+                  for index, layer in zip(sorted(set(n)), layers, strict=True)}
+        if reshape:
+            layers = {index: layer.transpose(1, 2).unflatten(2, self.grid(images)) for index, layer in layers.items()}
         return [layers[index] for index in n]
 
 
 def random(name: str) -> TimmEncoder:
     """timm's model of that name, untrained. Raises CheckpointError for a name that timm does not have and for a model
-    that is not a ViT with a class token."""
+    that is no plain ViT."""
     return _build(name, pretrained=False)
 
 
@@ -44,29 +89,60 @@ def pretrained(name: str) -> TimmEncoder:
     return _build(name, pretrained=True)
 
 
-def from_checkpoint(checkpoint: dict, name: str, num_heads: int | None = None) -> TimmEncoder:
-    """timm's model of that name with the weights of a file, flat or under `state_dict` or `model`. The number of heads
-    is timm's. Raises CheckpointError."""
+def from_checkpoint(checkpoint: dict, name: str, num_heads: int | None = None,
+                    weights_key: str | None = None) -> TimmEncoder:
+    """timm's model of that name with the weights of a file, through timm's own conversion of official files (position
+    embeddings of another size, key names). The number of heads is timm's. weights_key: which of several state
+    dictionaries. Raises CheckpointError."""
     encoder = _build(name, pretrained=False)
     if num_heads not in (None, encoder.num_heads):
         raise CheckpointError(f"timm/{name} has {encoder.num_heads} heads; leave --num-heads out")
-    for nesting in ("state_dict", "model"):
-        checkpoint = checkpoint.get(nesting, checkpoint)
-    load_exactly(encoder.vit, {key: value for key, value in checkpoint.items() if not key.startswith("head.")})
-    return encoder
+    convert = getattr(sys.modules[type(encoder.vit).__module__], "checkpoint_filter_fn", lambda state, model: state)
+
+    def load(state):
+        state = drop_keys(convert(dict(state), encoder.vit), NOT_TOKENS)
+        # timm computes these indices; versions differ in whether they count as state.
+        state |= {key: value for key, value in encoder.vit.state_dict().items() if "relative_position_index" in key}
+        load_exactly(encoder.vit, state)
+
+    find_state(checkpoint, load, weights_key)
+    return TimmEncoder(encoder.vit)
 
 
 def _build(name: str, pretrained: bool) -> TimmEncoder:
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*{name.split('_')[-1]}*")[:3]
-        raise CheckpointError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    if not name.startswith("hf-hub:") and not timm.is_model(name):
+        raise CheckpointError(f"timm has no model {name!r}{suggestion(name)}")
+    options = {"pretrained": pretrained, "num_classes": 0}
     try:
-        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
-    except TypeError:
-        raise CheckpointError(f"timm/{name} is not a plain ViT: it does not take images of every size") from None
+        try:
+            vit = timm.create_model(name, dynamic_img_size=True, **options)
+        except TypeError:
+            vit = timm.create_model(name, **options)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"the weights of timm/{name} could not be had ({str(error).splitlines()[0]}); "
+        raise CheckpointError(f"the weights of timm/{name} could not be downloaded ({str(error).splitlines()[0]}); "
                               "check the network, or give --weights PATH") from None
-    if not getattr(vit, "has_class_token", False) or not hasattr(vit, "blocks"):
-        raise CheckpointError(f"timm/{name} is not a ViT with a class token")
+    reason = why_not_plain(vit)
+    if reason:
+        raise CheckpointError(f"timm/{name} is not a plain ViT: {reason}")
     return TimmEncoder(vit)
+
+
+def why_not_plain(vit: nn.Module) -> str:
+    """What keeps a model of timm from being an encoder here; "" for a plain ViT."""
+    kind = type(vit).__name__
+    if kind == "NaFlexVit":
+        return "it takes lists of patches, not images of one size"
+    if kind not in ("VisionTransformer", "VisionTransformerDistilled", "Eva", "Beit"):
+        return f"a {kind}, not a VisionTransformer, Eva or Beit, is not one row of blocks over patch tokens"
+    if hasattr(vit.patch_embed, "backbone"):
+        return "a convolutional network stands before its blocks"
+    return "" if hasattr(vit.blocks[0], "attn") else f"its blocks are of the kind {type(vit.blocks[0]).__name__}"
+
+
+def suggestion(name: str, others: Sequence[str] = ()) -> str:
+    """"; did you mean ..." with names of timm, or others, near to a wrong one; "" where there is none."""
+    known = [*others, *(f"timm/{one}" for one in timm.list_models("*vit*") + timm.list_models("*beit*"))]
+    # Small models first: they are what one tries first.
+    within = sorted((one for one in known if name in one), key=lambda one: ("small" not in one, len(one)))[:3]
+    near = within or difflib.get_close_matches(name, others, 1) or difflib.get_close_matches(f"timm/{name}", known, 3)
+    return f"; did you mean {', '.join(near)}?" if near else ""

@@ -16,7 +16,7 @@ import classify
 import models
 import models.features as feature_cache
 from datasets import synthetic
-from datasets.classification import hold_out, load_classification
+from datasets.classification import hold_out, open_classification
 from datasets.patches import RandomViews, random_crop_flip
 from models import build_model
 from models.features import encode_features, encode_tokens
@@ -172,7 +172,7 @@ def small_encoder():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_cached_features_are_bit_equal_to_encoding_again(cub, tmp_path, precision, monkeypatch):
     encoder = small_encoder()
-    train, _ = load_classification("cub", cub)
+    train, _ = open_classification("cub", cub)
     lines = []
 
     def features(place, keep):
@@ -204,7 +204,7 @@ def test_cached_features_are_bit_equal_to_encoding_again(cub, tmp_path, precisio
 
 def test_a_kept_cache_of_other_inputs_or_half_written_is_not_used(cub, tmp_path, monkeypatch):
     encoder, lines = small_encoder(), []
-    train, test = load_classification("cub", cub)
+    train, test = open_classification("cub", cub)
     encoded = count_encoded(monkeypatch)
 
     def features(encoder=encoder, dataset=train, precision="fp32"):
@@ -219,7 +219,7 @@ def test_a_kept_cache_of_other_inputs_or_half_written_is_not_used(cub, tmp_path,
     other.vit.norm.bias.data[0] += 1e-6
     assert features(encoder=other)[0] == 64
     assert features(dataset=test)[0] == 32
-    changed, _ = load_classification("cub", cub)
+    changed, _ = open_classification("cub", cub)
     changed.transform.transforms[0].size = 257
     assert features(dataset=changed)[0] == 64
     assert features()[0] == 0
@@ -240,7 +240,7 @@ def test_a_kept_cache_of_other_inputs_or_half_written_is_not_used(cub, tmp_path,
 
 def test_a_cache_folder_that_is_full_or_not_writable_is_said_and_done_without(cub, tmp_path, monkeypatch):
     encoder, lines = small_encoder(), []
-    _, test = load_classification("cub", cub)
+    _, test = open_classification("cub", cub)
     (tmp_path / "file").write_text("")
 
     def features(place, folder, keep):
@@ -359,7 +359,7 @@ def test_more_processes_than_images(monkeypatch, cub, tmp_path, num_train, probe
 
 
 def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, cub, folder, tmp_path, capsys):
-    train, _ = load_classification("cub", cub)
+    train, _ = open_classification("cub", cub)
     held_out = hold_out(train, 0)
     assert 0 < held_out.sum() < 10 and not set(train.image_index[held_out].tolist()) & set(
         train.image_index[~held_out].tolist())
@@ -379,7 +379,7 @@ def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, cub, folder,
 
 def test_authors_defects_use_and_move_the_statistics_at_test_time(cub):
     encoder = small_encoder()
-    train, _ = load_classification("cub", cub)
+    train, _ = open_classification("cub", cub)
     features = encode_features(encoder, train, "train", True, "fp32", 0, "auto", Path(), None, lambda line: None)
     ids = torch.arange(64)
     probe = Probe("attentive", Recipe(0.1, 32), 32, [0.1], [0], 5, 48, 4, 3, torch.device("cpu"))
@@ -397,7 +397,7 @@ def test_authors_defects_use_and_move_the_statistics_at_test_time(cub):
 
 
 def test_batches_of_views_are_those_of_one_process(folder, monkeypatch):
-    train, _ = load_classification("folder", folder)
+    train, _ = open_classification("folder", folder)
     encoder = small_encoder()
     views = RandomViews(train, random_crop_flip(), 0)
     steps = []
@@ -418,7 +418,7 @@ def test_batches_of_views_are_those_of_one_process(folder, monkeypatch):
 
 
 def test_views_depend_on_image_and_epoch_alone(folder):
-    train, _ = load_classification("folder", folder)
+    train, _ = open_classification("folder", folder)
     one, other = (RandomViews(train, random_crop_flip(), 0) for _ in range(2))
     state = torch.get_rng_state()
     first = one[5][0]
@@ -520,16 +520,16 @@ def test_class_folders_that_do_not_fit(monkeypatch, folder, tmp_path):
     for name in ("emus", "dogs"):
         (root / "val" / name).symlink_to(folder / "val" / name)
     with pytest.raises(UserError, match="class dogs is in the test set and has no training patch"):
-        load_classification("folder", root)
+        open_classification("folder", root)
     (root / "val" / "dogs").unlink()
-    train, test = load_classification("folder", root)
+    train, test = open_classification("folder", root)
     assert train.classes == test.classes == ["cats", "emus"] and test.labels.tolist() == [1, 1, 1]
     (root / "val" / "emus").unlink()
     with pytest.raises(UserError, match="val"):
-        load_classification("folder", root)
+        open_classification("folder", root)
     (root / "val").rmdir()
     with pytest.raises(UserError, match="has no folder val or test"):
-        load_classification("folder", root)
+        open_classification("folder", root)
 
 
 def test_table_puts_published_and_ours_side_by_side(monkeypatch, tmp_path, capsys):

@@ -441,7 +441,7 @@ def test_the_number_of_processes_changes_nothing(finished, lip, tmp_path, world)
 def test_each_test_pixel_is_counted_once(finished, lip):
     """The confusion matrix holds as many pixels as the label files have labelled ones, at full resolution."""
     seen = []
-    split = segmentation.open_split("lip", lip, "val")
+    split = segmentation.open_segmentation("lip", lip, "val")
     segmenter = segment.Segmenter(small_encoder(), segment.LinearHead(48, NUM_CLASSES), (0, 3), "fp32")
     metrics = segment.segmentation_metrics
     with pytest.MonkeyPatch.context() as patch:

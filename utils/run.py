@@ -53,9 +53,11 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
                          batch_size: int | None) -> None:
     """Adds the options that mean the same in all scripts. models, datasets: their names; batch_size: the default."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="ibot", help=f"{', '.join(models)}, or timm/NAME (default: %(default)s)")
+    group.add_argument("--model", default="ibot",
+                       help=f"{', '.join(models)}, timm/NAME, or FILE.py:FUNCTION, your own (default: %(default)s)")
     group.add_argument("--weights", default="official",
                        help="official, random (untrained control), a path or a URL (default: %(default)s)")
+    group.add_argument("--weights-key", metavar="KEY", help="which of a file's state dictionaries: model, ema, ...")
     group.add_argument("--num-heads", type=positive_int, help="attention heads, where width / 64 is wrong")
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="synthetic", choices=datasets, help="(default: %(default)s)")
@@ -71,6 +73,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
                        help="of the encoder (default: bf16 on CUDA, fp32 on CPU)")
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    group.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     group.add_argument("--table", action="store_true",
                        help="no run: print the results in --output-dir beside the paper's numbers")
 

@@ -1,0 +1,101 @@
+"""A network of the user's own as an encoder: --model path/to/file.py:function, where function(weights) -> nn.Module.
+
+Its forward maps normalised images [B, 3, H, W] to final tokens [B, 1 + N, D], class token first, patches row by row; or
+to [B, N, D] where its attribute class_token is False, and the mean of the patch tokens then stands in the first place.
+Attributes it may have: patch_size (else 224 / sqrt(N)), mean and std of its input (else ImageNet's), num_heads (else
+D / 64, of the attentive probe), blocks, or a get_intermediate_layers of the form in models/encoder.py, for segment.py.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from .encoder import CheckpointError, Encoder
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+class OwnEncoder(Encoder):
+    """The interface of Encoder around any module. Raises CheckpointError where its tokens are not as promised."""
+
+    def __init__(self, network: nn.Module):
+        nn.Module.__init__(self)
+        self.network, self.projector = network, None
+        for name, default in IMAGENET.items():
+            values = torch.as_tensor(getattr(network, name, default), dtype=torch.float32)
+            self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
+        self.cls_from = "class token" if getattr(network, "class_token", True) else "mean"
+        self.weights, self.sha256 = "unknown", None
+        self.eval().requires_grad_(False)
+        self.patch_size = getattr(network, "patch_size", None)
+        side = 14 * self.patch_size if self.patch_size else 224
+        tokens = network(torch.zeros(1, 3, side, side))
+        first = int(self.cls_from == "class token")
+        shape = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        grid = round(max(tokens.shape[1] - first, 0) ** 0.5) if isinstance(shape, tuple) and len(shape) == 3 else 0
+        self.patch_size = self.patch_size or (side // grid if grid else 0)
+        if not grid or (1, first + grid**2) != shape[:2] or grid * self.patch_size != side:
+            raise CheckpointError(f"for an image of {side} x {side} its forward gives {shape}; expected tokens "
+                                  f"[1, {'1 + ' * first}N, D] of N square patches (class_token = False without a class "
+                                  "token, patch_size = P where it is not plain)")
+        self.embed_dim = shape[2]
+        self.num_heads = getattr(network, "num_heads", max(1, self.embed_dim // 64))
+        self.depth = getattr(network, "depth", len(getattr(network, "blocks", ())))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = self.grid(images)
+        tokens = self.network(images)
+        if self.cls_from == "mean":
+            tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+        if tokens.shape[1] != 1 + height * width:
+            raise CheckpointError(f"the network gives {tokens.shape[1]} tokens for {height} x {width} patches and a "
+                                  "class token; register tokens must be left out")
+        return tokens
+
+    def get_intermediate_layers(self, images: torch.Tensor, n: Sequence[int] = (3, 5, 7, 11), reshape: bool = True,
+                                norm: bool = False) -> list[torch.Tensor]:
+        """As Encoder's: from the network's own method, or by hooks on its blocks, whose last N tokens are the patches'.
+        norm needs the network's own method, or its attribute norm."""
+        if hasattr(self.network, "get_intermediate_layers"):
+            # In ascending order: DINOv2's and timm's give the blocks in the order in which they run.
+            ordered = sorted(set(n))
+            layers = self.network.get_intermediate_layers(images, n=ordered, reshape=reshape, norm=norm)
+            return [layers[ordered.index(index)] for index in n]
+        if not self.depth or not all(0 <= index < self.depth for index in n):
+            raise IndexError(f"blocks {list(n)} were asked for; this network has {self.depth} in its attribute blocks")
+        height, width = self.grid(images)
+        found, hooks = {}, []
+        for index in set(n):
+            def keep(module, inputs, output, index=index):
+                found[index] = (output[0] if isinstance(output, tuple) else output)[:, -height * width:]
+            hooks.append(self.network.blocks[index].register_forward_hook(keep))
+        try:
+            self.network(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        layers = [self.network.norm(found[index]) if norm else found[index] for index in n]
+        return [layer.transpose(1, 2).unflatten(2, (height, width)) for layer in layers] if reshape else layers
+
+
+def load_own(name: str, weights: str) -> OwnEncoder:
+    """name: path/to/file.py:function. Raises CheckpointError for a file that does not exist or raises, and for a
+    function that returns no module."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise CheckpointError(f"--model {name}: {path} does not exist")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        network = getattr(module, function)(weights)
+        if isinstance(network, nn.Module):
+            return OwnEncoder(network)
+    except CheckpointError as error:
+        raise CheckpointError(f"--model {name}: {error}") from None
+    except Exception as error:  # whatever the user's code raises
+        raise CheckpointError(f"--model {name}: {type(error).__name__}: {error}") from error
+    raise CheckpointError(f"--model {name}: {function} returned a {type(network).__name__}, not an nn.Module")

@@ -1,0 +1,96 @@
+"""Principal components of patch tokens as colours, and a sheet of them: a row of images, below it a row per model.
+
+As the figures of DINOv2 (arXiv:2304.07193, section 7.3): a first analysis separates foreground from background, three
+components of a second one on the foreground are red, green and blue. Both are joint over the images of a sheet, so one
+colour means the same direction of the features in all of them. Each model has its own analysis: colours compare within
+a row, not between rows.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from utils import UserError
+
+
+def principal_components(features: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, D] -> float64 (scores [N, count] of the centred rows, ratios [count] of the variance that each component
+    explains), on the CPU; computed on the features' device.
+
+    From the eigenvectors of the covariance in float64, so nothing is random. The sign of a component is arbitrary: it
+    is set so that the skewness of the scores is not negative, as CAPI does (arXiv:2502.08769). Raises UserError for
+    features that are not finite, or that vary in fewer than count directions.
+    """
+    rows, width = features.double(), features.shape[1]
+    too_few = UserError(f"{len(rows)} patches vary in fewer than {count} direction(s), too few for principal "
+                        "components; use more or larger images, or --pca none")
+    if len(rows) <= count or width < count:
+        raise too_few
+    if not rows.isfinite().all():
+        raise UserError("patch tokens are not finite; use --precision fp32, or check the weights")
+    centred = rows - rows.mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
+    values, vectors = values.flip(0).cpu(), vectors.flip(1)[:, :count]
+    # A variance this small against the mean square of the features is rounding.
+    if values[count - 1] <= width * torch.finfo(torch.float64).eps * rows.square().sum(1).mean().cpu():
+        raise too_few
+    scores = (centred @ vectors).cpu()
+    return scores * torch.where(scores.pow(3).sum(0) < 0, -1.0, 1.0), values[:count] / values.sum()
+
+
+def foreground_mask(scores: torch.Tensor) -> torch.Tensor:
+    """Scores of the first component [n, h, w] -> bool [n, h, w], True on the foreground.
+
+    The scores are split where the variance between the two sides is largest (Otsu, 1979), over all images at once. The
+    foreground is the side with the smaller share of its patches on an image's border; the higher scores if both shares
+    are equal. A share, not a count: a large object may touch more of the border than the background does.
+    """
+    ordered = scores.flatten().sort().values
+    # (sum of the lower side)^2 / (size of the lower side * size of the higher) is the variance between, up to a factor.
+    size = torch.arange(1, len(ordered), device=scores.device)
+    between = (ordered - ordered.mean()).cumsum(0)[:-1].square() / (size * (len(ordered) - size))
+    high = scores >= ordered[between.argmax() + 1]
+    border = torch.ones_like(high)
+    border[:, 1:-1, 1:-1] = False
+    return high if border[high].double().mean() <= border[~high].double().mean() else ~high
+
+
+def token_colours(tokens: torch.Tensor, foreground: str = "first") -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Patch tokens [n, h, w, D] -> (colours uint8 [n, h, w, 3], foreground bool [n, h, w], ratios), on the CPU.
+
+    tokens: final tokens, or those of a block through the final norm: without it a few tokens of very large norm (the
+    image's corners in a ViT-Ti) are the first component. foreground: "first" = foreground_mask of the first component,
+    "none" = all patches. Each component is scaled from its 1st to its 99th percentile over the foreground of all
+    images and clipped: DINOv2's minimum and maximum would follow single tokens. The background is black. ratios: the
+    share of the foreground's variance that each of the three components explains. Raises UserError as
+    principal_components does.
+    """
+    mask = torch.ones(tokens.shape[:3], dtype=torch.bool)
+    if foreground == "first":
+        mask = foreground_mask(principal_components(tokens.flatten(0, 2), 1)[0].view(mask.shape))
+    scores, ratios = principal_components(tokens[mask.to(tokens.device)], 3)
+    low, high = scores.quantile(torch.tensor([0.01, 0.99], dtype=scores.dtype), dim=0)
+    # Equal percentiles (nearly all scores the same): what lies above them gets 255, the rest 0.
+    scaled = (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
+    colours = torch.zeros(*mask.shape, 3, dtype=torch.uint8)
+    colours[mask] = (scaled.clamp(0, 1) * 255).round().byte()
+    return colours, mask, ratios.tolist()
+
+
+def draw_sheet(images: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> Image.Image:
+    """images uint8 [n, 3, H, W] and by model name the colours uint8 [n, h, w, 3] -> a row of the images, below it a row
+    per model, enlarged to H x W (nearest patch), the model's name on the left."""
+    count, _, height, width = images.shape
+    gap, font = 4, ImageFont.load_default(max(12, height // 14))
+    margin = int(max(font.getlength(name) for name in rows)) + 4 * gap
+    sheet = Image.new("RGB", (margin + count * (width + gap), (1 + len(rows)) * (height + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (name, row) in enumerate([("", images.permute(0, 2, 3, 1)), *rows.items()]):
+        top = gap + number * (height + gap)
+        draw.text((margin - 2 * gap, top + height / 2), name, fill="black", font=font, anchor="rm")
+        for column, picture in enumerate(row):
+            picture = Image.fromarray(picture.cpu().contiguous().numpy())
+            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST),
+                        (margin + column * (width + gap), top))
+    return sheet
