@@ -10,7 +10,6 @@ of the paper, numbers as in its authors' code.
 """
 
 import argparse
-import json
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -43,18 +42,8 @@ from utils.distributed import (
     rank,
     world_size,
 )
-from utils.drawing import draw_confusion, draw_curves
-from utils.results import (
-    PAPER_TABLES,
-    append_result,
-    args_to_json,
-    beside_published,
-    caveats,
-    markdown_table,
-    read_results,
-    run_title,
-    start_line,
-)
+from utils.drawing import draw_confusion, draw_curves, require_matplotlib
+from utils.results import append_result, args_to_json, paper_tables, run_title, start_line
 from utils.run import (
     OneLineParser,
     Progress,
@@ -235,44 +224,9 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--crop-scale {args.crop_scale} must be positive")
     if args.no_augment and args.dataset in CLASSIFICATION_PARTS:
         raise UserError(f"--no-augment is for whole images; {args.dataset} is never augmented")
+    if args.save_plots:
+        require_matplotlib()
     return args
-
-
-def row_of(result: dict) -> str:
-    marks = caveats(result)
-    return f"{result['model']} ({marks})" if marks else result["model"]
-
-
-def print_table(folder: Path) -> None:
-    """Table 1 and the right half of table 3: published, ours (the last run), difference."""
-    published = json.loads(PAPER_TABLES.read_text())
-    results = [result for result in read_results(folder, "classify") if result.get("best_acc1") is not None]
-    parts, images = published["table3_part_classification_top1"], published["table1_imagenet_top1"]
-    images = {model: {"imagenet": numbers} for model, numbers in images.items()}
-    for title, datasets, numbers in (("Table 3, part classification", ("cub", "coco"), parts),
-                                     ("Table 1, ImageNet-1k", ("imagenet",), images)):
-        columns = [(dataset, probe) for dataset in datasets for probe in ("linear", "attentive")]
-        rows, remarks = [], []
-        # A control has a row of its own: it must not take the place of a result.
-        ours = {(row_of(result), result["dataset"], result["probe"]): result for result in results}
-        others = (row_of(result) for result in results if result["dataset"] in datasets)
-        for model in dict.fromkeys((*METHODS, *others)):
-            cells = []
-            for dataset, probe in columns:
-                result = ours.get((model, dataset, probe))
-                cells += beside_published(numbers.get(model, {}).get(dataset, {}).get(probe),
-                                          result and result["best_acc1"])
-                marks = [mark for mark in (result["select"] == "held-out" and "chosen held out",
-                         result["args"]["authors_defects"] and "authors' defects",
-                         result["args"]["crop_scale"] != 0.5 and f"crop scale {result['args']['crop_scale']}",
-                         f"{result['num_train']} training patches") if mark] if result else []
-                if marks:
-                    remarks.append(f"{model}, {dataset} {probe}: {', '.join(marks)}")
-            rows.append([model, *cells])
-        header = ["model", *(f"{dataset} {probe} {what}" for dataset, probe in columns
-                             for what in ("published", "ours", "difference"))]
-        print(f"{title}: best test accuracy over epochs, percent\n\n{markdown_table(header, rows)}\n")
-        print("".join(f"* {remark}\n" for remark in remarks))
 
 
 def save_checkpoint(path: Path, settings: dict, epoch: int, probes: Sequence[Probe]) -> None:
@@ -407,7 +361,8 @@ def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_
         title = f"{run_title(line)}, {probe.kind}"
         curves = {f"lr {rate:g}, seed {seed}": [epoch[k] for epoch in probe.test]
                   for k, (rate, seed) in enumerate(zip(probe.rates, probe.seeds, strict=True))}
-        draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.png"), f"{title}: test accuracy by epoch", curves)
+        draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.png"), f"{title}: test accuracy by epoch", curves,
+                    (list(curves)[index], summary["best_epoch"]))
         draw_confusion(Path(f"{prefix}_{probe.kind}_confusion.png"), title, matrix, classes)
     return line
 
@@ -428,7 +383,7 @@ def main() -> None:
     """Encodes once, trains all probes on the features, and writes a head and a results line for each."""
     args, started = parse_arguments(), time.monotonic()
     if args.table:
-        print_table(args.output_dir)
+        print(paper_tables("classify", args.output_dir))
         return
     device, log = setup(args)
 

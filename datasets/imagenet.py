@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, has_file_allowed_extension
+from PIL import Image, ImageDraw
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, has_file_allowed_extension, pil_loader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
@@ -58,6 +58,24 @@ def grid_patches(image: Image.Image) -> torch.Tensor:
     image = F.resize(F.center_crop(F.resize(image, 256, bicubic), 224), 896, bicubic)
     windows = F.pil_to_tensor(image).unfold(1, 224, 112).unfold(2, 224, 112)
     return windows.permute(1, 2, 0, 3, 4).reshape(49, 3, 224, 224)
+
+
+def shown_image(path: str) -> Image.Image:
+    """The 224 x 224 image whose grid GRID_BOXES divides: short side 256, bicubic, central crop."""
+    return F.center_crop(F.resize(pil_loader(path), 256, InterpolationMode.BICUBIC), 224)
+
+
+def shown_patch(path: str, position: int) -> Image.Image:
+    """A grid patch, 56 x 56."""
+    return shown_image(path).crop(GRID_BOXES[position])
+
+
+def query_image(path: str, position: int) -> Image.Image:
+    """The query's image with a red box around its patch."""
+    image = shown_image(path)
+    left, upper, right, lower = GRID_BOXES[position]
+    ImageDraw.Draw(image).rectangle((left, upper, right - 1, lower - 1), outline=(255, 0, 0), width=3)
+    return image
 
 
 class GridDataset(PatchDataset):
