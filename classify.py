@@ -10,7 +10,6 @@ of the paper, numbers as in its authors' code.
 """
 
 import argparse
-import json
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +20,17 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from datasets.classification import held_out_images, hold_out, load_classification
+from datasets.classification import (
+    CLASSIFICATION_IMAGES,
+    CLASSIFICATION_PARTS,
+    held_out_images,
+    hold_out,
+    open_classification,
+)
 from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
-from models.features import Features, decoded_ids, encode_batch_size, encode_features, encode_tokens
+from models.features import Batch, Features, decoded_ids, encode_batch_size, encode_features, encode_tokens
 from models.probe_training import RECIPES, Probe, Recipe
 from models.probes import build_heads, knn_predict, load_head
 from utils import UserError
@@ -37,18 +42,8 @@ from utils.distributed import (
     rank,
     world_size,
 )
-from utils.drawing import draw_confusion, draw_curves
-from utils.results import (
-    PAPER_TABLES,
-    append_result,
-    args_to_json,
-    beside_published,
-    caveats,
-    markdown_table,
-    read_results,
-    run_title,
-    start_line,
-)
+from utils.drawing import draw_confusion, draw_curves, require_matplotlib
+from utils.results import append_result, args_to_json, paper_tables, run_title, start_line
 from utils.run import (
     OneLineParser,
     Progress,
@@ -61,8 +56,6 @@ from utils.run import (
 )
 from utils.storage import atomic_write
 
-PARTS = ("cub", "coco", "synthetic")
-IMAGES = ("imagenet", "folder", "synthetic-species")
 NEIGHBOURS = (10, 20, 100, 200)
 CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out tenth of the training images"}
 # Arguments that may differ when a run is resumed: they do not change what it computes.
@@ -80,8 +73,8 @@ def confusion_of_heads(heads: nn.Module, features: Features, ids: torch.Tensor, 
     heads.train(authors_defects)
     matrix = None
     batches = features.batches(ids.split(256 if authors_defects else 1024), heads.kind == "attentive")
-    for tokens, rstd, rows, labels in batches:
-        predicted = heads(tokens, rstd, rows).argmax(-1)
+    for tokens, rows, labels in batches:
+        predicted = heads.classify(tokens, rows).argmax(-1)
         if matrix is None:
             matrix = labels.new_zeros(len(predicted), num_classes * num_classes)
         matrix.scatter_add_(1, labels * num_classes + predicted, torch.ones_like(predicted))
@@ -102,7 +95,7 @@ def shuffled(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
 def train_on_features(probe: Probe, features: Features, order: torch.Tensor, epoch: int) -> None:
     steps = probe.steps(order)
     for index, batch in enumerate(features.batches(steps, probe.kind == "attentive")):
-        probe.step(*batch, epoch + index / len(steps))
+        probe.step(batch, epoch + index / len(steps))
 
 
 def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews, order: torch.Tensor, epoch: int,
@@ -123,28 +116,27 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
     waiting = [[] for _ in probes]
     nothing = (torch.zeros(0, 1, encoder.embed_dim, device=device), labels[:0])
 
-    def train_up_to(place):
-        while ends and ends[0][0] <= place:
+    def train_up_to(reached):
+        while ends and ends[0][0] <= reached:
             _, number, share = ends.pop(0)
             tokens, ids = zip(*(waiting[number] or [nothing]), strict=True)
-            probes[number].step(torch.cat(tokens), None, None, torch.cat(ids), epoch + share)
+            probes[number].step(Batch(torch.cat(tokens), None, torch.cat(ids)), epoch + share)
             waiting[number].clear()
 
     progress = Progress(len(order) // world_size(), f"epoch {epoch + 1}", "images")
     for images, ids in views.batches(order[rank()::world_size()].tolist(), encode_batch_size(device), workers,
                                      pin_memory=device.type == "cuda"):
-        tokens, places = encode_tokens(encoder, images.to(device, non_blocking=True), precision), position[ids]
-        begin = 0
-        while begin < len(ids):
-            train_up_to(int(places[begin]))
+        encoded, positions = encode_tokens(encoder, images.to(device, non_blocking=True), precision), position[ids]
+        start = 0
+        while start < len(ids):
+            train_up_to(int(positions[start]))
             if not ends:
                 break
-            stop = begin + int((places[begin:] < ends[0][0]).sum())
+            stop = start + int((positions[start:] < ends[0][0]).sum())
             for probe, rows in zip(probes, waiting, strict=True):
-                # A copy of the class tokens, so that the others are not held back.
-                part = tokens[begin:stop] if probe.kind == "attentive" else tokens[begin:stop, :1].clone()
-                rows.append((part, labels[ids[begin:stop].to(device)]))
-            begin = stop
+                tokens = encoded.tokens if probe.kind == "attentive" else encoded.cls[:, None]
+                rows.append((tokens[start:stop], labels[ids[start:stop].to(device)]))
+            start = stop
         progress.update(len(ids))
     train_up_to(len(order))
 
@@ -190,7 +182,7 @@ def memory_peak(device: torch.device) -> str:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(__doc__)
-    add_common_arguments(parser, METHODS, PARTS + IMAGES, batch_size=None)
+    add_common_arguments(parser, METHODS, CLASSIFICATION_PARTS + CLASSIFICATION_IMAGES, batch_size=None)
     group = parser.add_argument_group("probing")
     group.add_argument("--probe", nargs="+", choices=("linear", "attentive", "knn"), default=["linear"],
                        help="one or several, on the same features (default: linear)")
@@ -230,46 +222,11 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--lr {' '.join(map(str, args.lr))}: learning rates must be positive and differ")
     if args.crop_scale <= 0:
         raise UserError(f"--crop-scale {args.crop_scale} must be positive")
-    if args.no_augment and args.dataset in PARTS:
+    if args.no_augment and args.dataset in CLASSIFICATION_PARTS:
         raise UserError(f"--no-augment is for whole images; {args.dataset} is never augmented")
+    if args.save_plots:
+        require_matplotlib()
     return args
-
-
-def row_of(result: dict) -> str:
-    marks = caveats(result)
-    return f"{result['model']} ({marks})" if marks else result["model"]
-
-
-def print_table(folder: Path) -> None:
-    """Table 1 and the right half of table 3: published, ours (the last run), difference."""
-    published = json.loads(PAPER_TABLES.read_text())
-    results = [result for result in read_results(folder, "classify") if result.get("best_acc1") is not None]
-    parts, images = published["table3_part_classification_top1"], published["table1_imagenet_top1"]
-    images = {model: {"imagenet": numbers} for model, numbers in images.items()}
-    for title, datasets, numbers in (("Table 3, part classification", ("cub", "coco"), parts),
-                                     ("Table 1, ImageNet-1k", ("imagenet",), images)):
-        columns = [(dataset, probe) for dataset in datasets for probe in ("linear", "attentive")]
-        rows, remarks = [], []
-        # A control has a row of its own: it must not take the place of a result.
-        ours = {(row_of(result), result["dataset"], result["probe"]): result for result in results}
-        others = (row_of(result) for result in results if result["dataset"] in datasets)
-        for model in dict.fromkeys((*METHODS, *others)):
-            cells = []
-            for dataset, probe in columns:
-                result = ours.get((model, dataset, probe))
-                cells += beside_published(numbers.get(model, {}).get(dataset, {}).get(probe),
-                                          result and result["best_acc1"])
-                marks = [mark for mark in (result["select"] == "held-out" and "chosen held out",
-                         result["args"]["authors_defects"] and "authors' defects",
-                         result["args"]["crop_scale"] != 0.5 and f"crop scale {result['args']['crop_scale']}",
-                         f"{result['num_train']} training patches") if mark] if result else []
-                if marks:
-                    remarks.append(f"{model}, {dataset} {probe}: {', '.join(marks)}")
-            rows.append([model, *cells])
-        header = ["model", *(f"{dataset} {probe} {what}" for dataset, probe in columns
-                             for what in ("published", "ours", "difference"))]
-        print(f"{title}: best test accuracy over epochs, percent\n\n{markdown_table(header, rows)}\n")
-        print("".join(f"* {remark}\n" for remark in remarks))
 
 
 def save_checkpoint(path: Path, settings: dict, epoch: int, probes: Sequence[Probe]) -> None:
@@ -404,7 +361,8 @@ def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_
         title = f"{run_title(line)}, {probe.kind}"
         curves = {f"lr {rate:g}, seed {seed}": [epoch[k] for epoch in probe.test]
                   for k, (rate, seed) in enumerate(zip(probe.rates, probe.seeds, strict=True))}
-        draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.png"), f"{title}: test accuracy by epoch", curves)
+        draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.png"), f"{title}: test accuracy by epoch", curves,
+                    (list(curves)[index], summary["best_epoch"]))
         draw_confusion(Path(f"{prefix}_{probe.kind}_confusion.png"), title, matrix, classes)
     return line
 
@@ -425,16 +383,16 @@ def main() -> None:
     """Encodes once, trains all probes on the features, and writes a head and a results line for each."""
     args, started = parse_arguments(), time.monotonic()
     if args.table:
-        print_table(args.output_dir)
+        print(paper_tables("classify", args.output_dir))
         return
     device, log = setup(args)
 
     # Data and encoder
-    train, test = load_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images)
+    train, test = open_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images)
     held_out = hold_out(train, args.seed) if args.select == "held-out" else torch.zeros(train.num_patches).bool()
     options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
     encoder = load_encoder(args, device, log, projector=False, **options)
-    encode = partial(encode_features, encoder, precision=args.precision, workers=args.workers, place=args.cache,
+    encode = partial(encode_features, encoder, precision=args.precision, workers=args.workers, tier=args.cache,
                      folder=args.cache_dir or args.output_dir, keep=args.cache_dir, log=log)
     line = start_line("classify", args, encoder) | {"select": args.select, "classes": train.classes}
     log(f"{run_title(line)}: {train.num_patches} training and {test.num_patches} test patches of "
@@ -449,7 +407,7 @@ def main() -> None:
 
     # Probes, new or as the checkpoint of a stopped run left them
     num_train = int((~held_out).sum())
-    recipes = RECIPES["images" if args.dataset in IMAGES else "parts"]
+    recipes = RECIPES["images" if args.dataset in CLASSIFICATION_IMAGES else "parts"]
     probes = make_probes([kind for kind in args.probe if kind != "knn"], recipes, args.batch_size, args.lr,
                          range(args.seed, args.seed + args.seeds), args.epochs, num_train, encoder,
                          len(train.classes), log)
@@ -460,7 +418,7 @@ def main() -> None:
     done = load_checkpoint(checkpoint, settings, probes, log) if args.resume else 0
 
     # Features
-    augmented = args.dataset in IMAGES and not args.no_augment
+    augmented = args.dataset in CLASSIFICATION_IMAGES and not args.no_augment
     training, holding, choosing, testing = encode_subsets(encode, train, test, held_out, args.probe, augmented)
     log.open(args.output_dir)
     line |= {"num_train": len(training.ids), "num_held_out": len(holding.ids), "num_test": len(testing.ids),

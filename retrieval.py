@@ -11,7 +11,6 @@ cosine similarity; "encoded" is the better of the class token and the mean of th
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,24 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.coco import load_coco
-from datasets.cub import load_cub
-from datasets.imagenet import GridDataset, load_grid
+from datasets.imagenet import GRID_BOXES, query_image, shown_patch
 from datasets.patches import PatchDataset
-from datasets.sheets import write_sheets
-from datasets.synthetic import KEYPOINT_NAMES, load_synthetic_patches
+from datasets.retrieval import RETRIEVAL_DATASETS, open_retrieval
 from models import METHODS, WITH_PROJECTOR, Encoder, load_encoder
 from utils import UserError
-from utils.distributed import gather_rows, is_main, shard, world_size
-from utils.results import (
-    PAPER_TABLES,
-    append_result,
-    args_to_json,
-    beside_published,
-    markdown_table,
-    read_results,
-    run_title,
-)
+from utils.distributed import all_reduce, gather_rows, is_main, shard, world_size
+from utils.drawing import draw_sheet
+from utils.results import append_result, args_to_json, paper_tables, run_title
 from utils.run import (
     Log,
     OneLineParser,
@@ -55,8 +44,6 @@ from utils.storage import atomic_write, free_memory
 # The arguments that features are made with, and all that a source of features (and its file) holds.
 PROTOCOL = ("model", "dataset", "precision", "crop_scale", "keypoints", "authors_defects")
 FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "weights", "sha256", *PROTOCOL)
-# Patches that the published rule leaves of the whole data set, where it is known; the table marks other numbers.
-FULL_PATCHES = {"cub": 30543}
 
 
 def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: torch.Tensor | None = None,
@@ -226,33 +213,6 @@ def load_features(path: Path) -> dict:
         raise UserError(f"--load-features {path} is not a whole feature file; write it again") from None
 
 
-def load_dataset(name: str, root: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
-                 num_images: int | None, seed: int, skip_bad_images: bool) -> PatchDataset:
-    """The patches of a data set by its name on the command line. Raises UserError."""
-    if name == "synthetic":
-        keypoints = KEYPOINT_NAMES if keypoints == ["all"] else keypoints
-        return load_synthetic_patches("train", num_images or 60, seed, keypoints, crop_scale,
-                                      skip_bad_images=skip_bad_images)
-    if root is None:
-        raise UserError(f"--dataset {name} needs --data-path, the folder it lies in; synthetic needs none")
-    if name == "imagenet":
-        dataset = load_grid(root, skip_bad_images)
-        if num_images and num_images < len(dataset):
-            chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num_images]
-            images = [dataset.images[index] for index in sorted(chosen.tolist())]
-            dataset = GridDataset(images, dataset.classes, skip_bad_images=skip_bad_images)
-        return dataset
-    options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images}
-    if keypoints is None:
-        return load_cub(root, **options) if name == "cub" else load_coco(root, "train", **options)
-    every = range(1, 16 if name == "cub" else 18)
-    try:
-        numbers = list(every) if keypoints == ["all"] else [int(number) for number in keypoints]
-    except ValueError:
-        raise UserError(f"--keypoints {' '.join(keypoints)}: {name} numbers them, from 1 to {every[-1]}") from None
-    return load_cub(root, parts=numbers, **options) if name == "cub" else load_coco(root, "train", numbers, **options)
-
-
 def defect_options(model: str, weights: str) -> dict:
     """Options of build_model that bring back a defect of the authors' code. Raises UserError where none is known."""
     defects = {"mae": {"shuffle_patches": True}, "dino": {"branch": "student"}}
@@ -312,49 +272,72 @@ def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None
     return metrics
 
 
-def table(folder: Path) -> str:
-    """The retrieval half of table 3, in Markdown: published, ours, difference; the last result of each model and data
-    set under the default protocol. Raises UserError without results."""
-    published = json.loads(PAPER_TABLES.read_text())["table3_part_retrieval_ap"]
-    results, left_out, remarks = {}, 0, []
-    for result in read_results(folder, "retrieval"):
-        usual = (result["weights"] != "random" and result["dataset"] in ("cub", "coco") and result["model"] in METHODS
-                 and "ap_cls" in result and "ap_avg" in result and result["num_queries"] == result["num_patches"]
-                 and result["crop_scale"] == 0.5 and not result["keypoints"] and not result["authors_defects"]
-                 and not result["args"]["exclude_query"])
-        if usual:
-            results[result["model"], result["dataset"]] = result
-        else:
-            left_out += 1
-    rows = []
-    for model in METHODS:
-        row = [model]
-        for dataset in ("cub", "coco"):
-            result, paper = results.get((model, dataset), {}), published[model][dataset]
-            encoded = result.get(f"ap_{result.get('best')}")
-            cells = [*beside_published(paper["encoded"], encoded), result.get("best", "-")]
-            if result and result["num_patches"] != FULL_PATCHES.get(dataset):
-                cells[1] += "*"
-                remarks.append(f"\\* {model}, {dataset}: on {result['num_patches']:,} patches")
-            row += cells + beside_published(paper.get("projected"), result.get("ap_projected"))
-        rows.append(row)
-    header = ["model"]
-    for dataset in ("CUB", "COCO"):
-        header += [f"{dataset} encoded, published", "ours", "difference", "token",
-                   f"{dataset} projected, published", "ours", "difference"]
-    text = "Part retrieval, AP in percent (paper, table 3)\n\n" + markdown_table(header, rows)
-    if remarks:
-        whole = ", ".join(f"{dataset} {count:,}" for dataset, count in FULL_PATCHES.items())
-        text += "\n\n" + "\n".join(remarks) + f"\n\nThe whole data set has {whole} where it is known."
-    if left_out:
-        text += f"\n\n{left_out} results with random weights, other data or another protocol are left out."
-    return text
+def nearest_patches(features: torch.Tensor, ids: torch.Tensor, queries: torch.Tensor, top: int) -> torch.Tensor:
+    """Ids of the `top` patches most similar to each query, most similar first, the query itself left out: [Q, top].
+
+    features [n, D] and ids [n] are this process's share; queries [Q] are ids, each in one process's share.
+    """
+    normalized = torch.nn.functional.normalize(features, dim=1)
+    ids, queries = ids.to(features.device), queries.to(features.device)
+    mine = ids[None] == queries[:, None]
+    # Every query's row stands in one process: zeros elsewhere, so the sum is that row.
+    own = normalized[mine.int().argmax(1)] if len(ids) else features.new_zeros(len(queries), features.shape[1])
+    wanted = all_reduce(torch.where(mine.any(1, keepdim=True), own, 0.0))
+    similarity = (wanted @ normalized.T).masked_fill_(mine, float("-inf"))
+    best = similarity.topk(min(top + 1, len(ids)), dim=1)
+    values = gather_rows(best.values.T.contiguous()).T
+    candidates = gather_rows(ids[best.indices].T.contiguous()).T
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :top]
+    return candidates.gather(1, order)
+
+
+def find_query(text: str, paths: Sequence[str]) -> int:
+    """PATH:POSITION -> the patch's id. Raises UserError."""
+    path, _, position = text.rpartition(":")
+    matches = [index for index, candidate in enumerate(paths) if path and Path(candidate).match(path)]
+    if len(matches) != 1 or not position.isdigit() or int(position) >= len(GRID_BOXES):
+        raise UserError(f"--query {text}: {len(matches)} images match; give PATH:POSITION, PATH the end of one image's "
+                        f"path and POSITION 0 to {len(GRID_BOXES) - 1}, row by row")
+    return matches[0] * len(GRID_BOXES) + int(position)
+
+
+def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: int, top: int, columns: int, seed: int,
+                folder: Path, device: torch.device) -> list[str]:
+    """Writes a sheet per query, a row of blocks for each source in it; returns the files' names.
+
+    chosen: queries as PATH:POSITION, PATH the end of an image's path, POSITION 0 to 48 in the 7 x 7 grid, row by row.
+    """
+    paths = sources[0]["paths"]
+    if any(source["paths"] != paths for source in sources):
+        raise UserError("the feature files are of different images; write them with one --data-path and --num-images")
+    per_image = len(GRID_BOXES)
+    ids = gather_rows(sources[0]["ids"].to(device)).cpu()
+    queries = [find_query(text, paths) for text in chosen]
+    if not queries:
+        drawn = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:num_queries]
+        queries = ids[drawn].tolist()
+    if absent := [query for query in queries if query not in set(ids.tolist())]:
+        raise UserError(f"{paths[absent[0] // per_image]} could not be decoded, so it cannot be a query")
+    found = [{name: nearest_patches(rows.to(device), source["ids"], torch.tensor(queries), top).cpu().tolist()
+              for name, rows in source["features"].items()} for source in sources]
+    files = []
+    for number, query in enumerate(queries if is_main() else []):
+        path, position = paths[query // per_image], query % per_image
+        rows = []
+        for source, features in zip(sources, found, strict=True):
+            mark = " (random weights)" if source["weights"] == "random" else ""
+            rows.append((source["model"] + mark, [
+                (name, [shown_patch(paths[patch // per_image], patch % per_image) for patch in nearest[number]])
+                for name, nearest in features.items()]))
+        files.append(f"sheet_{number:03}_{Path(path).stem}_{position}.png")
+        draw_sheet(folder / files[-1], query_image(path, position), rows, columns)
+    return files
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises UserError for values that cannot be."""
     parser = OneLineParser(__doc__)
-    add_common_arguments(parser, METHODS, ("cub", "coco", "imagenet", "synthetic"), batch_size=256)
+    add_common_arguments(parser, METHODS, RETRIEVAL_DATASETS, batch_size=256)
     group = parser.add_argument_group("retrieval")
     group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
                        help="(default: cls and avg, and projected where the checkpoint has a projector)")
@@ -388,7 +371,7 @@ def main() -> None:
     """Encodes a data set, or loads features, and ranks every patch against all others, or draws picture sheets."""
     args, started = parse_arguments(), time.monotonic()
     if args.table:
-        print(table(args.output_dir))
+        print(paper_tables("retrieval", args.output_dir))
         return
     device, log = setup(args)
 
@@ -396,7 +379,7 @@ def main() -> None:
     if args.load_features:
         sources = [load_features(path) for path in args.load_features]
     else:
-        dataset = load_dataset(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
+        dataset = open_retrieval(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
                                args.seed, args.skip_bad_images)
         # The paper's table has a projected column wherever the official full file has a projector.
         official = args.weights == "official" and args.model in WITH_PROJECTOR

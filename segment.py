@@ -23,8 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets.segmentation import PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_split
-from datasets.segmentation_pictures import figure6, save_picture, tables
+from datasets.segmentation import PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_segmentation
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from models import METHODS, Encoder, load_encoder
@@ -33,7 +32,8 @@ from models.probes import BatchNorm
 from models.segmentation_head import LinearHead, upsampled_cross_entropy
 from utils import UserError
 from utils.distributed import all_reduce, is_main, shard, world_size
-from utils.results import append_result, run_title, start_line
+from utils.drawing import draw_figure6, save_picture
+from utils.results import append_result, figure6_panels, paper_tables, run_title, start_line
 from utils.run import (
     OneLineParser,
     Progress,
@@ -105,7 +105,8 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--authors-defects", action="store_true",
                        help="test as the authors' code does: a label equal to the class count counts as the last "
                             "class, and a window smaller than the crop repeats the window before it")
-    group.add_argument("--figure6", type=Path, metavar="PNG", help="no run: draw figure 6 with the results beside it")
+    group.add_argument("--figure6", type=Path, metavar="FILE",
+                       help="no run: draw figure 6 with the results beside it (.png or .pdf)")
     return check_arguments(parser.parse_args())
 
 
@@ -479,7 +480,7 @@ def open_training(dataset: str, data_path: Path | None, names: Sequence[str], se
                   seed: int) -> tuple[FolderSplit | SyntheticSplit, FolderSplit | SyntheticSplit | None]:
     """(training split, held-out split): a seeded tenth of the training images, or None where the test images choose.
     Raises UserError where the classes are not the test split's, or too few images are left."""
-    split = open_split(dataset, data_path, "train")
+    split = open_segmentation(dataset, data_path, "train")
     if split.names != names:
         raise UserError(f"the training and the test split below {data_path} have different names.txt")
     if select == "test":
@@ -515,16 +516,16 @@ def main() -> None:
     args, started = parse_arguments(), time.monotonic()
     if args.table or args.figure6:
         if args.table:
-            print(tables(args.output_dir))
+            print(paper_tables("segment", args.output_dir))
         if args.figure6:
-            figure6(args.figure6, args.output_dir)
+            draw_figure6(args.figure6, figure6_panels(args.output_dir))
         return
     device, log = setup(args)
     if args.batch_size < world_size():
         raise UserError(f"--batch-size {args.batch_size} is less than the number of processes, {world_size()}")
 
     # Data and encoder
-    test_split = open_split(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
+    test_split = open_segmentation(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
     names, train_split, held_out = test_split.names, None, None
     if not args.evaluate:
         train_split, held_out = open_training(args.dataset, args.data_path, names, args.select, args.seed)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from utils import UserError
 
-from .patches import PatchDataset, patch_image
+from .patches import PatchDataset, keypoint_patches
 
 KEYPOINTS = (1, 11, 16)  # nose, right wrist, left ankle: the paper's three, in its order
 
@@ -18,53 +18,36 @@ KEYPOINTS = (1, 11, 16)  # nose, right wrist, left ankle: the paper's three, in 
 def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int] = KEYPOINTS, crop_scale: float = 0.5,
               transform: Callable[[Image.Image], torch.Tensor] | None = None,
               skip_bad_images: bool = False) -> PatchDataset:
-    """Reads COCO 2017 and returns the part patches of its people (select_keypoints has the rule).
+    """Reads COCO 2017 and returns the part patches of its people (by the rule of select_keypoints).
 
-    root: holds annotations/person_keypoints_{split}2017.json, and the images under images/{split}2017 or
-    {split}2017. split: "train" (which part retrieval uses) or "val". keypoints: numbered from 1 in the order of the
-    file's category (17 of them); class k is the k-th. Only visibility 2 counts, and only persons with at least two
-    such keypoints. All persons of an image are pooled, with the annotation's id as a third coordinate of distances.
-    Patches come in the order of the file's images, then of its annotations, then of keypoints.
+    root: a folder with annotations/person_keypoints_{split}2017.json, and the images in images/{split}2017 or
+    {split}2017. split: "train" (as in part retrieval) or "val". keypoints: numbers from 1 in the order of the file's
+    category (17 of them); class k is the k-th. Only visibility 2 counts, and only persons with at least two such
+    keypoints. All persons of an image are pooled, with the annotation's id as a third coordinate of distances.
+    Patches are in the order of the file's images, then of its annotations, then of keypoints.
 
     Raises UserError for a folder of another layout, a malformed annotation file, an unknown keypoint, and where no
     patch is left.
     """
     root = Path(root)
-    path = root / "annotations" / f"person_keypoints_{split}2017.json"
+    annotations = root / "annotations" / f"person_keypoints_{split}2017.json"
     folders = [root / "images" / f"{split}2017", root / f"{split}2017"]
     folder = next((folder for folder in folders if folder.is_dir()), None)
-    if folder is None or not path.is_file():
-        missing = path if folder else f"{folders[0]} (or {folders[1]})"
+    if folder is None or not annotations.is_file():
+        missing = annotations if folder else f"{folders[0]} (or {folders[1]})"
         raise UserError(f"{missing} does not exist; --data-path must be a folder with "
                         f"annotations/person_keypoints_{split}2017.json and images/{split}2017/*.jpg")
-    names, file_names, persons = read_person_keypoints(path)
-    for keypoint in keypoints:
-        if not 1 <= keypoint <= len(names):
-            known = ", ".join(f"{number} {name}" for number, name in enumerate(names, 1))
-            raise UserError(f"keypoint {keypoint} is not in {path}; choose from {known}")
-    if len(set(keypoints)) < len(keypoints):
-        raise UserError(f"a keypoint is named twice: {', '.join(map(str, keypoints))}")
-
-    points = {image: [] for image in file_names}  # by image: (x, y, annotation id)
-    labels = {image: [] for image in file_names}
+    names, file_names, persons = read_person_keypoints(annotations)
+    known = [(label, keypoint) for label, keypoint in enumerate(keypoints) if 1 <= keypoint <= len(names)]
+    points = {image: [] for image in file_names}  # (class, (x, y, annotation id))
     for image, annotation, values in persons:
-        visible = [label for label, keypoint in enumerate(keypoints) if values[3 * keypoint - 1] == 2]
-        if len(visible) < 2:
-            continue
-        for label in visible:
-            x, y = values[3 * keypoints[label] - 3:3 * keypoints[label] - 1]
-            points[image].append((x, y, annotation))
-            labels[image].append(label)
-
-    images = []
-    for image, name in file_names.items():
-        entry = patch_image(str(folder / name), points[image], labels[image], crop_scale)
-        if entry.boxes:
-            images.append(entry)
-    if not images:
-        raise UserError(f"no patch of the keypoints {', '.join(map(str, keypoints))} is left; take two or more")
-    classes = [names[keypoint - 1] for keypoint in keypoints]
-    return PatchDataset(images, classes, transform, skip_bad_images=skip_bad_images)
+        visible = [(label, (*values[3 * keypoint - 3:3 * keypoint - 1], annotation))
+                   for label, keypoint in known if values[3 * keypoint - 1] == 2]
+        if len(visible) >= 2:
+            points[image] += visible
+    by_path = ((str(folder / name), points[image]) for image, name in file_names.items())
+    return keypoint_patches(by_path, keypoints, dict(enumerate(names, 1)), "keypoint", annotations, crop_scale,
+                            transform, skip_bad_images)
 
 
 def read_person_keypoints(path: Path) -> tuple[list[str], dict[int, str], list[tuple[int, int, array]]]:

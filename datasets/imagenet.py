@@ -1,12 +1,12 @@
-"""Whole images of ImageNet-like folders, and the grid of patches that the pictures of part retrieval show."""
+"""Whole images of ImageNet-like folders, and the grid of patches of the paper's picture sheets."""
 
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
+from PIL import Image, ImageDraw
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, has_file_allowed_extension, pil_loader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
@@ -14,42 +14,43 @@ from utils import UserError
 
 from .patches import PatchDataset, PatchImage
 
-# Patches of the grid as boxes (left, upper, right, lower) in the 224 x 224 image, row by row: 56 x 56, stride 28.
+# Boxes (left, upper, right, lower) of the grid in the 224 x 224 image, row by row: 56 x 56, stride 28.
 GRID_BOXES = tuple((x, y, x + 56, y + 56) for y in range(0, 169, 28) for x in range(0, 169, 28))
 
 
 def load_image_folder(root: str | Path, split: str, transform: Callable[[Image.Image], torch.Tensor],
                       skip_bad_images: bool = False) -> PatchDataset:
-    """Reads root/split/CLASS/**/IMAGE, torchvision's ImageFolder layout, with its order of classes and of images.
+    """Reads root/split/CLASS/**/IMAGE, torchvision's ImageFolder layout, with its order of classes and images.
 
     transform: PIL image -> uint8 tensor [3, h, w]. Items are whole images, one patch each. The classes are the folders
-    of this split: two splits agree on labels only if their .classes are equal. Raises UserError for another layout.
+    of this split: labels of two splits agree only if their .classes are equal. Raises UserError for another layout.
     """
     folder = Path(root) / split
     try:
-        classes, class_to_idx = find_classes(folder)
-        samples = make_dataset(folder, class_to_idx, IMG_EXTENSIONS, allow_empty=True)
+        found = ImageFolder(folder, allow_empty=True)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} has no class folders; --data-path must be a folder with "
                         f"{split}/CLASS/*.JPEG") from None
-    labels = [[index] for index in range(len(classes))]  # one list per class, shared by its images
-    images = [PatchImage(path, None, labels[index]) for path, index in samples]
-    empty = sorted(set(range(len(classes))) - {index for _, index in samples})
+    labels = [[index] for index in range(len(found.classes))]  # one list per class, shared by its images
+    images = [PatchImage(path, None, labels[index]) for path, index in found.samples]
+    empty = sorted(set(range(len(labels))) - set(found.targets))
     if empty:
-        raise UserError(f"{folder / classes[empty[0]]} holds no image ({len(empty)} of {len(classes)} class folders "
-                        "hold none); fill or remove such folders")
-    return PatchDataset(images, classes, transform, skip_bad_images=skip_bad_images)
+        raise UserError(f"{folder / found.classes[empty[0]]} holds no image ({len(empty)} of {len(labels)} class "
+                        "folders are empty); fill or remove them")
+    return PatchDataset(images, found.classes, transform, skip_bad_images=skip_bad_images)
 
 
-def list_images(folder: str | Path) -> list[str]:
-    """The paths of all image files below a folder, at any depth, sorted."""
+def list_images(folder: str | Path, num_images: int | None = None, seed: int = 0) -> list[str]:
+    """The sorted paths of the image files below a folder, at any depth; with num_images, a sample drawn by the seed."""
     paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(path for path in paths if has_file_allowed_extension(path, IMG_EXTENSIONS))
+    paths = sorted(path for path in paths if has_file_allowed_extension(path, IMG_EXTENSIONS))
+    chosen = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[:num_images]
+    return [paths[index] for index in sorted(chosen.tolist())]
 
 
 def grid_patches(image: Image.Image) -> torch.Tensor:
-    """The 49 patches of the paper's pictures (appendix A.5): the central 224 x 224 of the image at a short side of 256,
-    enlarged to 896 x 896, in windows of 224 with stride 112. Bicubic, by Pillow.
+    """The 49 patches of the paper's picture sheets (appendix A.5): short side to 256, central 224 x 224, enlarged to
+    896 x 896, in windows of 224 with stride 112. Bicubic (Pillow).
 
     image: PIL, RGB. Returns uint8 [49, 3, 224, 224], in the order of GRID_BOXES.
     """
@@ -59,19 +60,38 @@ def grid_patches(image: Image.Image) -> torch.Tensor:
     return windows.permute(1, 2, 0, 3, 4).reshape(49, 3, 224, 224)
 
 
+def shown_image(path: str) -> Image.Image:
+    """The 224 x 224 image whose grid GRID_BOXES divides: short side 256, bicubic, central crop."""
+    return F.center_crop(F.resize(pil_loader(path), 256, InterpolationMode.BICUBIC), 224)
+
+
+def shown_patch(path: str, position: int) -> Image.Image:
+    """A grid patch, 56 x 56."""
+    return shown_image(path).crop(GRID_BOXES[position])
+
+
+def query_image(path: str, position: int) -> Image.Image:
+    """The query's image with a red box around its patch."""
+    image = shown_image(path)
+    left, upper, right, lower = GRID_BOXES[position]
+    ImageDraw.Draw(image).rectangle((left, upper, right - 1, lower - 1), outline=(255, 0, 0), width=3)
+    return image
+
+
 class GridDataset(PatchDataset):
-    """Images cut into their 49 grid patches; the boxes are GRID_BOXES, in the 224 x 224 image, not in the file's."""
+    """Images cut into their grid patches; the boxes are GRID_BOXES, in the 224 x 224 image, not in the original."""
 
     def cut(self, image: Image.Image, boxes: Sequence[tuple] | None) -> torch.Tensor:
         return grid_patches(image)
 
 
-def load_grid(root: str | Path, skip_bad_images: bool = False) -> GridDataset:
-    """The grid patches of every image below root, in sorted order of paths, with class folders or without.
+def load_grid(root: str | Path, skip_bad_images: bool = False, num_images: int | None = None,
+              seed: int = 0) -> GridDataset:
+    """The grid patches of the images that list_images gives, with class folders or without; all of one class, "patch".
 
-    The patches have no labels: all are of one class, "patch". Raises UserError where there is no image.
+    Raises UserError where there is no image.
     """
-    paths = list_images(root)
+    paths = list_images(root, num_images, seed)
     if not paths:
         raise UserError(f"no image ({', '.join(IMG_EXTENSIONS)}) below {root}; --data-path must be a folder of images")
     labels = [0] * len(GRID_BOXES)

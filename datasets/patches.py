@@ -1,12 +1,13 @@
 """Patches of images: which keypoints give one, how it is cut, and how patches travel in batches.
 
-Source of the rule and of the transforms: the code behind the paper's part retrieval (section 4.2, appendix A.4). Its
-patches have sides of about d / 2, where the paper's text says d; crop_scale chooses (0.5 and 1.0).
+Source of the rule and of the transforms: the authors' code of part retrieval (paper, section 4.2, appendix A.4). Its
+patches have sides of about d / 2, where the paper's text says d: crop_scale 0.5 and 1.0.
 """
 
 import random
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,22 +20,21 @@ from torchvision.transforms import InterpolationMode
 
 from utils import UserError
 
-# What Pillow raises on files that are missing, cut off, no image, or absurdly large.
+# What Pillow raises on a file that is missing, truncated, not an image, or far too large.
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-# Images travel from a worker in groups of about this many patches: what a transfer costs hardly depends on its size.
+# Workers send groups of about this many patches: the cost of a transfer hardly depends on its size.
 PATCHES_PER_GROUP = 16
 
 
 def select_keypoints(points, crop_scale: float = 0.5, minimum: float = 20.0,
                      maximum: float = 1000.0) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the keypoints of one image that give a patch, and the patches' sizes.
+    """Chooses the keypoints of one image that give a patch, and the sizes of the patches.
 
-    points: [n, 2] (x, y) in pixels, or [n, 3] with a third coordinate that keeps groups apart. d is a point's L2
-    distance to the nearest other point that is not in exactly the same place. A point is kept if
-    minimum < d / 2 < maximum, at any crop_scale; its patch spans (x - h, y - h, x + h, y + h) with h =
-    round(d * crop_scale / 2), half to even: a side of about d * crop_scale.
+    points: [n, 2] (x, y) in pixels, or [n, 3] with a third coordinate that separates groups. d is a point's L2 distance
+    to the nearest other point that does not coincide with it. A point is kept if minimum < d / 2 < maximum, at any
+    crop_scale; its patch spans (x - h, y - h, x + h, y + h) with h = round(d * crop_scale / 2), half to even.
 
-    Returns (indices kept [m], half sides h [m]), int64. Raises UserError where crop_scale leaves a patch no pixel.
+    Returns (indices kept [m], half sides h [m]), int64. Raises UserError where crop_scale makes a patch empty.
     """
     points = np.asarray(points, dtype=np.float64)
     if len(points) < 2:
@@ -45,13 +45,13 @@ def select_keypoints(points, crop_scale: float = 0.5, minimum: float = 20.0,
     kept = np.flatnonzero((nearest / 2 > minimum) & (nearest / 2 < maximum))
     half_sides = np.rint(nearest[kept] * crop_scale / 2)
     if not (half_sides >= 1).all():
-        raise UserError(f"crop scale {crop_scale} leaves patches without a pixel; the published one is 0.5")
+        raise UserError(f"crop scale {crop_scale} makes patches empty; use a larger one (published: 0.5)")
     return kept, half_sides.astype(np.int64)
 
 
 class PatchImage(NamedTuple):
-    """An image and its patches. path: whatever the data set's load understands. boxes: (left, upper, right, lower) in
-    pixels of the image; None is one patch, the whole image. labels: a class index for each patch."""
+    """An image and its patches. path: what the data set's load takes. boxes: (left, upper, right, lower) in pixels of
+    the image; None is one patch, the whole image. labels: a class index for each patch."""
 
     path: str
     boxes: Sequence[tuple[float, float, float, float]] | None
@@ -59,18 +59,15 @@ class PatchImage(NamedTuple):
 
 
 def patch_image(path: str, points: Sequence[Sequence[float]], labels: Sequence[int], crop_scale: float) -> PatchImage:
-    """The image with the patches of those of its keypoints that select_keypoints keeps, in the keypoints' order."""
-    kept, half_sides = select_keypoints(points, crop_scale)
-    boxes = []
-    for index, h in zip(kept.tolist(), half_sides.tolist(), strict=True):
-        x, y = points[index][:2]
-        boxes.append((x - h, y - h, x + h, y + h))
+    """The image with the patches of the keypoints that select_keypoints keeps, in the order of the keypoints."""
+    kept, half_sides = (array.tolist() for array in select_keypoints(points, crop_scale))
+    boxes = [(x - h, y - h, x + h, y + h) for (x, y, *_), h in zip((points[i] for i in kept), half_sides, strict=True)]
     return PatchImage(path, boxes, [labels[index] for index in kept])
 
 
 def resize_square(size: int = 224) -> transforms.Compose:
-    """The published transform of part patches: bicubic (Pillow) to size x size for square patches, which a keypoint's
-    always is; a patch that is not square keeps its ratio. PIL image -> uint8 [3, size, size]."""
+    """The published transform of part patches: bicubic (Pillow), short side to size. A keypoint's patch is square.
+    PIL image -> uint8 [3, size, size]."""
     return transforms.Compose([transforms.Resize(size, InterpolationMode.BICUBIC), transforms.PILToTensor()])
 
 
@@ -81,17 +78,14 @@ def resize_center_crop(resize: int = 256, crop: int = 224) -> transforms.Compose
 
 
 class PatchDataset(Dataset):
-    """The patches of a list of images, one item per image, so that an image is decoded once however many it has.
+    """The patches of a list of images, one item per image, so that each image is decoded once.
 
-    dataset[i] -> (patches uint8 [n, 3, h, w], ids int64 [n]). An id numbers a patch in the whole data set, image by
-    image in the order of the boxes. uint8, because the encoder normalises on its own device and a quarter of the
-    bytes travel.
+    dataset[i] -> (patches uint8 [n, 3, h, w], ids int64 [n]). Ids number the patches of the whole data set, image by
+    image in the order of the boxes. uint8, because the encoder normalises on its device: a quarter of the transfer.
 
     images: PatchImages. classes: names, by class index. transform: PIL patch -> uint8 tensor [3, h, w] (default
-    resize_square()). load: path -> PIL RGB image.
-
-    An image that cannot be decoded raises UserError; with skip_bad_images its item has no patches, and its ids are
-    absent from what comes out.
+    resize_square()). load: path -> PIL RGB image. An image that cannot be decoded raises UserError; with
+    skip_bad_images its item is empty, and its ids never appear.
 
     Attributes: images, classes, num_patches, and over all patches, by id, labels and image_index, int64 [num_patches].
     """
@@ -126,26 +120,25 @@ class PatchDataset(Dataset):
         return self.cut(image, entry.boxes), ids
 
     def cut(self, image: Image.Image, boxes: Sequence[tuple] | None) -> torch.Tensor:
-        """The patches of a PIL image, uint8 [n, 3, h, w]. Pillow rounds a box's corners; outside the image is black."""
+        """The patches of a PIL image, uint8 [n, 3, h, w]. Pillow rounds the boxes; outside the image is black."""
         patches = [image] if boxes is None else [image.crop(box) for box in boxes]
         return torch.stack([self.transform(patch) for patch in patches])
 
     def batches(self, image_indices: Sequence[int], batch_size: int, workers: int,
                     pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]), b = batch_size but for
-        the last batch. Every image is decoded once, by one of the worker processes (0: in this one).
+        """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]), b = batch_size except
+        in the last batch. Every image is decoded once, by one of the worker processes (0: by this process).
 
-        pin_memory: the patches lie in page-locked memory, for copies to CUDA with non_blocking=True.
+        pin_memory: the patches are in page-locked memory, for copies to CUDA with non_blocking=True.
         Raises UserError for an image that cannot be decoded and for a worker that the system has killed.
         """
-        counts = self.first_id.diff().tolist()
-        loader = DataLoader(ImageGroups(self), batch_size=None, num_workers=workers,
-                            sampler=group_images(counts, image_indices, PATCHES_PER_GROUP))
+        indices = torch.tensor(image_indices, dtype=torch.int64)
+        counts = self.first_id.diff()[indices]
+        group = (counts.cumsum(0) - counts) // PATCHES_PER_GROUP
+        groups = indices.split(group.unique_consecutive(return_counts=True)[1].tolist())
+        loader = DataLoader([one.tolist() for one in groups], None, num_workers=workers, collate_fn=self._load_group)
         filled = 0
-        for item in received(loader):
-            if isinstance(item, UserError):
-                raise item
-            patches, ids = item
+        for patches, ids in received(loader):
             while len(ids):
                 if filled == 0:
                     batch = patches.new_empty((batch_size, *patches.shape[1:]), pin_memory=pin_memory)
@@ -159,53 +152,59 @@ class PatchDataset(Dataset):
         if filled:
             yield batch[:filled], batch_ids[:filled]
 
-
-def reason(error: Exception) -> str:
-    """Why a file could not be read, without the path that the caller names anyway."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-
-
-class ImageGroups(Dataset):
-    """What a DataLoader's worker runs: list of image indices -> (patches, ids) of them all, or the UserError met.
-
-    The error is a value, because the DataLoader wraps a raised one into a message of many lines.
-    """
-
-    def __init__(self, dataset: PatchDataset):
-        self.dataset = dataset
-
-    def __getitem__(self, image_indices: list[int]):
+    def _load_group(self, image_indices: list[int]) -> tuple[torch.Tensor, torch.Tensor] | UserError:
+        """What a worker runs. An error is returned: the DataLoader turns a raised one into a message of many lines."""
         try:
-            items = [self.dataset[index] for index in image_indices]
+            items = [self[index] for index in image_indices]
         except UserError as error:
             return error
         items = [item for item in items if len(item[1])] or items[:1]
         return torch.cat([patches for patches, _ in items]), torch.cat([ids for _, ids in items])
 
 
-def group_images(counts: Sequence[int], image_indices: Sequence[int], size: int) -> list[list[int]]:
-    """Splits image_indices, in order, into groups that end as soon as they hold size patches; counts: by image."""
-    groups, patches = [[]], 0
-    for index in image_indices:
-        if patches >= size:
-            groups.append([])
-            patches = 0
-        groups[-1].append(int(index))
-        patches += counts[index]
-    return groups if groups[0] else []
+def keypoint_patches(points: Iterable[tuple[str, list[tuple[int, Sequence[float]]]]], chosen: Sequence[int],
+                     names: dict[int, str], word: str, source: Path, crop_scale: float,
+                     transform: Callable[[Image.Image], torch.Tensor] | None, skip_bad_images: bool) -> PatchDataset:
+    """The patches of the chosen keypoints; class k is the k-th of them. Images without a patch are left out.
+
+    points: (path, [(class, point), ...]) of every image, only visible ones. names: of all keypoints of the data set, by
+    number. word: what the data set calls a keypoint; source: the file with the names.
+    Raises UserError for a keypoint that is unknown or named twice, and where no patch is left.
+    """
+    for keypoint in chosen:
+        if keypoint not in names:
+            known = ", ".join(f"{number} {name}" for number, name in names.items())
+            raise UserError(f"{word} {keypoint} is not in {source}; choose from {known}")
+    listed = ", ".join(map(str, chosen))
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"a {word} is named twice: {listed}; name each once")
+    images = [patch_image(path, [point for _, point in pairs], [label for label, _ in pairs], crop_scale)
+              for path, pairs in points]
+    images = [image for image in images if image.boxes]
+    if not images:
+        raise UserError(f"no patch of the {word}s {listed} is left; use two or more")
+    return PatchDataset(images, [names[keypoint] for keypoint in chosen], transform, skip_bad_images=skip_bad_images)
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, without its path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
 
 
 def received(loader: DataLoader) -> Iterator:
-    """The loader's items; a worker that died without an exception of its own becomes a UserError."""
+    """The loader's items. Raises the UserError that is one of them, or one that says that a worker was killed."""
     try:
-        yield from loader
+        for item in loader:
+            if isinstance(item, UserError):
+                raise item
+            yield item
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise UserError("a data loading process was killed, most often for want of memory or shared memory (/dev/shm); "
-                        "take fewer --workers") from None
+        raise UserError("a data loading process was killed, most often because memory or shared memory (/dev/shm) ran "
+                        "out; use fewer --workers") from None
 
 
 def random_crop_flip(size: int = 224) -> transforms.Compose:
@@ -217,7 +216,7 @@ def random_crop_flip(size: int = 224) -> transforms.Compose:
 class RandomViews(PatchDataset):
     """The images of another data set under a random transform, drawn anew for every epoch.
 
-    Set epoch before every pass over the images. transform: draws its chance from PyTorch's generator.
+    Set epoch before every pass over the images. transform: takes its random numbers from PyTorch's generator.
     """
 
     def __init__(self, dataset: PatchDataset, transform: Callable[[Image.Image], torch.Tensor], seed: int):

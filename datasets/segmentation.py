@@ -1,14 +1,17 @@
-"""The segmentation data sets by name: protocol, class names, folders, label maps; segmentation_store.py keeps them.
+"""The segmentation data sets by name: protocol, class names, folders, label maps. segmentation_store.py caches them.
 
-A split has names, num_classes, len(), name(i), sizes() -> [(height, width)] and load(i) -> (uint8 [H, W, 3],
-uint8 [H, W]), the label map with 0 ("other") turned into 255 and the rest one less (appendix A.4); of PartImageNet,
-whose classes count from 0, with the last label ("background") turned into 255.
+A split has names, num_classes, len(), name(i), subset(indices), sizes(workers) -> [(height, width)] and load(i) ->
+(uint8 [H, W, 3], uint8 [H, W]): the image and its label map, in which 0 ("other") became 255 and the rest one less
+(appendix A.4); of PartImageNet, whose classes count from 0, the last label ("background") became 255.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import copy
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +20,15 @@ from PIL import Image
 
 from utils import UserError
 
-from .patches import BAD_IMAGE
+from . import check_data_path
+from .patches import BAD_IMAGE, reason
 from .segmentation_classes import class_names
 from .segmentation_transforms import IGNORE
 from .synthetic import NUM_IMAGES, OBJECT_NAMES, PART_NAMES, synthetic_segmentation
 
 
 class Protocol(NamedTuple):
-    """Paper, appendix A.4, and its authors' configurations. Scales are (long side, short side) limits."""
+    """Paper, appendix A.4, and the authors' configurations. Scales are (long side, short side) limits."""
     base_scale: tuple[int, int]
     crop_size: int
     test_scale: tuple[int, int]
@@ -46,7 +50,7 @@ PROTOCOLS = PAPER_PROTOCOLS | {
     "synthetic": _SYNTHETIC, "synthetic-object": _SYNTHETIC, "synthetic-part": _SYNTHETIC,
 }
 
-# Below --data-path, the first that holds the folders counts.
+# Folders below --data-path; the first that holds images and label maps is used.
 ROOTS = {
     "ade20k": ("ADEChallengeData2016", ""),
     "ade20k-object": ("ade_59object/ADEChallengeData2016", "ADEChallengeData2016", ""),
@@ -57,8 +61,8 @@ ROOTS = {
     "partimagenet-object": ("PartImageNet_Seg", ""),
     "partimagenet-part": ("PartImageNet_Seg", ""),
 }
-# Images, label maps. {0} is train or val, {1} training or validation; the last three are LIP's own folders, the same
-# as its archives unpack, and mmsegmentation's.
+# Images, label maps. {0} is train or val, {1} training or validation. The last three are LIP's: its own folders, those
+# its archives unpack to, and mmsegmentation's.
 LAYOUTS = (
     ("img/{0}", "ann/{0}"),
     ("images/{1}", "annotations/{1}"),
@@ -74,40 +78,36 @@ PARTIMAGENET_LAYOUTS = {
 }
 PARTIMAGENET_NOTE = ("all images of PartImageNet are ImageNet training images: an encoder trained on ImageNet has seen "
                      "those of the test split too")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+LONG_NAMES = {"train": "training", "val": "validation"}
 
 
-def open_split(dataset: str, data_path: Path | None, split: str, extra_label: bool = False,
-               ) -> "FolderSplit | SyntheticSplit":
-    """The split "train" or "val" of a data set. extra_label: let a label one above the class count through, as the
+def open_segmentation(name: str, data_path: Path | None, split: str, extra_label: bool = False,
+                      ) -> "FolderSplit | SyntheticSplit":
+    """The split "train" or "val" of one of PROTOCOLS. extra_label: accept a label one above the class count, as the
     authors' metrics do. Raises UserError where folders or files are missing or do not pair."""
-    if dataset.startswith("synthetic"):
-        return SyntheticSplit("object" if dataset == "synthetic-object" else "part", split)
-    if data_path is None:
-        raise UserError(f"--dataset {dataset} needs --data-path, the folder that holds it")
-    return FolderSplit(*find_folders(dataset, data_path, split), dataset, extra_label)
+    check_data_path(name, data_path)
+    if name.startswith("synthetic"):
+        return SyntheticSplit("object" if name == "synthetic-object" else "part", split)
+    return FolderSplit(*find_folders(name, data_path, split), name, extra_label)
 
 
 def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path, Path]:
     """The root, the image folder and the label folder of a split. Raises UserError where no known layout is there."""
     if not data_path.is_dir():
         raise UserError(f"--data-path {data_path} is not a folder")
-    layouts = PARTIMAGENET_LAYOUTS.get(dataset) or (LAYOUTS if dataset == "lip" else LAYOUTS[:2])
-    words = (split, {"train": "training", "val": "validation"}[split])
+    known = PARTIMAGENET_LAYOUTS.get(dataset) or (LAYOUTS if dataset == "lip" else LAYOUTS[:2])
+    layouts = [tuple(folder.format(split, LONG_NAMES[split]) for folder in pair) for pair in known]
     for root in (data_path / name for name in ROOTS[dataset]):
-        for folders in layouts:
-            images, labels = (root / folder.format(*words) for folder in folders)
-            if images.is_dir() and labels.is_dir():
-                return root, images, labels
-    expected = " or ".join(f"{image.format(*words)} and {label.format(*words)}" for image, label in layouts)
-    raise UserError(f"{data_path} does not hold {dataset}: expected {expected}, there or in "
-                    f"{' or '.join(name for name in ROOTS[dataset] if name)}; "
-                    + ("unpack PartImageNet_Seg there" if dataset in PARTIMAGENET_LAYOUTS else
-                       "python -m datasets.prepare makes them"))
+        for images, labels in layouts:
+            if (root / images).is_dir() and (root / labels).is_dir():
+                return root, root / images, root / labels
+    source = "unpack it there" if dataset in PARTIMAGENET_LAYOUTS else "python -m datasets.prepare makes them"
+    raise UserError(f"{data_path} does not hold {dataset}: expected {' or '.join(map(' and '.join, layouts))}, there "
+                    f"or in {' or '.join(filter(None, ROOTS[dataset]))}; {source}")
 
 
 class FolderSplit:
-    """A split in two folders, images and label maps of the same names."""
+    """A split in two folders: images and label maps of the same names."""
 
     def __init__(self, root: Path, images: Path, labels: Path, dataset: str, extra_label: bool = False):
         self.names = class_names(dataset, root)
@@ -125,8 +125,11 @@ class FolderSplit:
         return self.pairs[index][0].stem
 
     def sizes(self, workers: int) -> list[tuple[int, int]]:
-        """(height, width) of all images, from the headers. Raises UserError naming every label map of another size."""
-        pairs = list(in_order(lambda pair: [open_image(path).size for path in pair], self.pairs, workers))
+        """(height, width) of all images, from the headers. Raises UserError that lists label maps of another size."""
+        def size(path):
+            with open_image(path) as image:
+                return image.size
+        pairs = list(in_order(lambda pair: [*map(size, pair)], self.pairs, workers))
         different = [f"{self.name(i)} ({' / '.join(f'{w} x {h}' for w, h in pair)})"
                      for i, pair in enumerate(pairs) if pair[0] != pair[1]]
         if different:
@@ -150,14 +153,14 @@ class FolderSplit:
 
 
 class SyntheticSplit:
-    """Pictures drawn by code, with part or object masks, kept once drawn."""
+    """Images drawn by code, with part or object masks. Each is drawn once."""
 
     def __init__(self, kind: str, split: str):
         self.kind, self.split = kind, split
         self.names = PART_NAMES if kind == "part" else OBJECT_NAMES
         self.num_classes = len(self.names)
         self.numbers: Sequence[int] = range(NUM_IMAGES[split])
-        self.drawn: dict[int, tuple] = {}
+        self.draw = cache(self._draw)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -174,58 +177,56 @@ class SyntheticSplit:
         return [self.load(index)[1].shape for index in range(len(self))]
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        number = self.numbers[index]
-        if number not in self.drawn:
-            image, label = synthetic_segmentation(number, self.split, self.kind)
-            self.drawn[number] = np.array(image), reduce_label(label)
-        return self.drawn[number]
+        return self.draw(self.numbers[index])
+
+    def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        image, label = synthetic_segmentation(number, self.split, self.kind)
+        return np.array(image), reduce_label(label)
 
 
 def pair_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
-    """Sorted pairs (image, label map). Raises UserError naming all that have no partner."""
-    def by_stem(folder, suffixes):
+    """Sorted pairs (image, label map). Raises UserError that lists all files without a partner."""
+    def by_stem(folder, *suffixes):
         return {path.stem: path for path in sorted(folder.iterdir())
                 if path.suffix.lower() in suffixes and not path.name.startswith(".")}
-    image_files, label_files = by_stem(images, IMAGE_SUFFIXES), by_stem(labels, (".png",))
+    image_files, label_files = by_stem(images, ".jpg", ".jpeg", ".png"), by_stem(labels, ".png")
     if not image_files.keys() & label_files.keys():
         raise UserError(f"no image of {images} ({len(image_files)} images) has a label map of its name in {labels} "
                         f"({len(label_files)} PNG files)")
-    for have, lack, what, missing in ((image_files, label_files, "images", f"label map in {labels}"),
-                                      (label_files, image_files, "label maps", f"image in {images}")):
-        alone = sorted(have.keys() - lack.keys())
+    for alone, what, missing in ((image_files.keys() - label_files.keys(), "images", f"label map in {labels}"),
+                                 (label_files.keys() - image_files.keys(), "label maps", f"image in {images}")):
         if alone:
-            raise UserError(f"{len(alone)} {what} have no {missing}: {', '.join(alone)}; add or remove them")
+            raise UserError(f"{len(alone)} {what} have no {missing}: {', '.join(sorted(alone))}; add or remove them")
     return [(image_files[stem], label_files[stem]) for stem in sorted(image_files)]
 
 
-def open_image(path: Path) -> Image.Image:
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """The opened image. What Pillow raises at opening, or at decoding within the context, becomes a UserError."""
+    failure = "read as an image"
     try:
-        return Image.open(path)
+        with Image.open(path) as image:
+            failure = "decoded"
+            yield image
     except BAD_IMAGE as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); replace the file") from None
+        raise UserError(f"{path} cannot be {failure} ({reason(error)}); replace the file") from None
 
 
 def read_image(path: Path) -> np.ndarray:
     """uint8 [H, W, 3], whatever the file's colours."""
     with open_image(path) as image:
-        try:
-            return np.array(image.convert("RGB"))
-        except BAD_IMAGE as error:
-            raise UserError(f"{path} cannot be decoded ({error}); replace the file") from None
+        return np.array(image.convert("RGB"))
 
 
 def read_label(path: Path, largest: int, background: int = 0) -> np.ndarray:
     """A label map as uint8 [H, W], reduced: see reduce_label.
 
-    Palette and 16-bit files give their indices. Raises UserError for a colour picture or a label above largest.
+    Palette and 16-bit files give their indices. Raises UserError for a colour image or a label above largest.
     """
     with open_image(path) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
             raise UserError(f"{path} is a picture of mode {image.mode}; a label map holds one class number per pixel")
-        try:
-            raw = np.asarray(image)
-        except BAD_IMAGE as error:
-            raise UserError(f"{path} cannot be decoded ({error}); replace the file") from None
+        raw = np.asarray(image)
     above = raw[(raw > largest) & (raw != IGNORE)]
     if above.size:
         raise UserError(f"{path}: label {above.max()} is above the class count {largest}; "
@@ -238,26 +239,22 @@ def reduce_label(raw: np.ndarray, background: int = 0) -> np.ndarray:
     from 0: background -> 255, the others as they are."""
     if background:
         return np.where(raw == background, IGNORE, raw).astype(np.uint8)
-    # In uint8, 0 - 1 is 255 and 255 - 1 is put right.
+    # In uint8, 0 - 1 is 255.
     reduced = raw.astype(np.uint8) - np.uint8(1)
     reduced[raw == IGNORE] = IGNORE
     return reduced
 
 
 def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """map(function, items) by threads, at most two items ahead per thread, results in order."""
+    """map(function, items) by that many threads (0: by this one), at most two items ahead per thread, in order."""
     if workers == 0:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    items, pool = iter(items), ThreadPoolExecutor(workers)
+    try:
+        pending = deque(pool.submit(function, item) for item in islice(items, 2 * workers))
+        while pending:
+            pending.extend(pool.submit(function, item) for item in islice(items, 1))
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,15 +1,13 @@
 """Class names of the segmentation data sets, in label order: name k (from 1) is label k, label 0 is "other", ignored.
 
-A file names.txt at the root of a prepared data set (one name a line, label order; datasets/prepare.py writes it) goes
-before these tuples: class_names() looks there first.
+A file names.txt at the root of a prepared data set (one name a line, written by datasets.prepare) takes precedence.
 
 Sources. ADE20K_150: objectInfo150.txt of ADEChallengeData2016, first synonym. ADE20K_OBJECT_59, PASCAL_OBJECT_16 and
-LIP_19: the class lists of the authors' segmentation/mmseg/datasets/{ade_59object,pascal_16semantic,lip}.py. That of the
-59 objects carries their remark that the names may not be right; it holds 59 different names of the 150, in the order of
-the 150 but for "boat", so that in the authors' own label maps the names from "boat" to "swivel chair" may be one off.
-PASCAL_PART: the part list of the Pascal-Part devkit (part2ind.m), numbered families merged, without boat, chair, table
-and sofa, which have no parts. The authors' prepared maps of the 193 and of the 209 parts come without names (their
-lists repeat those of other data sets), so their label order is unknown. No mean over classes depends on the order.
+LIP_19: the authors' segmentation/mmseg/datasets/{ade_59object,pascal_16semantic,lip}.py. The authors remark that the 59
+names may be wrong: they are in the order of the 150 except for "boat", so in the authors' own label maps the names from
+"boat" to "swivel chair" may be one off. PASCAL_PART_193: the Pascal-Part devkit (part2ind.m), numbered families merged,
+without boat, chair, table and sofa, which have no parts. The authors' maps of the 193 and of the 209 parts come without
+names, so their label order is unknown. No mean over classes depends on the order.
 """
 
 from pathlib import Path
@@ -48,7 +46,7 @@ LIP_19 = (
     "skirt", "face", "left arm", "right arm", "left leg", "right leg", "left shoe", "right shoe",
 )
 
-# By devkit name: l, r = left, right; f, b, h, c before a word = front, back, head, coach; u, l before arm, leg = upper,
+# Devkit names: l, r = left, right; f, b, h, c before a word = front, back, head, coach; u, l before arm, leg = upper,
 # lower; ho = hoof, pa = paw, liplate = license plate.
 _BUS = ("frontside leftside rightside backside roofside leftmirror rightmirror fliplate bliplate "
         "door wheel headlight window")
@@ -78,7 +76,7 @@ PASCAL_PARTS = {name: tuple(parts.split()) for name, parts in {
 PASCAL_OBJECT_16 = tuple(PASCAL_PARTS)
 PASCAL_PART_193 = tuple(f"{name} {part}" for name, parts in PASCAL_PARTS.items() for part in parts)
 
-# The names are published only as label maps.
+# Only the label maps are published, without names.
 ADE20K_PART_209 = tuple(f"class {label}" for label in range(1, 210))
 
 # PartImageNet_Seg: here name k, from 0, is label k. The names of the 158 objects do not come with the label maps.
@@ -105,16 +103,23 @@ CLASS_NAMES = {
 def class_names(dataset: str, root: Path | None = None) -> tuple[str, ...]:
     """The names of a data set's classes in label order: from root/names.txt where it exists, else from this file.
 
-    A names.txt may hold another number of names than the paper's (ade20k-part made from the full release does); that
-    of PartImageNet, whose parts and objects share the root, holds the 158 objects. Raises UserError where it is empty,
-    repeats a name, or does not fit.
+    A names.txt may have another number of names than the paper (ade20k-part made from the full release does); that of
+    PartImageNet, whose parts and objects share the root, holds the 158 objects. Raises UserError as read_names does.
     """
     path = root / "names.txt" if root else None
     if path is None or not path.is_file() or dataset == "partimagenet-part":
         return CLASS_NAMES[dataset]
-    names = tuple(path.read_text(encoding="utf-8").splitlines())
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"{path} is empty or holds a name twice; make it again with datasets.prepare")
+    names = read_names(path)
     if dataset == "partimagenet-object" and len(names) != 158:
         raise UserError(f"{path} holds {len(names)} names; PartImageNet has 158 objects: correct or remove the file")
+    return names
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """The lines of a file of class names. Raises UserError if it is missing or empty or repeats a name."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; it is a text file of class names, one a line")
+    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{path} is empty or holds a name twice; write each class name once, one a line")
     return names

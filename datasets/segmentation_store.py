@@ -4,8 +4,6 @@ Nothing is decoded twice, and the batches of a run are a pure function of seed, 
 """
 
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,10 +13,9 @@ from threading import Thread
 import numpy as np
 import torch
 
-from utils import UserError
 from utils.distributed import local_main_first, shard
 from utils.run import Progress
-from utils.storage import atomic_write, free_memory
+from utils.storage import allocate, atomic_write, create_file, map_file
 
 from .segmentation import FolderSplit, SyntheticSplit, in_order
 from .segmentation_transforms import (
@@ -35,34 +32,30 @@ from .segmentation_transforms import (
 
 LARGEST_RATIO = 2.0  # of the base scale
 # Left free beside the images: what training takes on a GPU, and the rest of the machine.
-RESERVED_BYTES = {"cuda": 12 << 30, "cpu": 2 << 30}
+RESERVED_BYTES = {"gpu": 12 << 30, "cpu": 2 << 30}
 
 
 class PixelStore:
     """All images of a split, decoded once, as int32 pixels (colour and label) in one flat tensor.
 
-    Images larger than what the largest training scale needs are kept at that size. place: "gpu", "cpu", "disk" (a
+    Images larger than what the largest training scale needs are kept at that size. tier: "gpu", "cpu", "disk" (a
     memory-mapped file in folder, found again by the next run) or "auto": the first of these that has room.
     """
 
     def __init__(self, split: FolderSplit | SyntheticSplit, base_scale: tuple[int, int], device: torch.device,
-                 folder: Path, place: str = "auto", workers: int = 0, log: Callable[[str], None] = print):
+                 folder: Path, tier: str = "auto", workers: int = 0, log: Callable[[str], None] = print):
         self.split, self.workers = split, workers
         self.sizes = split.sizes(workers)
         largest = tuple(int(side * LARGEST_RATIO) for side in base_scale)
         self.stored = [min(size, rescale_size(*size, largest)) for size in self.sizes]
         counts = torch.tensor([height * width for height, width in self.stored])
         self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        total = 4 * int(self.starts[-1])
-        place = choose_place(total, device) if place == "auto" else place
-        log(f"{len(split)} training images, {total / 1e9:.2f} GB decoded, kept "
-            + {"gpu": f"on {device}", "cpu": "in host memory",
-               "disk": f"in a file in {folder}, for later runs too"}[place])
-        if place == "disk":
-            self.pixels = self._on_disk(folder)
-        else:
-            memory = device if place == "gpu" else torch.device("cpu")
-            self.pixels = torch.empty(total // 4, dtype=torch.int32, device=memory)
+        self.filled = False
+        self.pixels = allocate(
+            (int(self.starts[-1]),), torch.int32, device, tier, lambda: self._on_disk(folder),
+            f"{len(split)} training images, decoded", "use a larger disk with --output-dir", log,
+            reserve=RESERVED_BYTES, pin=False)
+        if not self.filled:
             self._fill(self.pixels)
 
     def _fill(self, pixels: torch.Tensor) -> None:
@@ -86,23 +79,15 @@ class PixelStore:
             listing += [self.split.kind]
         path = folder / f"pixels-{hashlib.sha256(repr(listing).encode()).hexdigest()[:16]}.int32"
 
-        needed = 4 * int(self.starts[-1])
-
         def write(temporary):
-            # A mapped file that finds the disk full kills the process; space that is taken first cannot run out.
-            if hasattr(os, "posix_fallocate"):
-                with open(temporary, "wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, needed)
-            self._fill(torch.from_file(str(temporary), shared=True, size=int(self.starts[-1]), dtype=torch.int32))
+            create_file(temporary, (int(self.starts[-1]),), torch.int32)
+            self._fill(map_file(temporary, (int(self.starts[-1]),), torch.int32))
 
         with local_main_first():
             if not path.exists():
-                free = shutil.disk_usage(folder).free
-                if needed > free:
-                    raise UserError(f"{folder} has {free / 1e9:.1f} GB free, the decoded images need "
-                                    f"{needed / 1e9:.1f} GB; choose another folder with --output-dir")
                 atomic_write(path, write)
-        return torch.from_file(str(path), shared=True, size=int(self.starts[-1]), dtype=torch.int32)
+        self.filled = True
+        return map_file(path, (int(self.starts[-1]),), torch.int32)
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Packed, list[tuple[int, int]]]:
         """Some images on the device, as the transforms take them, and their original sizes."""
@@ -115,16 +100,6 @@ class PixelStore:
             pixels = pixels.to(device, non_blocking=True)
         numbers = torch.stack([starts, *torch.tensor([self.stored[index] for index in indices]).T])
         return Packed(pixels, *to_device(numbers, device)), [self.sizes[index] for index in indices]
-
-
-def choose_place(total: int, device: torch.device) -> str:
-    """Where total bytes of images have room: "gpu", "cpu" (as many times as this machine has processes), or "disk"."""
-    if device.type == "cuda" and total <= free_memory(device) - RESERVED_BYTES["cuda"]:
-        return "gpu"
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if total * processes <= free_memory(torch.device("cpu")) - RESERVED_BYTES["cpu"]:
-        return "cpu"
-    return "disk"
 
 
 def shrink(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:

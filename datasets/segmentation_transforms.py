@@ -1,11 +1,11 @@
 """The training and test transforms of linear segmentation, on batches of tensors, on any device.
 
-Order and distribution of the authors' configurations: resize, crop, flip, photometric distortion, normalise, pad. The
-integer arithmetic is that of the pictures the published numbers came from (OpenCV's fixed-point bilinear resize and
-8-bit HSV), so that a pixel is the same here, on every device. Only the crop is computed, never the resized image.
+Order and distributions are those of the authors' configurations: resize, crop, flip, photometric distortion, normalise,
+pad. The integer arithmetic is OpenCV's (fixed-point bilinear resize, 8-bit HSV), as in the authors' pipeline, so that
+pixels are equal to theirs on every device. Only the crop is computed, never the whole resized image.
 
-An image and its label map are one int32 per pixel: red, green, blue, label, from the lowest byte up (pack_pixels).
-Several images lie behind one another in one flat tensor and are addressed by where they start.
+A pixel and its label are one int32: red, green, blue, label, from the lowest byte up (pack_pixels). The images of a
+batch are concatenated in one flat tensor.
 """
 
 from typing import NamedTuple
@@ -16,15 +16,15 @@ import torch
 IGNORE = 255
 CROP_DRAWS = 10
 CPU_BAND = 64  # rows
-# Made on first use, for each device.
+# By device, made on first use.
 _colour_tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
 
 class Augmentation(NamedTuple):
-    """What chance decides about one training sample. The neutral value of each distortion means that it is not applied;
-    saturation and hue have coins of their own, because even the neutral value goes through 8-bit HSV."""
+    """The random augmentation parameters of one training sample. The defaults are those of a distortion that is not
+    applied; None for saturation and hue, because even their neutral values would go through 8-bit HSV."""
     ratio: float  # of the base scale, [0.5, 2)
-    offsets: np.ndarray  # [11, 2], successive crop offsets (y, x) as shares of the room there is
+    offsets: np.ndarray  # [11, 2], offsets (y, x) of the crops to try, as fractions of the largest offset
     flip: bool
     brightness: float = 0.0
     contrast: float = 1.0
@@ -42,8 +42,8 @@ class Packed(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Crops of resized images: rows int64 [B, h], columns int64 [B, w] of images of heights, widths int64 [B]; the rest
-    says which rows and columns of the crop the image reaches, bool [B, h] and [B, w]."""
+    """Crops of resized images: rows int64 [B, h], columns int64 [B, w] of images of heights, widths int64 [B];
+    inside_rows bool [B, h], inside_columns bool [B, w]: where the crop lies in the image."""
     rows: torch.Tensor
     columns: torch.Tensor
     heights: torch.Tensor
@@ -53,22 +53,22 @@ class Region(NamedTuple):
 
 
 def draw_augmentation(seed: int, iteration: int, position: int) -> Augmentation:
-    """The augmentation of one place in the global batch of one iteration, a pure function of the three numbers."""
+    """The parameters for one position in the global batch of one iteration: a pure function of the three numbers."""
     uniform = np.random.default_rng((seed, iteration, position)).random(11 + 2 * (CROP_DRAWS + 1))
-    coins, values = uniform[:6] < 0.5, uniform[6:11]
+    switches, values = uniform[:6] < 0.5, uniform[6:11]
     return Augmentation(
         ratio=0.5 + 1.5 * values[0],
         offsets=uniform[11:].reshape(-1, 2),
-        flip=bool(coins[0]),
-        brightness=64 * values[1] - 32 if coins[1] else 0.0,
-        contrast=0.5 + values[2] if coins[2] else 1.0,
-        contrast_first=bool(coins[3]),
-        saturation=0.5 + values[3] if coins[4] else None,
-        hue=int(36 * values[4]) - 18 if coins[5] else None)
+        flip=bool(switches[0]),
+        brightness=64 * values[1] - 32 if switches[1] else 0.0,
+        contrast=0.5 + values[2] if switches[2] else 1.0,
+        contrast_first=bool(switches[3]),
+        saturation=0.5 + values[3] if switches[4] else None,
+        hue=int(36 * values[4]) - 18 if switches[5] else None)
 
 
 def rescale_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
-    """The size that keeps the aspect ratio and fits into scale, whose larger side is for the larger side."""
+    """The largest size of the same aspect ratio that fits into scale, larger side to larger side."""
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
@@ -80,7 +80,7 @@ def pack_pixels(image: np.ndarray, label: np.ndarray) -> torch.Tensor:
 
 
 def take(pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """pixels[index] for flat pixels; index_select is several times faster than indexing on a CPU."""
+    """pixels[index] for flat pixels; on a CPU index_select is several times faster than indexing."""
     return pixels.index_select(0, index.flatten()).view(index.shape)
 
 
@@ -107,8 +107,8 @@ class Taps(NamedTuple):
 def linear_taps(index: torch.Tensor, out_size: torch.Tensor, in_size: torch.Tensor, across: bool) -> Taps:
     """Bilinear interpolation along one axis, as OpenCV 4 does it for 8 bits (resize, INTER_LINEAR).
 
-    index: int64 [B, n] of output rows or columns; out_size, in_size: [B]. across: columns, where a tap outside takes
-    the edge at full weight; rows are clamped and keep their weight.
+    index: int64 [B, n] of output rows or columns; out_size, in_size: [B]. across: of columns, where a tap outside the
+    image gives the edge full weight; taps of rows are clamped and keep their weights.
     """
     position = ((index + 0.5) * _steps(out_size, in_size) - 0.5).float()
     lower = position.floor()
@@ -133,13 +133,13 @@ def resized_labels(batch: Packed, rows: torch.Tensor, columns: torch.Tensor, out
     rows = nearest_taps(rows, out_heights, batch.heights)
     columns = nearest_taps(columns, out_widths, batch.widths)
     starts = batch.starts[:, None] + rows * batch.widths[:, None]
-    # The label is the highest byte, and the cast drops the sign that comes down with it.
+    # The label is the highest byte; the cast drops the copies of the sign bit.
     return take(batch.pixels, starts[:, :, None] + columns[:, None]).bitwise_right_shift_(24).to(torch.uint8)
 
 
 def resized_pixels(batch: Packed, rows: Taps, columns: Taps) -> torch.Tensor:
-    """Colours where rows [B, h] and columns [B, w] of the resized images meet: int32 [B, 3, h, w], 0 to 255."""
-    # Across first, on the source rows that are needed, each once.
+    """Colours at the given rows [B, h] and columns [B, w] of the resized images: int32 [B, 3, h, w], 0 to 255."""
+    # Columns first, on the source rows that are needed, each once.
     first = rows.lower.amin(1, keepdim=True)
     count = int((rows.upper.amax(1, keepdim=True) - first).max()) + 1
     needed = torch.minimum(first + torch.arange(count, device=first.device), batch.heights[:, None] - 1)
@@ -173,7 +173,7 @@ def resize_image(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def accept_crops(labels: torch.Tensor, max_share: float = 0.75) -> torch.Tensor:
-    """uint8 [B, h, w] -> bool [B]: more than one class, and the largest holds under max_share of what is labelled."""
+    """uint8 [B, h, w] -> bool [B]: more than one class, the largest on less than max_share of the labelled pixels."""
     count = len(labels)
     bins = labels.flatten(1).int().add_(256 * torch.arange(count, dtype=torch.int32, device=labels.device)[:, None])
     counts = torch.bincount(bins.flatten(), minlength=256 * count).view(count, 256)[:, :IGNORE]
@@ -181,10 +181,10 @@ def accept_crops(labels: torch.Tensor, max_share: float = 0.75) -> torch.Tensor:
 
 
 def choose_crops(cut, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first of the successive crops that is accepted; after ten failures the eleventh, unseen.
+    """The first crop that is accepted; after ten failures the eleventh, unchecked.
 
     cut: maps sample numbers [n] and their offsets [n, 2] to labels [n, h, w]. offsets: [B, 11, 2].
-    Returns the chosen draw int64 [B] and its labels [B, h, w].
+    Returns the index of the chosen crop, int64 [B], and its labels [B, h, w].
     """
     remaining = torch.arange(len(offsets), device=offsets.device)
     chosen = torch.zeros_like(remaining)
@@ -199,27 +199,27 @@ def choose_crops(cut, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def crop_indices(offset: torch.Tensor, size: torch.Tensor, crop: int, flip: torch.Tensor | None = None) -> tuple:
-    """Rows or columns of the resized image under a crop, int64 [B, crop], and where there are any, bool [B, crop]: an
-    image smaller than the crop leaves the rest empty, given as its edge. flip: bool [B], columns in reverse."""
-    place = torch.arange(crop, device=size.device)[None]
+    """Rows or columns of the resized image in a crop, int64 [B, crop], and which are inside the image, bool [B, crop]:
+    where the image is smaller than the crop, the edge is repeated. flip: bool [B], columns in reverse."""
+    position = torch.arange(crop, device=size.device)[None]
     covered = torch.minimum(size, torch.full_like(size, crop))[:, None]
-    inside = place < covered
-    # Beyond the image the last place again, which costs resized_pixels no source rows.
-    place = torch.minimum(place, covered - 1)
+    inside = position < covered
+    # Repeating the edge costs resized_pixels no source rows.
+    position = torch.minimum(position, covered - 1)
     if flip is not None:
-        place = torch.where(flip[:, None], covered - 1 - place, place)
-    return offset[:, None] + place, inside
+        position = torch.where(flip[:, None], covered - 1 - position, position)
+    return offset[:, None] + position, inside
 
 
 def choose_crop_region(batch: Packed, augmentations: list[Augmentation], out_sizes: list[tuple[int, int]],
                        crop_size: tuple[int, int]) -> tuple[Region, torch.Tensor]:
-    """Resize, random crop and flip: where each pixel of the crops comes from, and their labels uint8 [B, h, w], 255
+    """Resize, random crop and flip: the source of each pixel of the crops, and their labels uint8 [B, h, w], 255
     outside the image. out_sizes: of the resized images."""
     device = batch.pixels.device
     crop_height, crop_width = crop_size
     offsets = [[(int(y * (max(height - crop_height, 0) + 1)), int(x * (max(width - crop_width, 0) + 1)))
                 for y, x in one.offsets] for one, (height, width) in zip(augmentations, out_sizes, strict=True)]
-    # One transfer for all that the host decides.
+    # All parameters in one transfer to the device.
     numbers = torch.tensor([[*size, one.flip, *np.ravel(pairs)] for one, size, pairs
                             in zip(augmentations, out_sizes, offsets, strict=True)], dtype=torch.int64)
     numbers = to_device(numbers, device)
@@ -242,7 +242,7 @@ def choose_crop_region(batch: Packed, augmentations: list[Augmentation], out_siz
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that does not hold up the host, where the device is another one."""
+    """The tensor on the device; a copy to CUDA does not block the host."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -266,8 +266,8 @@ def rgb_to_hsv(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     spread = torch.minimum(red, green)
     spread = torch.sub(value, torch.minimum(spread, blue, out=spread), out=spread)
     saturation = take(per_value, value).mul_(spread).add_(2048).bitwise_right_shift_(12)
-    # Bits choose among the three numerators, several times faster than where(): a mask is all ones where red (green) is
-    # not the largest, and a ^ ((a ^ b) & mask) is b there and a elsewhere.
+    # Bit operations choose among the three numerators, several times faster than where(): a mask is all ones where red
+    # (green) is not the largest, and a ^ ((a ^ b) & mask) is b there and a elsewhere.
     not_red, not_green = (red - value).bitwise_right_shift_(31), (green - value).bitwise_right_shift_(31)
     numerator, if_green = green - blue, (blue - red).add_(spread, alpha=2)
     if_blue = (red - green).add_(spread, alpha=4)
@@ -294,12 +294,12 @@ def hsv_to_rgb(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor)
 
 
 def _make_hsv_factors() -> torch.Tensor:
-    """float32 [3, 180 * 256]: what red, green and blue are for value 1."""
+    """float32 [3, 180 * 256]: red, green and blue at value 1, by hue and saturation."""
     hue = torch.arange(180, dtype=torch.float32)[:, None] * torch.tensor(6 / 180, dtype=torch.float32)
     saturation = torch.arange(256, dtype=torch.float32) * torch.tensor(1 / 255, dtype=torch.float32)
     sector = hue.floor().long()
     fraction = hue - sector
-    # float64 stands for the single rounding of a fused multiply-add.
+    # float64 gives the single rounding of a fused multiply-add.
     falling = (1 - saturation.double() * fraction.double()).float()
     rising = (1 - saturation.double() * (1 - fraction).double()).float()
     low, full = (1 - saturation).expand(180, 256), torch.ones(180, 256)
@@ -323,10 +323,10 @@ def photometric_distortion(images: torch.Tensor, augmentations: list[Augmentatio
     if any(one.contrast_first and one.contrast != 1 for one in augmentations):
         images = cut(images * per_sample([one.contrast if one.contrast_first else 1.0 for one in augmentations]))
     for name in ("saturation", "hue"):
-        chosen = [place for place, one in enumerate(augmentations) if getattr(one, name) is not None]
+        chosen = [i for i, one in enumerate(augmentations) if getattr(one, name) is not None]
         if not chosen:
             continue
-        amount = per_sample([getattr(augmentations[place], name) for place in chosen])[:, 0]
+        amount = per_sample([getattr(augmentations[i], name) for i in chosen])[:, 0]
         index = to_device(torch.tensor(chosen), images.device)
         everything = len(chosen) == len(images)
         hue, saturation, value = rgb_to_hsv(images if everything else images[index])
@@ -343,11 +343,11 @@ def photometric_distortion(images: torch.Tensor, augmentations: list[Augmentatio
 
 def training_batch(batch: Packed, sizes: list[tuple[int, int]], augmentations: list[Augmentation],
                    base_scale: tuple[int, int], crop_size: int, mean: torch.Tensor, std: torch.Tensor) -> tuple:
-    """All of the training transforms: images float32 [B, 3, c, c], padded with 0, and labels uint8 [B, c, c], with 255.
+    """All training transforms: images float32 [B, 3, c, c], padded with 0, and labels uint8 [B, c, c], padded with 255.
 
-    sizes: (height, width) of the original images, from which the resized sizes follow. mean, std: [1, 3, 1, 1], of
-    colours from 0 to 1. On a CPU the colours are made sample by sample and in bands of rows, which keeps them in its
-    caches; elsewhere for the whole batch at once.
+    sizes: (height, width) of the original images, which determine the resized sizes. mean, std: [1, 3, 1, 1], of
+    colours from 0 to 1. A CPU computes the colours sample by sample in bands of rows, which stay in its caches; other
+    devices the whole batch at once.
     """
     scales = [tuple(int(side * one.ratio) for side in base_scale) for one in augmentations]
     out_sizes = [rescale_size(*size, scale) for size, scale in zip(sizes, scales, strict=True)]

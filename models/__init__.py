@@ -1,4 +1,4 @@
-"""Encoders by name. One file per method; encoder.py is what they share, checkpoints.py gets and opens files."""
+"""Encoders by name. One file per method; encoder.py holds what they share, checkpoints.py downloads and opens files."""
 
 import argparse
 import importlib
@@ -22,15 +22,14 @@ __all__ = ["METHODS", "WITH_PROJECTOR", "CheckpointError", "Encoder", "build_mod
 
 def build_model(name: str, weights: str = "official", num_heads: int | None = None, *, projector: bool | None = None,
                 decoder: bool = False, seed: int = 0, weights_key: str | None = None, **method_options) -> Encoder:
-    """A frozen encoder, in evaluation mode, requires_grad False, float32, on the CPU.
+    """A frozen encoder: evaluation mode, requires_grad False, float32, on the CPU.
 
     name: one of METHODS, timm/NAME, or path/to/file.py:function (models/own.py). weights: "official" (downloaded and
-    checked), "random" (a control drawn from the seed, ViT-B/16 of the method), a path or a URL. num_heads: width / 64
-    unless given. projector: True = needed, False = dropped, None = kept where the file has one; decoder: True = needed
-    (MAE). "official" is the full file
-    where either is needed. weights_key: where the weights lie in a file that holds several (checkpoints.state_dicts
-    has the names); None: found where only one fits. method_options: those of the method's from_checkpoint or random.
-    encoder.weights and encoder.sha256 name what was loaded. Raises CheckpointError with one line that names the file.
+    checked), "random" (untrained ViT-B/16 of the method, from the seed), a path or a URL. num_heads: by the file, else
+    width / 64. projector: True = required, False = dropped, None = kept where the file has one; decoder: True =
+    required (MAE). "official" is the full file where either is required. weights_key: which weights of a file that has
+    several (named as by checkpoints.state_dicts); None: the only ones that fit. method_options: of the method's
+    from_checkpoint or random. encoder.weights and encoder.sha256 say what was loaded. Raises CheckpointError.
     """
     method = None
     if name.startswith("timm/"):
@@ -58,6 +57,7 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
             encoder = _from_file(name, method, path, num_heads, weights_key, method_options)
             encoder.weights, encoder.sha256 = str(path) if weights != "official" else path.name, file_hash(path)
 
+    encoder.method = name.rpartition(":")[0] if method is None else method.__file__
     if projector and not encoder.has_projector:
         raise CheckpointError(f"{encoder.weights} has no projector; give the full checkpoint of the method"
                               if name in WITH_PROJECTOR else
@@ -82,7 +82,7 @@ def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[
         raise UserError(str(error)) from None
     log(f"{args.model} from {encoder.weights}" + (f", SHA-256 {encoder.sha256}" if encoder.sha256 else "")
         + f": {encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads "
-        + ("as given" if args.num_heads else "by its width" if args.model in METHODS else "by its architecture")
+        + ("as given" if args.num_heads else "by the file" if args.model in METHODS else "by its architecture")
         + f", patch {encoder.patch_size}, {encoder.cls_from}"
         + (", with projector" if encoder.has_projector else ""))
     return encoder.to(device)
@@ -114,8 +114,8 @@ def _weights_file(name: str, weights: str, method, full: bool) -> Path:
         return Path(weights)
     entry = method.OFFICIAL["full" if full and "full" in method.OFFICIAL else "backbone"]
     if "url" not in entry:
-        raise CheckpointError(f"{name}: the official file {entry['file']} lies on Google Drive, closed to scripts; "
-                              f"get it from {entry['where']} and give --weights PATH")
+        raise CheckpointError(f"{name}: scripts cannot download the official file {entry['file']} from Google Drive; "
+                              f"download it from {entry['where']} and give --weights PATH")
     url = entry["url"]
     published = {key: entry[key] for key in ("sha256", "md5") if key in entry}
     return fetch(url, entry.get("file") or url.rsplit("/", 1)[-1], published)

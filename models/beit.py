@@ -1,9 +1,9 @@
-"""BEiT (Bao et al., ICLR 2022), masked image modelling. Two architectures go by its name, told apart by their keys:
+"""BEiT (Bao et al., ICLR 2022), masked image modelling. Two architectures, distinguished by their keys:
 
 * the study's authors' file: relative position bias shared by all blocks, no absolute position embedding, LayerScale;
 * the public beit_base_patch16_224_pt1k_800ep.pth: absolute position embedding, no relative bias, no LayerScale.
 
-Both hold their weights under `model`, have biases on query and value but not key, and end in `lm_head`.
+Both files hold the weights under `model`, with biases on query and value but not key, and an `lm_head`.
 """
 
 from functools import lru_cache
@@ -36,19 +36,19 @@ RELATIVE_INDEX = "rel_pos_bias.relative_position_index"
 
 
 class BEiTEncoder(Encoder):
-    """An encoder whose blocks all add the same relative position bias to their attention scores."""
+    """An encoder whose blocks add one shared relative position bias to their attention scores."""
 
     def __init__(self, vit: Beit):
         super().__init__(vit, position_embedding=None)
         self._bias_key, self._bias = None, None
 
     def relative_bias(self, height: int, width: int) -> torch.Tensor:
-        """The bias of a grid of patches, [1, heads, 1 + N, 1 + N]; kept until another grid is asked for."""
+        """The bias of a grid of patches, [1, heads, 1 + N, 1 + N]; that of the last grid is cached."""
         table = self.vit.rel_pos_bias.relative_position_bias_table
         key = (height, width, table.device, table.dtype)
         if self._bias_key != key:
             native = native_grid(self.vit)
-            # Kept beyond this call, so it must also serve one that wants gradients.
+            # A cached inference tensor could not be used by a later call that needs gradients.
             with torch.inference_mode(False):
                 table = resize_relative_table(table, (native, native), (height, width))
                 index = gen_relative_position_index((height, width)).to(table.device)
@@ -62,9 +62,9 @@ class BEiTEncoder(Encoder):
 def resize_relative_table(table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
     """A relative position bias table for another grid of patches (microsoft/unilm, beit/run_class_finetuning.py).
 
-    table [(2 h - 1)(2 w - 1) + 3, heads] for old_grid (h, w); the last three rows, of the class token, stay. The known
-    values are taken to lie at distances that grow as a geometric progression and reach the new table's rim; a cubic
-    spline through them is read at the whole-number distances. The spline is separable: one matrix for each axis.
+    table [(2 h - 1)(2 w - 1) + 3, heads] for old_grid (h, w); the last three rows, of the class token, are unchanged.
+    The known values are placed at distances that grow as a geometric progression up to the new table's border; a cubic
+    spline through them is evaluated at integer distances. The spline is separable: one matrix for each axis.
     """
     if new_grid == old_grid:
         return table
@@ -77,10 +77,10 @@ def resize_relative_table(table: torch.Tensor, old_grid: tuple[int, int], new_gr
 
 @lru_cache
 def geometric_spline(old: int, new: int) -> np.ndarray:
-    """The matrix [new, old] that interpolates old values at geometrically spaced distances to new whole distances."""
+    """The matrix [new, old] that interpolates old values at geometrically spaced distances to new integer distances."""
     if old == new:
         return np.eye(old)
-    # Bisection for the ratio whose progression 1 + q + q^2 + ... reaches the rim; bounds and tolerance as published.
+    # Bisection for the ratio whose sum 1 + q + q^2 + ... reaches the border; bounds and tolerance of the official code.
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2
@@ -91,16 +91,16 @@ def geometric_spline(old: int, new: int) -> np.ndarray:
     distances = np.cumsum(ratio ** np.arange(old // 2))
     known = np.concatenate([-distances[::-1], [0], distances])
     wanted = np.arange(new) - new // 2
-    # FITPACK, which the official code calls, evaluates points outside the known range at its rim.
+    # FITPACK, which the official code calls, evaluates points outside the known range at its border.
     return cubic_spline(known, np.clip(wanted, known[0], known[-1]))
 
 
 def cubic_spline(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """The matrix [wanted, known] of cubic spline interpolation with not-a-knot ends: it maps the values at the known
-    points (rising, four or more) to those at the wanted points."""
+    points (ascending, at least four) to those at the wanted points."""
     count, steps = len(known), np.diff(known)
-    # Unknowns: the second derivatives m. Inside, slopes agree; at the second and the last but one point, third
-    # derivatives do. Both sides are linear in the values, so solve for all unit vectors at once.
+    # Unknowns: the second derivatives. First derivatives are continuous at all inner points, third derivatives at the
+    # second and the last but one. Both sides are linear in the values: solve for all unit vectors at once.
     left, right = np.zeros((count, count)), np.zeros((count, count))
     for i in range(1, count - 1):
         left[i, i - 1:i + 2] = steps[i - 1] / 6, (steps[i - 1] + steps[i]) / 3, steps[i] / 6
@@ -118,10 +118,10 @@ def cubic_spline(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
-    """Either file's content -> Encoder. Raises CheckpointError."""
+    """Content of either file -> Encoder. Raises CheckpointError."""
     state = unwrap(checkpoint, "model")
     if "lm_head.weight" not in state:
-        raise CheckpointError("missing keys: lm_head.weight, lm_head.bias; this is not a pre-training file of BEiT")
+        raise CheckpointError("missing keys: lm_head.weight, lm_head.bias; this is not a BEiT pre-training file")
     state = drop_keys(state, rf"lm_head\.(weight|bias)|mask_token|{RELATIVE_INDEX}")
     shape = vit_shape(state, num_heads)
     relative = RELATIVE_TABLE in state
@@ -134,14 +134,14 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
     vit = Beit(img_size=grid * shape["patch_size"], num_classes=0, global_pool="", norm_layer=layer_norm,
                init_values=1.0 if "blocks.0.gamma_1" in state else None, use_abs_pos_emb="pos_embed" in state,
                use_shared_rel_pos_bias=relative, **shape)
-    # The index is a function of the grid: timm computes it, and older versions count it as state.
+    # timm computes the index from the grid; its older versions have it in the state dictionary.
     state |= {key: value for key, value in vit.state_dict().items() if key == RELATIVE_INDEX}
     load_exactly(vit, state)
     return BEiTEncoder(vit) if relative else Encoder(vit, bicubic_to_size)
 
 
 def random() -> Encoder:
-    """An untrained BEiT-B/16 of the study's architecture, drawn from PyTorch's generator."""
+    """An untrained BEiT-B/16 of the study's architecture."""
     vit = Beit(num_classes=0, global_pool="", init_values=0.1, norm_layer=layer_norm, use_abs_pos_emb=False,
                use_shared_rel_pos_bias=True)
     nn.init.trunc_normal_(vit.rel_pos_bias.relative_position_bias_table, std=0.02)

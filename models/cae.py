@@ -1,6 +1,6 @@
 """CAE (Chen et al., IJCV 2024), masked image modelling. Official files: under `model`, the encoder at `encoder.*`.
 
-Everything else in the file (alignment encoder, regressor, decoder, their position embeddings) belongs to pre-training.
+The rest of the file (alignment encoder, regressor, decoder, their position embeddings) is for pre-training only.
 Biases on query and value but not key, LayerScale, fixed sine-cosine position embedding.
 """
 
@@ -30,7 +30,7 @@ PRETRAINING = r"(alignment_encoder|regresser|decoder|pretext_neck)\..*|mask_toke
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
-    """An official file's content -> Encoder. Raises CheckpointError."""
+    """Content of an official file -> Encoder. Raises CheckpointError."""
     whole = unwrap(checkpoint, "model")
     state = take_prefix(whole, "encoder.")
     if not state:
@@ -49,7 +49,7 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
 
 
 def random() -> Encoder:
-    """An untrained ViT-B/16 of CAE, drawn from PyTorch's generator."""
+    """An untrained ViT-B/16 of CAE's architecture."""
     vit = Beit(num_classes=0, global_pool="", init_values=0.1, norm_layer=layer_norm)
     vit.pos_embed.data = sincos_positions(14, 768)
     return Encoder(vit, bicubic_to_size)

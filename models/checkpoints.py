@@ -1,8 +1,8 @@
 """Checkpoint files: download, check, open as data.
 
-A file is used only after its hash is known: against the published SHA-256 or MD5 prefix where there is one, otherwise
-against the SHA-256 that was written beside the file when it was first used. Opening is restricted to tensors and plain
-values, and argparse.Namespace, which training scripts save; a file that would run code is refused.
+A file is used only after its hash was checked: at first use against the published SHA-256 or MD5 prefix, where there is
+one; at every later use against the SHA-256 that was written beside it at first use. Only tensors, plain values and
+argparse.Namespace, which training scripts save, are loaded; a file that would run code is refused.
 """
 
 import argparse
@@ -13,23 +13,32 @@ import os
 import pickle
 import re
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.hub import tqdm
+
+from utils.storage import atomic_write
 
 from .encoder import CheckpointError
 
+_hashes: dict[tuple, str] = {}
+
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
-    digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    """Hexadecimal hash of a file's content, computed once per process while inode, size and time of change stay."""
+    status = os.stat(path)
+    key = algorithm, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    if key not in _hashes:
+        digest = hashlib.new(algorithm)
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        _hashes[key] = digest.hexdigest()
+    return _hashes[key]
 
 
 def fetch(url: str, name: str | None = None, published: dict[str, str] | None = None) -> Path:
@@ -37,32 +46,31 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
 
     name: in the cache; by default the URL's last part after a hash of the whole URL, since many projects call theirs
     checkpoint.pth. published: {"sha256" or "md5": leading hexadecimal digits}; without it, the digits at the end of the
-    file name are taken as a SHA-256 prefix, torch.hub's convention. Raises CheckpointError.
+    file name are used as a SHA-256 prefix, torch.hub's convention. Raises CheckpointError.
     """
     base = url.split("?")[0].rsplit("/", 1)[-1]
     name = name or f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{base}"
     if not published and (match := re.search(r"-([a-f0-9]{8,})\.", base)):
         published = {"sha256": match[1]}
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    recorded = path.with_name(name + ".sha256")
-
-    def check(file: Path) -> None:
-        for algorithm, digits in (published or {}).items():
-            found = file_hash(file, algorithm)
-            if not found.startswith(digits):
-                raise CheckpointError(f"{path}: its {algorithm.upper()} begins with {found[:len(digits)]}, published "
-                                      f"is {digits}; delete the file and start again")
-
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path, part, recorded = (folder / (name + suffix) for suffix in ("", ".part", ".sha256"))
     try:
-        if not path.exists():
-            download(url, path, check)
-            recorded.write_text(file_hash(path) + "\n")
-            return path
-        check(path)
-        found = file_hash(path)
-        if not recorded.exists():
-            recorded.write_text(found + "\n")
-        elif recorded.read_text().strip() != found:
+        if not (path.exists() and recorded.exists()):
+            folder.mkdir(parents=True, exist_ok=True)
+            # One process at a time; one that waited finds the file. The lock stays: removing it would let two in.
+            with open(folder.parent / "checkpoints.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    download(url, part, f"download it by hand to {path}, or give --weights PATH")
+                new = path if path.exists() else part
+                for algorithm, digits in (published or {}).items():
+                    if not (found := file_hash(new, algorithm)).startswith(digits):
+                        part.unlink(missing_ok=True)
+                        raise CheckpointError(f"{path}: its {algorithm.upper()} begins with {found[:len(digits)]}, "
+                                              f"published is {digits}; delete it if it is there and start again")
+                atomic_write(recorded, lambda file: file.write_text(file_hash(new) + "\n"))
+                os.replace(new, path)
+        if recorded.read_text().strip() != file_hash(path):
             raise CheckpointError(f"{path}: its SHA-256 is no longer the one recorded at first use in {recorded.name}; "
                                   "delete both files and start again")
     except OSError as error:
@@ -70,73 +78,46 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
     return path
 
 
-def download(url: str, path: Path, check: Callable[[Path], None] = lambda file: None) -> None:
-    """Downloads to PATH.part, continuing what an earlier try left there; checks it and renames it when it is complete.
+def download(url: str, part: Path, advice: str) -> None:
+    """Downloads to the file part, continuing what an earlier try left there; shows progress on standard error.
 
-    Shows bytes, rate and time left on standard error. Two processes do not disturb each other: the second waits for
-    the first. Raises CheckpointError where the server or the network says no, where the file ends before the length
-    that the server announced (the part stays, to be continued), and where check raises (the part is removed).
+    torch.hub.download_url_to_file would not do: it starts anew each time and accepts a file that ends early. Raises
+    CheckpointError where the server cannot be reached or refuses, and where the file ends before the length that the
+    server announced (part stays, to be continued). advice: what the user can do without the server.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    by_hand = f"download it by hand to {path}, or give --weights PATH"
     with open(part, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if path.exists():
-            part.unlink(missing_ok=True)
-            return
+        headers = {"User-Agent": "torch.hub"} | ({"Range": f"bytes={file.tell()}-"} if file.tell() else {})
         try:
-            done, total = _receive(url, file)
+            request = urllib.request.Request(url, headers=headers)
+            with urllib.request.urlopen(request, timeout=60) as response:
+                if response.status != 206:
+                    # The server sends the whole file, not the range.
+                    file.seek(0)
+                    file.truncate()
+                length = response.headers.get("Content-Length")
+                total = file.tell() + int(length) if length else None
+                with tqdm(desc=url.rsplit("/", 1)[-1], total=total, initial=file.tell(), unit="B", unit_scale=True,
+                          mininterval=0.5 if sys.stderr.isatty() else 10) as progress:
+                    while chunk := response.read(1 << 20):
+                        progress.update(file.write(chunk))
         except urllib.error.HTTPError as error:
             part.unlink()
-            raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}; {by_hand}") from None
-        # ValueError and HTTPException: an address that is none, an answer that is no HTTP.
+            raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}; {advice}") from None
+        # ValueError and HTTPException: not a URL, not an answer in HTTP.
         except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError, http.client.HTTPException) as error:
             if not file.tell():
                 part.unlink()
-            raise CheckpointError(f"{url} cannot be reached ({getattr(error, 'reason', error)}); {by_hand}") from None
+            raise CheckpointError(f"{url} cannot be reached ({getattr(error, 'reason', error)}); {advice}") from None
+        if total is not None and file.tell() != total:
+            raise CheckpointError(f"{url}: the download ended after {file.tell()} of {total} bytes; "
+                                  "start again to continue it")
         file.flush()
         os.fsync(file.fileno())
-        if total is not None and done != total:
-            raise CheckpointError(f"{url}: the download ended after {done} of {total} bytes; "
-                                  "start again to continue it")
-        try:
-            check(part)
-        except CheckpointError:
-            part.unlink()
-            raise
-        os.replace(part, path)
-
-
-def _receive(url: str, file) -> tuple[int, int | None]:
-    """Appends the rest of the URL's content to the open file; returns the bytes there now and those announced."""
-    headers = {"User-Agent": "torch.hub"}
-    if file.tell():
-        headers["Range"] = f"bytes={file.tell()}-"
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
-        if response.status != 206:
-            # The server sends the whole file, whatever was asked for.
-            file.truncate(0)
-        done, begin, shown = file.tell() if response.status == 206 else 0, time.monotonic(), 0.0
-        first = done
-        length = response.headers.get("Content-Length")
-        total = done + int(length) if length else None
-        while chunk := response.read(1 << 20):
-            file.write(chunk)
-            done += len(chunk)
-            now = time.monotonic()
-            if now - shown > (0.5 if sys.stderr.isatty() else 10) or done == total:
-                shown, rate = now, (done - first) / max(now - begin, 1e-9)
-                left = f" of {total / 1e6:.0f} MB, {(total - done) / rate:.0f} s left" if total else " MB"
-                start, end = ("\r\033[K", "\n" if done == total else "") if sys.stderr.isatty() else ("", "\n")
-                print(f"{start}{url.rsplit('/', 1)[-1]}: {done / 1e6:.0f}{left}, {rate / 1e6:.1f} MB/s", end=end,
-                      file=sys.stderr, flush=True)
-    return done, total
 
 
 def open_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint file, on the CPU. Raises CheckpointError for a file that is absent, truncated, not a
-    checkpoint, or that asks for anything but tensors, plain values and argparse.Namespace."""
+    """The content of a checkpoint file, on the CPU. Raises CheckpointError for one that is missing, truncated, or not a
+    checkpoint, or that holds anything but tensors, plain values and argparse.Namespace."""
     if not path.is_file():
         raise CheckpointError(f"weights file {path} does not exist; give --weights PATH, official or random")
     try:
@@ -145,10 +126,10 @@ def open_checkpoint(path: Path) -> dict:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
-            raise CheckpointError(f"{path} asks for {refused[1]} on loading, which plain weights do not need and which "
-                                  "could run code: refused; save it again with tensors and plain values only") from None
+            raise CheckpointError(f"{path} asks for {refused[1]} on loading, which weights do not need and which could "
+                                  "run code: refused; save it again with tensors and plain values only") from None
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise CheckpointError(f"{path} is truncated or no PyTorch checkpoint ({reason}); get the file again") from None
+        raise CheckpointError(f"{path} is truncated or no PyTorch checkpoint ({reason}); download it again") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary")
     return checkpoint

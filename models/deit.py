@@ -1,6 +1,6 @@
 """DeiT (Touvron et al., ICML 2021), supervised. Official files: facebookresearch/deit, weights under `model`.
 
-The distilled files have a second prefix token; it takes part in attention and is left out of what the encoder returns.
+The distilled files have a second prefix token; it takes part in attention and is not among the encoder's outputs.
 """
 
 from .encoder import CheckpointError, Encoder, bicubic_to_size, drop_keys, plain_vit, random_vit, unwrap
@@ -12,17 +12,17 @@ OFFICIAL = {
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
-    """An official file's content, plain or distilled -> Encoder. Raises CheckpointError."""
+    """Content of an official file, plain or distilled -> Encoder. Raises CheckpointError."""
     state = unwrap(checkpoint, "model")
     if "dist_token" in state:
         state["reg_token"] = state.pop("dist_token")
         state = drop_keys(state, r"head_dist\.(weight|bias)")
-    # The classifier is what tells a DeiT file from MAE's, which has the same keys otherwise.
+    # Only the classifier distinguishes a DeiT file from one of MAE.
     if "head.weight" not in state:
         raise CheckpointError("missing keys: head.weight, head.bias")
     return Encoder(plain_vit(drop_keys(state, r"head\.(weight|bias)"), num_heads), bicubic_to_size)
 
 
 def random() -> Encoder:
-    """An untrained DeiT-B/16, drawn from PyTorch's generator."""
+    """An untrained DeiT-B/16."""
     return Encoder(random_vit(), bicubic_to_size)

@@ -1,7 +1,7 @@
 """DINO (Caron et al., ICCV 2021), contrastive. Official files: facebookresearch/dino.
 
-The backbone file is flat and holds the teacher. The full file holds `student` and `teacher`, each with `backbone.*` and
-`head.*`; the projector is the head, on the class token.
+The backbone file is the teacher's state dictionary. The full file holds `student` and `teacher`, each with `backbone.*`
+and `head.*`; the projector is the head, on the class token.
 """
 
 from .encoder import (
@@ -24,14 +24,14 @@ OFFICIAL = {
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str = "teacher") -> Encoder:
-    """An official file's content, backbone or full -> Encoder. branch: "teacher" or "student" of a full file (the paper
-    evaluates the teacher). Raises CheckpointError."""
+    """Content of an official file, backbone or full -> Encoder. branch: "teacher" (which the paper evaluates) or
+    "student" of a full file. Raises CheckpointError."""
     if "teacher" not in checkpoint:
         if branch == "student":
             raise CheckpointError("this file holds the teacher's backbone only; the student is in the full checkpoint")
         return Encoder(plain_vit(unwrap(checkpoint), num_heads), bicubic_by_scale)
     state = unwrap(checkpoint, branch)
-    # The student was saved from DistributedDataParallel, the teacher not.
+    # Only the student was saved from DistributedDataParallel.
     state = {key.removeprefix("module."): value for key, value in state.items()}
     vit = plain_vit(take_prefix(state, "backbone."), num_heads)
     head = take_prefix(state, "head.")
@@ -39,5 +39,5 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str 
 
 
 def random() -> Encoder:
-    """An untrained ViT-B/16 with DINO's head of 65,536 outputs, drawn from PyTorch's generator."""
+    """An untrained ViT-B/16 with DINO's head of 65,536 outputs."""
     return Encoder(random_vit(), bicubic_by_scale, WeightNormHead(768, (2048, 2048), 256, 65536))

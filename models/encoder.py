@@ -1,6 +1,6 @@
-"""A frozen ViT encoder over timm's VisionTransformer or Beit, and what the methods' files share to build one.
+"""A frozen ViT encoder built on timm's VisionTransformer or Beit, and the functions that the method files share.
 
-Copying a method into another project takes its file and this one; neither imports anything else of this repository.
+To use a method in another project, copy its file and this one; neither imports anything else of this repository.
 """
 
 import re
@@ -18,15 +18,15 @@ layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be what it is said to be. The message is one line: it names the thing and the mend."""
+    """A checkpoint that cannot be used. The message is one line that says what is wrong and how to fix it."""
 
 
 class Encoder(nn.Module):
-    """A frozen ViT: images in, final normalised tokens out, for any image size divisible by the patch size.
+    """A frozen ViT that maps images of any size divisible by the patch size to final normalised tokens.
 
     vit: timm's VisionTransformer or Beit, without classifier. position_embedding: maps (vit, grid height, grid width)
-    to what is added to all tokens, [1, prefix + N, D], or None where the method has none. projector: maps class tokens
-    [B, D] to [B, P]. mean, std: of the input normalisation, per channel, on a scale of 0 to 1; ImageNet's for all.
+    to the [1, prefix + N, D] that is added to all tokens; None where the method has none. projector: maps class tokens
+    [B, D] to [B, P]. mean, std: of the input normalisation, per channel, for values from 0 to 1; default ImageNet's.
     """
 
     def __init__(self, vit: nn.Module, position_embedding: Callable | None, projector: nn.Module | None = None,
@@ -40,11 +40,13 @@ class Encoder(nn.Module):
         self.num_heads = vit.blocks[0].attn.num_heads
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        # Images of any size come in; the check that remains is the one in grid.
+        # Images may have any size that grid accepts.
         vit.patch_embed.strict_img_size = False
+        # The file whose code chose how this encoder computes: the method's, set by build_model.
+        self.method = __file__
         # What the first of the tokens that forward returns is.
         self.cls_from = "class token"
-        # Where the weights came from, set by build_model and kept in every result.
+        # Source and hash of the weights, set by build_model and recorded in every result.
         self.weights, self.sha256 = "unknown", None
         self.eval().requires_grad_(False)
 
@@ -53,18 +55,18 @@ class Encoder(nn.Module):
         return self.projector is not None
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Stays in evaluation mode whatever is asked: a parent's train() must not wake a frozen encoder."""
+        """Stays in evaluation mode, also when a parent module's train() is called."""
         return super().train(False)
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] uint8 -> float32, normalised as the encoder was trained; runs on the images' device."""
+        """[B, 3, H, W] uint8 -> float32, normalised as in the encoder's training."""
         return (images.float() / 255 - self.mean) / self.std
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> tokens before the first block, [B, prefix + N, D]."""
         grid = self.grid(images)
         patches = self.vit.patch_embed(images)
-        # timm's register token stands in for DeiT's distillation token.
+        # DeiT's distillation token is held in timm's register token.
         prefix = [token for token in (self.vit.cls_token, getattr(self.vit, "reg_token", None)) if token is not None]
         tokens = torch.cat([*(token.expand(len(images), -1, -1) for token in prefix), patches], dim=1)
         if self.position_embedding is None:
@@ -72,7 +74,7 @@ class Encoder(nn.Module):
         return tokens + self.position_embedding(self.vit, *grid)
 
     def block_options(self, height: int, width: int) -> dict:
-        """What every block gets beside the tokens, for a grid of height x width patches."""
+        """Keyword arguments of every block, for a grid of height x width patches."""
         return {}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -85,12 +87,12 @@ class Encoder(nn.Module):
     def extract(self, images: torch.Tensor, isometric: bool = False) -> dict[str, torch.Tensor]:
         """[B, 3, H, W] -> {"cls": [B, D], "avg": [B, D], "projected": [B, P] where there is a projector}, float32.
 
-        avg is the mean of the patch tokens. The projector runs in float32 whatever autocast says: it costs little.
-        isometric: where the projector ends in a linear layer wider than its input, give "projected" in coordinates in
-        which every inner product is the same and P is the width of that input (see WeightNormHead.isometric).
+        avg is the mean of the patch tokens. The projector runs in float32 even under autocast: it costs little.
+        isometric: where the projector ends in a linear layer wider than its input, return "projected" in coordinates
+        with the same inner products and P the width of that input (see WeightNormHead.isometric).
         """
         tokens = self(images).float()
-        # A copy: a view would keep all tokens of the batch alive as long as the caller keeps the class tokens.
+        # A copy: a view would keep all tokens of the batch in memory as long as the class tokens.
         features = {"cls": tokens[:, 0].clone(), "avg": tokens[:, 1:].mean(1)}
         if self.has_projector:
             with torch.autocast(images.device.type, enabled=False):
@@ -101,7 +103,7 @@ class Encoder(nn.Module):
     def get_intermediate_layers(self, images: torch.Tensor, n: Sequence[int] = (3, 5, 7, 11), reshape: bool = True,
                                 norm: bool = False) -> list[torch.Tensor]:
         """Patch tokens after the 0-based blocks n, class token dropped: a list of [B, D, H/p, W/p], or [B, N, D] where
-        reshape is False. norm: apply the encoder's final norm. Blocks after the last one named are not computed.
+        reshape is False. norm: apply the encoder's final norm. Blocks after the last one in n are not computed.
         Raises IndexError where a block does not exist."""
         if not all(0 <= index < self.depth for index in n):
             raise IndexError(f"blocks {list(n)} were asked for; this encoder has blocks 0 to {self.depth - 1}")
@@ -115,7 +117,7 @@ class Encoder(nn.Module):
         return [layers[index] for index in n]
 
     def grid(self, images: torch.Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of images [B, 3, H, W]. Raises ValueError for sizes the patch does not divide."""
+        """Rows and columns of patches of images [B, 3, H, W]. Raises ValueError where the patch does not divide."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"image size {height} x {width} is not divisible by the patch size {self.patch_size}")
@@ -149,24 +151,24 @@ class WeightNormHead(nn.Module):
         return self.last_layer(self.bottleneck(tokens))
 
     def isometric(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, D] -> [B, bottleneck_dim] with the inner products, so the cosines, of forward's [B, out_dim].
+        """[B, D] -> [B, bottleneck_dim] with the same inner products and cosines as forward's [B, out_dim].
 
         With the last layer W = Q R (orthonormal columns in Q), (W a) . (W b) = (R a) . (R b): DINO's 65,536 outputs
-        have no more than 256 dimensions, and similarities cost 1/256 of the arithmetic and the memory.
+        span at most 256 dimensions, and similarities cost 1/256 of the arithmetic and the memory.
         """
         weight = self.last_layer.weight
         if weight.shape[0] <= weight.shape[1]:
             return self(tokens)
         if getattr(self, "_triangle", None) is None or self._triangle.device != tokens.device:
-            # Kept beyond this call, so it must also serve one that wants gradients.
+            # A cached inference tensor could not be used by a later call that needs gradients.
             with torch.inference_mode(False):
                 self._triangle = torch.linalg.qr(weight.double(), mode="r")[1].float()
         return F.linear(self.bottleneck(tokens), self._triangle)
 
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> "WeightNormHead":
-        """Built from an official head's keys: mlp.*, and last_layer.weight, or .weight_g and .weight_v before PyTorch
-        folded them: the weight is g v / |v|, row by row."""
+        """Built from an official head's keys: mlp.*, and last_layer.weight or, with weight normalisation, .weight_g and
+        .weight_v: the weight is g v / |v|, row by row. Raises CheckpointError."""
         state = dict(state)
         if "last_layer.weight_v" in state:
             direction = state.pop("last_layer.weight_v")
@@ -181,12 +183,12 @@ class WeightNormHead(nn.Module):
 
 
 def layer_indices(state: Mapping[str, object], pattern: str) -> list[int]:
-    """The sorted numbers that the pattern's group finds in the keys."""
+    """The sorted numbers that the pattern's group matches in the keys."""
     return sorted({int(match[1]) for key in state if (match := re.fullmatch(pattern, key))})
 
 
 def take_prefix(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The entries whose key starts with the prefix, without it."""
+    """The entries whose key starts with the prefix, with the prefix removed."""
     return {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
 
 
@@ -213,7 +215,7 @@ def unwrap(checkpoint: object, *nesting: str) -> dict[str, torch.Tensor]:
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """load_state_dict that names every missing, unexpected or wrongly shaped key in a CheckpointError."""
+    """load_state_dict. Raises CheckpointError that lists missing, unexpected and wrongly shaped keys."""
     wanted = module.state_dict()
     shapes = [f"{key} {list(state[key].shape)} for {list(wanted[key].shape)}"
               for key in wanted if key in state and state[key].shape != wanted[key].shape]
@@ -229,14 +231,14 @@ def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 def vit_shape(state: Mapping[str, torch.Tensor], num_heads: int | None) -> dict:
     """Width, depth, patch size, MLP ratio and heads of a ViT's state dictionary, as timm names them.
 
-    num_heads: width / 64 unless given. Raises CheckpointError where the keys are not a ViT's.
+    num_heads: width / 64 unless given. Raises CheckpointError for keys that are not a ViT's.
     """
     absent = [key for key in ("cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight") if key not in state]
     if absent:
         raise CheckpointError(f"missing keys: {', '.join(absent)}; the file has {', '.join(list(state)[:4])}, ...")
     width = state["cls_token"].shape[-1]
     if num_heads is None and width % 64:
-        raise CheckpointError(f"width {width} is no multiple of 64, so its heads are unknown: give --num-heads")
+        raise CheckpointError(f"width {width} is not a multiple of 64, so its heads is unknown: give --num-heads")
     num_heads = num_heads or width // 64
     if width % num_heads:
         raise CheckpointError(f"width {width} is not divisible by {num_heads} heads: give another --num-heads")
@@ -250,7 +252,7 @@ def vit_shape(state: Mapping[str, torch.Tensor], num_heads: int | None) -> dict:
 
 
 def square_grid(num_patches: int) -> int:
-    """The side of a square grid of patches. Raises CheckpointError for another number."""
+    """The side of a square grid of patches. Raises CheckpointError for a number that is not a square."""
     side = round(num_patches**0.5)
     if side * side != num_patches:
         raise CheckpointError(f"a position embedding of {num_patches} patches is not a square grid")
@@ -278,7 +280,7 @@ def random_vit(**options) -> VisionTransformer:
 
 def sincos_positions(grid: int, width: int) -> torch.Tensor:
     """A fixed 2-d sine-cosine position embedding with class row 0, [1, 1 + grid * grid, width], for untrained encoders.
-    Trained ones take theirs from the file: the order of sines, cosines and axes differs between methods."""
+    Trained ones read theirs from the file: the order of sines, cosines and axes differs between methods."""
     table = build_sincos2d_pos_embed([grid, grid], width)
     return torch.cat([torch.zeros(1, 1, width), table[None]], dim=1)
 
@@ -288,14 +290,14 @@ def native_grid(vit: nn.Module) -> int:
 
 
 def bicubic_to_size(vit: nn.Module, height: int, width: int) -> torch.Tensor:
-    """Position embedding at another grid: bicubic to the target size, align_corners False, no antialiasing; the rows of
-    class and distillation token unchanged. As the study's segmentation code does for DeiT, MoCo v3, MAE and CAE."""
+    """Position embedding at another grid: bicubic to the target size, align_corners False, no antialiasing; class and
+    distillation rows unchanged. As the study's segmentation code does for DeiT, MoCo v3, MAE and CAE."""
     return _resize_positions(vit, height, width, size=(height, width))
 
 
 def bicubic_by_scale(vit: nn.Module, height: int, width: int) -> torch.Tensor:
-    """Position embedding at another grid: bicubic by the scale factor (n + 0.1) / native, which samples at slightly
-    other points than a resize to n (facebookresearch/dino, interpolate_pos_encoding). For DINO and iBOT."""
+    """Position embedding at another grid: bicubic by the scale factor (n + 0.1) / native, whose sample points differ
+    slightly from a resize to n (facebookresearch/dino, interpolate_pos_encoding). For DINO and iBOT."""
     native = native_grid(vit)
     return _resize_positions(vit, height, width, scale_factor=((height + 0.1) / native, (width + 0.1) / native))
 
@@ -307,5 +309,5 @@ def _resize_positions(vit: nn.Module, height: int, width: int, **target) -> torc
     table = vit.pos_embed[:, prefix:].unflatten(1, (native, native)).permute(0, 3, 1, 2)
     table = F.interpolate(table.float(), mode="bicubic", align_corners=False, **target)
     if table.shape[-2:] != (height, width):
-        raise RuntimeError(f"positions came out as {tuple(table.shape[-2:])} for a grid of {(height, width)}")
+        raise RuntimeError(f"position embedding resized to {tuple(table.shape[-2:])} instead of {(height, width)}")
     return torch.cat([vit.pos_embed[:, :prefix], table.flatten(2).transpose(1, 2)], dim=1)

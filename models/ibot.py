@@ -25,19 +25,19 @@ OFFICIAL = {
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str = "teacher") -> Encoder:
-    """An official file's content, backbone or full -> Encoder. branch: "teacher" or "student" of a full file (the paper
-    evaluates the teacher). Raises CheckpointError."""
+    """Content of an official file, backbone or full -> Encoder. branch: "teacher" (which the paper evaluates) or
+    "student" of a full file. Raises CheckpointError."""
     if "teacher" not in checkpoint:
         if branch == "student":
             raise CheckpointError("this file holds the teacher's backbone only; the student is in checkpoint.pth")
         return Encoder(plain_vit(unwrap(checkpoint, "state_dict"), num_heads), bicubic_by_scale)
-    # The student was saved from DistributedDataParallel, the teacher not.
+    # Only the student was saved from DistributedDataParallel.
     state = {key.removeprefix("module."): value for key, value in unwrap(checkpoint, branch).items()}
     vit = plain_vit(drop_keys(take_prefix(state, "backbone."), "masked_embed"), num_heads)
     head = take_prefix(state, "head.")
     if not head:
         return Encoder(vit, bicubic_by_scale)
-    # The layer for patches is what tells a full file of iBOT from DINO's.
+    # Only the layer for patches distinguishes a full file of iBOT from one of DINO.
     if not any(key.startswith("last_layer2.") for key in head):
         raise CheckpointError("missing keys: head.last_layer2.weight_g or .weight; this is not a full file of iBOT")
     head = drop_keys(head, r"last_layer2\..*")
@@ -45,5 +45,5 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str 
 
 
 def random() -> Encoder:
-    """An untrained ViT-B/16 with iBOT's head of 8,192 outputs, drawn from PyTorch's generator."""
+    """An untrained ViT-B/16 with iBOT's head of 8,192 outputs."""
     return Encoder(random_vit(), bicubic_by_scale, WeightNormHead(768, (2048, 2048), 256, 8192))

@@ -1,7 +1,7 @@
 """MAE (He et al., CVPR 2022), masked image modelling. Official files: facebookresearch/mae, weights under `model`.
 
 The base file holds the encoder. The full file (mae_pretrain_vit_base_full.pth, or mae_visualize_vit_base.pth) also
-holds the decoder, which Encoder.decode runs. Fixed sine-cosine position embedding, from the file.
+holds the decoder, which MAEEncoder.decode runs. Fixed sine-cosine position embedding, from the file.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ DECODER = r"mask_token|decoder_.*"
 
 
 class Decoder(nn.Module):
-    """MAE's decoder: tokens of visible patches and mask tokens in, pixels of every patch out."""
+    """MAE's decoder: maps tokens of visible patches and mask tokens to the pixels of every patch."""
 
     def __init__(self, encoder_dim: int, grid: int, patch_size: int, width: int = 512, depth: int = 8,
                  num_heads: int = 16):
@@ -47,7 +47,7 @@ class Decoder(nn.Module):
         self.decoder_pred = nn.Linear(width, patch_size**2 * 3)
 
     def embed(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        """The decoder's input tokens [B, 1 + N, width]: latent projected, mask tokens put in, order restored."""
+        """The decoder's input tokens [B, 1 + N, width]: latent projected, mask tokens inserted, order restored."""
         tokens = self.decoder_embed(latent)
         masked = self.mask_token.expand(len(tokens), ids_restore.shape[1] + 1 - tokens.shape[1], -1)
         patches = torch.cat([tokens[:, 1:], masked.to(tokens.dtype)], dim=1)
@@ -64,8 +64,8 @@ class Decoder(nn.Module):
 class MAEEncoder(Encoder):
     """MAE's encoder with masking and, where the file has one, its decoder.
 
-    shuffle_patches: the authors' defect in retrieval and classification (README, differences): patch tokens lose their
-    places at random before the position embedding is added. Drawn anew for every image, from a generator seeded once.
+    shuffle_patches: the defect of the authors' code in retrieval and classification (README, differences): the patch
+    tokens of every image are permuted at random before the position embedding is added; the generator is seeded once.
     """
 
     def __init__(self, vit: nn.Module, decoder: Decoder | None = None, shuffle_patches: bool = False):
@@ -93,9 +93,9 @@ class MAEEncoder(Encoder):
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Masks patches and encodes the visible ones, as in pre-training (facebookresearch/mae, models_mae.py).
 
-        images [B, 3, H, W]; noise [B, N]: of the N patches the int(N (1 - mask_ratio)) with the smallest noise stay.
-        Returns latent [B, 1 + visible, D] (normalised, class token first, patches by rising noise), mask [B, N]
-        (1 = hidden) and ids_restore [B, N], the place of every patch in the order of the noise.
+        images [B, 3, H, W]; noise [B, N]: the int(N (1 - mask_ratio)) patches with the smallest noise are visible.
+        Returns latent [B, 1 + visible, D] (normalised, class token first, patches by ascending noise), mask [B, N]
+        (1 = hidden) and ids_restore [B, N], the rank of every patch's noise.
         """
         tokens = self.embed(images)
         visible = int(noise.shape[1] * (1 - mask_ratio))
@@ -108,7 +108,7 @@ class MAEEncoder(Encoder):
         return self.vit.norm(tokens), (ids_restore >= visible).float(), ids_restore
 
     def decode(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        """latent [B, 1 + visible, D] and ids_restore [B, N], as encode_visible gives them, at the native size ->
+        """latent [B, 1 + visible, D] and ids_restore [B, N], as encode_visible returns them, at the native size ->
         predicted patches [B, N, p * p * 3], pixels row by row, channels last. Raises CheckpointError without a decoder.
         """
         if not self.has_decoder:
@@ -118,9 +118,9 @@ class MAEEncoder(Encoder):
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None, decoder_num_heads: int | None = None,
                     shuffle_patches: bool = False) -> MAEEncoder:
-    """An official file's content, base or full -> MAEEncoder. ViT-H/14 has 16 heads, not width / 64: give num_heads.
-    decoder_num_heads: 16 in every official decoder, which is 512 wide; for another width, heads half as wide as the
-    encoder's unless given. Raises CheckpointError."""
+    """Content of an official file, base or full -> MAEEncoder. ViT-H/14 has 16 heads, not width / 64: give num_heads.
+    decoder_num_heads: default 16 at width 512, which all official decoders have; at another width, heads half as wide
+    as the encoder's. Raises CheckpointError."""
     state = unwrap(checkpoint, "model")
     vit = plain_vit(drop_keys(state, DECODER), num_heads)
     has_decoder = "decoder_embed.weight" in state
@@ -141,7 +141,7 @@ def build_decoder(state: Mapping[str, torch.Tensor], vit: nn.Module, num_heads: 
 
 
 def random(shuffle_patches: bool = False) -> MAEEncoder:
-    """An untrained ViT-B/16 with MAE's decoder and sine-cosine position embeddings, drawn from PyTorch's generator."""
+    """An untrained ViT-B/16 with MAE's decoder and sine-cosine position embeddings."""
     vit = random_vit()
     vit.pos_embed.data = sincos_positions(14, 768)
     decoder = Decoder(768, 14, 16)

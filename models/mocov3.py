@@ -1,7 +1,7 @@
 """MoCo v3 (Chen et al., ICCV 2021), contrastive. Official files: facebookresearch/moco-v3, weights under `state_dict`.
 
-`module.base_encoder.*` is the encoder that the paper evaluates, its `head` the projector, on the class token. Number of
-heads: 12 for every size, where other methods' ViT-S has 6; give num_heads=12 for it.
+`module.base_encoder.*` is the encoder that the paper evaluates, its `head` the projector, on the class token. ViT-S has
+12 heads, not width / 64: the number is read from the file's `arch`.
 """
 
 import torch.nn as nn
@@ -10,6 +10,7 @@ from .encoder import (
     CheckpointError,
     Encoder,
     bicubic_to_size,
+    drop_keys,
     load_exactly,
     plain_vit,
     random_vit,
@@ -22,14 +23,17 @@ NESTING = "state_dict"  # of the weights in the backbone file
 OFFICIAL = {
     "backbone": {"url": "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"},
 }
+NUM_HEADS = {"vit_small": 12, "vit_base": 12}
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
-    """An official file's content -> Encoder. Raises CheckpointError."""
+    """Content of an official file -> Encoder. num_heads: default by the file's `arch`, else width / 64. Raises
+    CheckpointError."""
     state = take_prefix(unwrap(checkpoint, "state_dict"), "module.base_encoder.")
     if not state:
-        raise CheckpointError("no key starts with module.base_encoder.; this is not a pre-training file of MoCo v3")
-    vit = plain_vit({key: value for key, value in state.items() if not key.startswith("head.")}, num_heads)
+        raise CheckpointError("no key starts with module.base_encoder.; this is not a MoCo v3 pre-training file")
+    num_heads = num_heads or NUM_HEADS.get(checkpoint.get("arch"))
+    vit = plain_vit(drop_keys(state, r"head\..*"), num_heads)
     head = take_prefix(state, "head.")
     if "0.weight" not in head or "6.weight" not in head:
         raise CheckpointError("missing keys: module.base_encoder.head.0.weight or head.6.weight, the projector")
@@ -40,7 +44,7 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
 
 
 def build_projector(in_dim: int, hidden_dim: int = 4096, out_dim: int = 256) -> nn.Sequential:
-    """The three-layer projector: biases nowhere, batch norm after every layer, without affine after the last
+    """The three-layer projector: no biases, batch norm after every layer, the last without affine parameters
     (facebookresearch/moco-v3, moco/builder.py)."""
     return nn.Sequential(
         nn.Linear(in_dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(),
@@ -50,8 +54,7 @@ def build_projector(in_dim: int, hidden_dim: int = 4096, out_dim: int = 256) -> 
 
 
 def random() -> Encoder:
-    """An untrained ViT-B/16 with MoCo v3's projector and a fixed sine-cosine position embedding, drawn from PyTorch's
-    generator."""
+    """An untrained ViT-B/16 with MoCo v3's projector and a fixed sine-cosine position embedding."""
     vit = random_vit()
     vit.pos_embed.data = sincos_positions(14, 768)
     return Encoder(vit, bicubic_to_size, build_projector(768))

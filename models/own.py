@@ -28,7 +28,7 @@ class OwnEncoder(Encoder):
             values = torch.as_tensor(getattr(network, name, default), dtype=torch.float32)
             self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
         self.cls_from = "class token" if getattr(network, "class_token", True) else "mean"
-        self.weights, self.sha256 = "unknown", None
+        self.weights, self.sha256, self.position_embedding, self.method = "unknown", None, None, __file__
         self.eval().requires_grad_(False)
         self.patch_size = getattr(network, "patch_size", None)
         side = 14 * self.patch_size if self.patch_size else 224

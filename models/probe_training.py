@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from .features import Batch
 from .probes import HeadSGD, SumOverProcesses, build_heads, cosine_learning_rate
 
 
@@ -49,11 +50,11 @@ class Probe:
         drop = self.recipe.every_step and len(steps) > 1 and len(steps[-1]) < self.batch_size
         return steps[:-1] if drop else steps
 
-    def step(self, tokens: torch.Tensor, rstd: torch.Tensor | None, rows: torch.Tensor | None, labels: torch.Tensor,
-             epoch: float) -> None:
-        """One update from a global batch, of which this process holds tokens[rows] (see AttentiveHeads.forward)."""
+    def step(self, batch: Batch, epoch: float) -> None:
+        """One update from a global batch, of which this process holds the given part."""
+        tokens, rows, labels = batch
         recipe, epoch = self.recipe, epoch if self.recipe.every_step else int(epoch)
-        logits = self.heads(tokens, rstd, rows).flatten(0, 1)
+        logits = self.heads.classify(tokens, rows).flatten(0, 1)
         count = SumOverProcesses.apply(torch.tensor([len(labels)], device=labels.device))
         # A sum over heads: each head's gradient is that of its own mean loss.
         loss = F.cross_entropy(logits, labels.repeat(len(self.rates)), reduction="sum") / count

@@ -78,8 +78,11 @@ class LinearHeads(nn.Module):
         for k, seed in enumerate(seeds):
             self.weight.data[k].normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
 
-    def forward(self, tokens: torch.Tensor, rstd: torch.Tensor | None = None,
-                rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.classify(tokens)
+
+    def classify(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of tokens[rows], of all where rows is None: [B, N, D], of which the first token counts."""
         cls = tokens[:, 0] if rows is None else tokens[rows, 0]
         x = cls.to(self.weight.dtype)[None]
         if self.norm is not None:
@@ -90,16 +93,15 @@ class LinearHeads(nn.Module):
 class AttentiveHeads(nn.Module):
     """K attentive heads: a learnable query attends to all tokens; projection, batch norm (eps 1e-5), linear layer.
 
-    tokens [B, N, D], any float type -> logits [K, B, classes]. rstd [B, N]: token_rstd(tokens), where it is at hand.
-    rows: the batch is tokens[rows], read in place; None: it is all of them.
+    tokens [B, N, D], any float type, as the encoder gives them -> logits [K, B, classes].
 
     The textbook form projects every token to keys and values. With one query the same function of the same parameters
-    is much cheaper. Let x^ = r (x - m) be a token without mean and of unit variance, q a head's query, W_k and W_v its
-    rows of the key and value projections:
-        score  = q . W_k (g_k x^ + b_k) = w . r (x - m) + constant,   w = g_k (W_k' q)
-        pooled = W_v (g_v sum_t a_t x^_t + b_v) = (W_v g_v) sum_t a_t r_t (x_t - m_t) + W_v b_v
-    Softmax does not see the constant, so b_k has no effect (as a key bias has none) and is left out. Centring w, and
-    the rows of W_v g_v, takes care of m. What remains per token are two products with the raw x for every head.
+    is much cheaper. Let x be a token normalised to mean 0 and variance 1, q a head's query, W_k and W_v its rows of the
+    key and value projections:
+        score  = q . W_k (g_k x + b_k) = w . x + constant,   w = g_k (W_k' q)
+        pooled = W_v (g_v sum_t a_t x_t + b_v) = (W_v g_v) sum_t a_t x_t + W_v b_v
+    Softmax does not see the constant, so b_k has no effect (as a key bias has none) and is left out. What remains per
+    token are two products with x for every head.
     """
 
     kind = "attentive"
@@ -132,10 +134,11 @@ class AttentiveHeads(nn.Module):
                 nn.init.trunc_normal_(parameter.data[k], std=0.02, generator=generator)
             self.weight.data[k].normal_(std=0.01, generator=generator)
 
-    def forward(self, tokens: torch.Tensor, rstd: torch.Tensor | None = None,
-                rows: torch.Tensor | None = None) -> torch.Tensor:
-        if rstd is None:
-            rstd = token_rstd(tokens, dtype=self.weight.dtype)
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.classify(normalise(tokens.to(self.weight.dtype)))
+
+    def classify(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of tokens[rows], read in place, or of all where rows is None; tokens are normalised already."""
         count, width = self.query.shape
         heads, head_width = self.num_heads, width // self.num_heads
 
@@ -143,9 +146,9 @@ class AttentiveHeads(nn.Module):
         query = (torch.einsum("kd,ked->ke", query, self.q_weight) + self.q_bias) * head_width**-0.5
         direction = torch.einsum("khe,khed->khd", query.unflatten(1, (heads, head_width)),
                                  self.k_weight.unflatten(1, (heads, head_width))) * self.norm_k_weight[:, None]
-        pooled = AttentionPool.apply(tokens, rstd, rows, centred(direction).flatten(0, 1))
+        pooled = AttentionPool.apply(tokens, rows, direction.flatten(0, 1))
 
-        value = centred(self.v_weight * self.norm_v_weight[:, None]).view(count * heads, head_width, width)
+        value = (self.v_weight * self.norm_v_weight[:, None]).view(count * heads, head_width, width)
         value_bias = torch.einsum("ked,kd->ke", self.v_weight, self.norm_v_bias) + self.v_bias
         x = torch.bmm(pooled.transpose(0, 1), value.transpose(1, 2))  # [K heads, B, head width]
         x = x.unflatten(0, (count, heads)).transpose(1, 2).flatten(2) + value_bias[:, None]
@@ -153,53 +156,46 @@ class AttentiveHeads(nn.Module):
         return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
 
 
-def centred(x: torch.Tensor) -> torch.Tensor:
-    return x - x.mean(-1, keepdim=True)
-
-
-def token_rstd(tokens: torch.Tensor, dtype: torch.dtype = torch.float32, chunk: int = 8) -> torch.Tensor:
-    """1 / sqrt(variance + 1e-6) of every token: [B, N, D], any float type -> [B, N]."""
-    rstd = torch.empty(tokens.shape[:2], dtype=dtype, device=tokens.device)
-    for part, out in zip(tokens.split(chunk), rstd.split(chunk), strict=True):
-        out.copy_((centred(part.to(dtype)).square_().mean(-1) + LAYER_NORM_EPS).rsqrt())
-    return rstd
+def normalise(tokens: torch.Tensor) -> torch.Tensor:
+    """[..., D] -> the same with mean 0 and variance 1 over D, eps 1e-6: a layer norm's first half."""
+    return F.layer_norm(tokens, tokens.shape[-1:], eps=LAYER_NORM_EPS)
 
 
 class AttentionPool(torch.autograd.Function):
-    """For every direction w: sum_t a_t r_t x_t, where a = softmax_t(r_t w . x_t).
+    """For every direction w: sum_t a_t x_t, where a = softmax_t(w . x_t).
 
-    tokens x [M, N, D], rstd r [M, N], rows [B] choose from both (None: all), directions w [H, D] -> [B, H, D].
-    Gradients for w only. The rows are read once forward and once backward, in chunks that stay in the processor's cache
-    for both of their products; a copy of the batch, or of the tokens in another type, never exists.
+    tokens x [M, N, D], of which rows [B] are chosen (None: all), directions w [H, D] -> [B, H, D]. Gradients for w
+    only. The rows are read once forward and once backward, in chunks that stay in the processor's cache for both of
+    their products; a copy of the batch, or of the tokens in another type, never exists.
     """
 
     @staticmethod
-    def forward(ctx, tokens, rstd, rows, directions):
+    def forward(ctx, tokens, rows, directions):
         batch = len(tokens) if rows is None else len(rows)
         pooled = directions.new_empty(batch, *directions.shape)
         weights = directions.new_empty(batch, len(directions), tokens.shape[1])
-        for part, x, r in row_chunks(tokens, rstd, rows, directions.dtype):
-            scores = (x.flatten(0, 1) @ directions.T).view(*x.shape[:2], -1).transpose(1, 2) * r
+        for part, x in row_chunks(tokens, rows, directions.dtype):
+            scores = (x.flatten(0, 1) @ directions.T).view(*x.shape[:2], -1).transpose(1, 2)
             torch.softmax(scores, dim=2, out=weights[part])
-            torch.bmm(weights[part] * r, x, out=pooled[part])
-        ctx.save_for_backward(tokens, rstd, rows, weights)
+            torch.bmm(weights[part], x, out=pooled[part])
+        ctx.save_for_backward(tokens, rows, weights)
         return pooled
 
     @staticmethod
     def backward(ctx, gradient):
-        tokens, rstd, rows, weights = ctx.saved_tensors
+        tokens, rows, weights = ctx.saved_tensors
         result = gradient.new_zeros(gradient.shape[1:])
-        for part, x, r in row_chunks(tokens, rstd, rows, gradient.dtype):
+        for part, x in row_chunks(tokens, rows, gradient.dtype):
             a = weights[part]
-            by_weight = torch.bmm(gradient[part], x.transpose(1, 2)) * r
-            by_score = a * (by_weight - (a * by_weight).sum(2, keepdim=True)) * r
+            by_weight = torch.bmm(gradient[part], x.transpose(1, 2))
+            by_score = a * (by_weight - (a * by_weight).sum(2, keepdim=True))
             result.addmm_(by_score.transpose(0, 1).flatten(1), x.flatten(0, 1))
-        return None, None, None, result
+        return None, None, result
 
 
-def row_chunks(tokens: torch.Tensor, rstd: torch.Tensor, rows: torch.Tensor | None,
-               dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Yields (slice of rows, tokens[rows] in dtype [b, N, D], rstd[rows] [b, 1, N]); each tokens overwrite the last."""
+def row_chunks(tokens: torch.Tensor, rows: torch.Tensor | None,
+               dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields (slice of rows, tokens[rows] in dtype [b, N, D]); each tokens overwrite the last."""
     batch = len(tokens) if rows is None else len(rows)
     # Bytes of a copy in float32: about a GPU's level-2 cache, or a CPU core's.
     limit = 64 << 20 if tokens.is_cuda else 3 << 20
@@ -209,9 +205,9 @@ def row_chunks(tokens: torch.Tensor, rstd: torch.Tensor, rows: torch.Tensor | No
     converted = None if tokens.dtype == dtype else tokens.new_empty(size, *tokens.shape[1:], dtype=dtype)
     for start in range(0, batch, size):
         part = slice(start, min(start + size, batch))
-        count, index = part.stop - start, part if rows is None else rows[part]
-        x = tokens[part] if rows is None else torch.index_select(tokens, 0, index, out=chosen[:count])
-        yield part, x if converted is None else converted[:count].copy_(x), rstd[index][:, None].to(dtype)
+        count = part.stop - start
+        x = tokens[part] if rows is None else torch.index_select(tokens, 0, rows[part], out=chosen[:count])
+        yield part, x if converted is None else converted[:count].copy_(x)
 
 
 class HeadSGD:

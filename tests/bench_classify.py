@@ -26,7 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import classify
-from datasets.classification import load_classification
+from datasets.classification import open_classification
 from models import build_model
 from models.features import encode_batch_size, encode_tokens
 from utils.run import default_precision
@@ -166,7 +166,7 @@ def main():
         if root is None:
             root = Path(folder) / "CUB_200_2011"
             draw_cub(root, args.images)
-        train, test = load_classification("cub", root)
+        train, test = open_classification("cub", root)
         batch_size = args.batch_size or min(1024, train.num_patches)
         words = ["--model", "ibot", "--weights", "random", "--dataset", "cub", "--data-path", root, "--precision",
                  precision, "--workers", args.workers, "--epochs", args.epochs, "--batch-size", batch_size]

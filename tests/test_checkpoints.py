@@ -1,10 +1,13 @@
-"""Checkpoint files: download, hashes, refusals. A server on 127.0.0.1 stands for the official ones."""
+"""Checkpoint files: download, hashes, errors. A server on 127.0.0.1 replaces the official ones."""
 
 import argparse
 import hashlib
 import os
 import pickle
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,7 +22,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves the golden checkpoints by METHOD/FILE; /short/ ends after half the bytes, /noranges/ ignores Range."""
+    """Serves the golden checkpoints as METHOD/FILE; /short/ ends after half the bytes, /noranges/ ignores Range, /slow/
+    waits before it answers."""
 
     requests = []
 
@@ -29,6 +33,8 @@ class Server(BaseHTTPRequestHandler):
         path = GOLDEN / method / name
         if not path.is_file():
             return self.send_error(404)
+        if mode == ["slow"]:
+            time.sleep(3)
         content, start = path.read_bytes(), 0
         if self.headers.get("Range") and mode != ["noranges"]:
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
@@ -73,7 +79,7 @@ def test_download_once_check_always(server, tmp_path, capfd):
 
 
 def test_official_weights_end_to_end(server, monkeypatch):
-    """--weights official through the published addresses, with the hosts replaced, and the files' own hashes."""
+    """--weights official with the published addresses and hashes replaced by those of the golden files."""
     for method, role, file in (("deit", "backbone", "checkpoint.pth"), ("dino", "backbone", "checkpoint_backbone.pth"),
                                ("dino", "full", "checkpoint.pth"), ("mae", "backbone", "checkpoint.pth")):
         module = __import__(f"models.{method}", fromlist=["OFFICIAL"])
@@ -135,6 +141,37 @@ def test_no_such_file_and_no_network(server, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be reached .* --weights PATH"):
         build_model("mae", "http://127.0.0.1:9/checkpoint.pth")
     assert cached(tmp_path) == []
+
+
+def test_bad_urls_and_a_cache_that_cannot_be_written_are_one_line(server, tmp_path, monkeypatch):
+    for url in ("http://[::1/checkpoint.pth", "http://127.0.0.1:port/checkpoint.pth", "http://a b/checkpoint.pth"):
+        with pytest.raises(CheckpointError, match="cannot be reached") as caught:
+            build_model("mae", url)
+        assert "\n" not in str(caught.value)
+    assert cached(tmp_path) == []
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="mae.pth: Not a directory; set TORCH_HOME to a writable folder"):
+        fetch(f"{server}/mae/checkpoint.pth", "mae.pth")
+
+
+def test_a_second_process_waits_for_the_first(server, tmp_path):
+    """Three processes want one file, which the server is slow to send: one request, three times the file."""
+    command = f"from models.checkpoints import *; print(file_hash(fetch('{server}/slow/mae/checkpoint.pth', 'a.pth')))"
+    runs = [subprocess.Popen([sys.executable, "-c", command], text=True, cwd=Path(__file__).parents[1],
+                             stdout=subprocess.PIPE) for _ in range(3)]
+    digest = hashlib.sha256((GOLDEN / "mae/checkpoint.pth").read_bytes()).hexdigest()
+    assert [run.communicate(timeout=120)[0].strip() for run in runs] == [digest] * 3
+    assert len(Server.requests) == 1 and cached(tmp_path) == ["a.pth", "a.pth.sha256"]
+
+
+def test_a_file_is_read_once_for_its_hash(server, monkeypatch):
+    started, new = [], hashlib.new
+    monkeypatch.setattr(hashlib, "new", lambda algorithm: started.append(algorithm) or new(algorithm))
+    for _ in range(2):
+        encoder = build_model("mae", f"{server}/mae/checkpoint.pth", num_heads=3)
+    assert started == ["sha256"]
+    assert encoder.sha256 == hashlib.sha256((GOLDEN / "mae/checkpoint.pth").read_bytes()).hexdigest()
 
 
 def test_two_files_of_one_name_do_not_meet(server):

@@ -16,13 +16,14 @@ import classify
 import models
 import models.features as feature_cache
 from datasets import synthetic
-from datasets.classification import hold_out, load_classification
+from datasets.classification import hold_out, open_classification
 from datasets.patches import RandomViews, random_crop_flip
 from models import build_model
 from models.features import encode_features, encode_tokens
 from models.probe_training import Probe, Recipe
 from models.probes import load_head
-from utils import UserError
+from utils import UserError, storage
+from utils.run import autocast
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "tests" / "golden" / "ibot" / "checkpoint.pth"
@@ -172,7 +173,7 @@ def small_encoder():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_cached_features_are_bit_equal_to_encoding_again(cub, tmp_path, precision, monkeypatch):
     encoder = small_encoder()
-    train, _ = load_classification("cub", cub)
+    train, _ = open_classification("cub", cub)
     lines = []
 
     def features(place, keep):
@@ -180,15 +181,22 @@ def test_cached_features_are_bit_equal_to_encoding_again(cub, tmp_path, precisio
                                lines.append)
 
     images = torch.cat([train[index][0] for index in range(len(train))])
-    direct = torch.cat([encode_tokens(encoder, part, precision) for part in images.split(16)])
+    cls, direct = (torch.cat(parts) for parts in zip(
+        *(encode_tokens(encoder, part, precision) for part in images.split(16)), strict=True))
+    with autocast(images.device, precision):
+        tokens = torch.cat([encoder(encoder.preprocess(part)) for part in images.split(16)]).float()
+    variance = tokens.double().var(2, unbiased=False, keepdim=True)
+    expected = (tokens.double() - tokens.double().mean(2, keepdim=True)) / (variance + 1e-6).sqrt()
+    torch.testing.assert_close(direct.double(), expected, **(
+        {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 2**-8, "atol": 1e-3}))
     kept = tmp_path / "kept"
     for place, keep in (("cpu", None), ("disk", None), ("cpu", kept), ("disk", kept)):
         one = features(place, keep)
         assert one.tokens.dtype == feature_cache.DTYPES[precision]
-        assert torch.equal(one.tokens, direct) and torch.equal(one.cls, direct[:, 0])
-        tokens, rstd, rows, labels = next(one.batches([torch.tensor([50, 3, 3 + 40])], True))
+        assert torch.equal(one.tokens, direct) and torch.equal(one.cls, cls)
+        tokens, rows, labels = next(one.batches([torch.tensor([50, 3, 3 + 40])], True))
         assert torch.equal(tokens[rows], direct[[3, 43, 50]]) and torch.equal(labels, train.labels[[3, 43, 50]])
-        tokens, rstd, rows, labels = next(one.batches([torch.tensor([8, 7, 6])], True))
+        tokens, rows, labels = next(one.batches([torch.tensor([8, 7, 6])], True))
         assert rows is None and torch.equal(tokens, direct[6:9]) and torch.equal(labels, train.labels[6:9])
     assert [line for line in lines if "come from the cache" in line] == lines[-1:]
     assert not list((tmp_path / "files").iterdir()), "a mapped file of this process alone is already unlinked"
@@ -204,7 +212,7 @@ def test_cached_features_are_bit_equal_to_encoding_again(cub, tmp_path, precisio
 
 def test_a_kept_cache_of_other_inputs_or_half_written_is_not_used(cub, tmp_path, monkeypatch):
     encoder, lines = small_encoder(), []
-    train, test = load_classification("cub", cub)
+    train, test = open_classification("cub", cub)
     encoded = count_encoded(monkeypatch)
 
     def features(encoder=encoder, dataset=train, precision="fp32"):
@@ -219,7 +227,9 @@ def test_a_kept_cache_of_other_inputs_or_half_written_is_not_used(cub, tmp_path,
     other.vit.norm.bias.data[0] += 1e-6
     assert features(encoder=other)[0] == 64
     assert features(dataset=test)[0] == 32
-    changed, _ = load_classification("cub", cub)
+    six_heads = build_model("ibot", str(WEIGHTS), 6, projector=False)
+    assert features(encoder=six_heads)[0] == 64, "the same weights with other heads give other features"
+    changed, _ = open_classification("cub", cub)
     changed.transform.transforms[0].size = 257
     assert features(dataset=changed)[0] == 64
     assert features()[0] == 0
@@ -238,9 +248,16 @@ def test_a_kept_cache_of_other_inputs_or_half_written_is_not_used(cub, tmp_path,
     assert features()[0] == 0
 
 
+def test_a_fingerprint_holds_the_code_that_features_depend_on_and_no_other(cub):
+    train, _ = open_classification("cub", cub)
+    encoder = small_encoder()
+    names = {Path(path).name for path in feature_cache.source_files(encoder, encoder.position_embedding, train)}
+    assert names == {"encoder.py", "patches.py"} and Path(encoder.method).name == "ibot.py"
+
+
 def test_a_cache_folder_that_is_full_or_not_writable_is_said_and_done_without(cub, tmp_path, monkeypatch):
     encoder, lines = small_encoder(), []
-    _, test = load_classification("cub", cub)
+    _, test = open_classification("cub", cub)
     (tmp_path / "file").write_text("")
 
     def features(place, folder, keep):
@@ -260,7 +277,7 @@ def test_a_cache_folder_that_is_full_or_not_writable_is_said_and_done_without(cu
     lines.clear()
     assert torch.equal(features("disk", tmp_path / "disk", tmp_path / "kept").tokens, expected)
     assert any("not kept" in line and "No space left" in line for line in lines) and "in memory" in lines[-1]
-    monkeypatch.setattr(feature_cache, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(storage, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match=r"0.00 GB fit nowhere: only 0.00 GB are free in memory, .*No space left"):
         features("auto", tmp_path / "disk", None)
 
@@ -359,7 +376,7 @@ def test_more_processes_than_images(monkeypatch, cub, tmp_path, num_train, probe
 
 
 def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, cub, folder, tmp_path, capsys):
-    train, _ = load_classification("cub", cub)
+    train, _ = open_classification("cub", cub)
     held_out = hold_out(train, 0)
     assert 0 < held_out.sum() < 10 and not set(train.image_index[held_out].tolist()) & set(
         train.image_index[~held_out].tolist())
@@ -379,7 +396,7 @@ def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, cub, folder,
 
 def test_authors_defects_use_and_move_the_statistics_at_test_time(cub):
     encoder = small_encoder()
-    train, _ = load_classification("cub", cub)
+    train, _ = open_classification("cub", cub)
     features = encode_features(encoder, train, "train", True, "fp32", 0, "auto", Path(), None, lambda line: None)
     ids = torch.arange(64)
     probe = Probe("attentive", Recipe(0.1, 32), 32, [0.1], [0], 5, 48, 4, 3, torch.device("cpu"))
@@ -397,15 +414,15 @@ def test_authors_defects_use_and_move_the_statistics_at_test_time(cub):
 
 
 def test_batches_of_views_are_those_of_one_process(folder, monkeypatch):
-    train, _ = load_classification("folder", folder)
+    train, _ = open_classification("folder", folder)
     encoder = small_encoder()
     views = RandomViews(train, random_crop_flip(), 0)
     steps = []
     probes = [Probe(kind, Recipe(0.1, size, every_step=True), size, [0.1], [0], 4, 48, 3, 3, torch.device("cpu"))
               for kind, size in (("linear", 16), ("attentive", 8))]
     for probe in probes:
-        probe.step = lambda tokens, rstd, rows, labels, epoch, probe=probe: steps.append(
-            (probe.kind, tuple(tokens.shape), labels.tolist(), epoch))
+        probe.step = lambda batch, epoch, probe=probe: steps.append(
+            (probe.kind, tuple(batch.tokens.shape), batch.labels.tolist(), epoch))
     order = classify.shuffled(torch.arange(24), 0, 1)
     assert sorted(order.tolist()) == list(range(24)) and order.tolist() != list(range(24))
     classify.train_on_views(probes, encoder, views, order, 1, "fp32", 0)
@@ -418,7 +435,7 @@ def test_batches_of_views_are_those_of_one_process(folder, monkeypatch):
 
 
 def test_views_depend_on_image_and_epoch_alone(folder):
-    train, _ = load_classification("folder", folder)
+    train, _ = open_classification("folder", folder)
     one, other = (RandomViews(train, random_crop_flip(), 0) for _ in range(2))
     state = torch.get_rng_state()
     first = one[5][0]
@@ -520,16 +537,16 @@ def test_class_folders_that_do_not_fit(monkeypatch, folder, tmp_path):
     for name in ("emus", "dogs"):
         (root / "val" / name).symlink_to(folder / "val" / name)
     with pytest.raises(UserError, match="class dogs is in the test set and has no training patch"):
-        load_classification("folder", root)
+        open_classification("folder", root)
     (root / "val" / "dogs").unlink()
-    train, test = load_classification("folder", root)
+    train, test = open_classification("folder", root)
     assert train.classes == test.classes == ["cats", "emus"] and test.labels.tolist() == [1, 1, 1]
     (root / "val" / "emus").unlink()
     with pytest.raises(UserError, match="val"):
-        load_classification("folder", root)
+        open_classification("folder", root)
     (root / "val").rmdir()
     with pytest.raises(UserError, match="has no folder val or test"):
-        load_classification("folder", root)
+        open_classification("folder", root)
 
 
 def test_table_puts_published_and_ours_side_by_side(monkeypatch, tmp_path, capsys):

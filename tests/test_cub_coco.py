@@ -1,4 +1,4 @@
-"""CUB and COCO part patches: the real samples against a slow reading of the rule, and every error line."""
+"""CUB and COCO part patches: the real samples against plain loops over the rule, and every error line."""
 
 import collections
 import json
@@ -12,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.classification import CLASSIFICATION_IMAGES, CLASSIFICATION_PARTS, open_classification
 from datasets.coco import load_coco, read_person_keypoints
 from datasets.cub import load_cub
+from datasets.retrieval import RETRIEVAL_DATASETS, open_retrieval
+from datasets.segmentation import PROTOCOLS, open_segmentation
 from utils import UserError
 
 REAL = Path(__file__).parents[2] / "shared/real"
@@ -83,7 +86,7 @@ def test_cub_known_counts():
 @pytest.mark.parametrize("parts", [(11, 12, 9, 14), (14, 2), ALL_PARTS])
 @pytest.mark.parametrize("crop_scale", [0.5, 1.0])
 @pytest.mark.parametrize("split", [None, "train", "test"])
-def test_cub_boxes_equal_the_slow_reading(parts, crop_scale, split):
+def test_cub_boxes_equal_plain_loops(parts, crop_scale, split):
     dataset = load_cub(CUB, split, parts, crop_scale)
     expected = slow_cub(CUB, parts, crop_scale, split)
     assert patches_by_image(dataset) == expected
@@ -110,7 +113,7 @@ def test_cub_order_is_that_of_images_then_parts(tmp_path):
 
 @needs_cub
 def test_cub_patches_of_real_images():
-    """A batch that begins and ends within images, against Pillow on the boxes of the slow reading."""
+    """A batch that begins and ends within images, against Pillow on the boxes of the plain loops."""
     dataset = load_cub(CUB, "test")
     indices = range(3, 9)
     batches = list(dataset.batches(indices, 4, 0))
@@ -138,7 +141,7 @@ def test_coco_known_counts(split, count):
 @pytest.mark.parametrize("keypoints", [(1, 11, 16), (17, 6), ALL_KEYPOINTS])
 @pytest.mark.parametrize("crop_scale", [0.5, 1.0])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_coco_boxes_equal_the_slow_reading(split, keypoints, crop_scale):
+def test_coco_boxes_equal_plain_loops(split, keypoints, crop_scale):
     dataset = load_coco(COCO, split, keypoints, crop_scale)
     expected = slow_coco(COCO, split, keypoints, crop_scale)
     assert patches_by_image(dataset) == expected
@@ -152,6 +155,36 @@ def test_coco_images_beside_the_annotations(tmp_path):
     shutil.copytree(COCO / "images/val2017", tmp_path / "val2017")
     dataset = load_coco(tmp_path, "val")
     assert dataset.num_patches == 72 and dataset[0][0].shape[1:] == (3, 224, 224)
+
+
+@pytest.mark.parametrize("names, factory, arguments", [
+    (RETRIEVAL_DATASETS, open_retrieval, (None, 0.5, 3, 0, False)),
+    (CLASSIFICATION_PARTS + CLASSIFICATION_IMAGES, open_classification, ()),
+    (tuple(PROTOCOLS), open_segmentation, ("val",)),
+])
+def test_data_sets_without_a_data_path(names, factory, arguments):
+    """The synthetic ones open, the others give the same line."""
+    for name in names:
+        if name.startswith("synthetic"):
+            opened = factory(name, None, *arguments)
+            assert all(len(part) for part in (opened if isinstance(opened, tuple) else (opened,)))
+        else:
+            with pytest.raises(UserError) as error:
+                factory(name, None, *arguments)
+            assert str(error.value) == f"--dataset {name} needs --data-path DIR; --dataset synthetic needs no files"
+
+
+@needs_cub
+@needs_coco
+def test_keypoints_of_retrieval():
+    def classes(name, path, keypoints):
+        return open_retrieval(name, path, keypoints, 0.5, None, 0, False).classes
+    assert classes("cub", CUB, None) == load_cub(CUB).classes
+    assert classes("cub", CUB, ["all"]) == load_cub(CUB, parts=ALL_PARTS).classes
+    assert classes("coco", COCO, ["all"]) == load_coco(COCO, keypoints=ALL_KEYPOINTS).classes
+    assert classes("coco", COCO, ["17", "6"]) == ["right_ankle", "left_shoulder"]
+    expect_line(["--keypoints nose", "coco numbers them, from 1 to 17"], classes, "coco", COCO, ["nose"])
+    expect_line(["keypoint 18"], classes, "coco", COCO, ["1", "18"])
 
 
 @pytest.fixture
@@ -228,7 +261,7 @@ def test_cub_wrong_root_and_parts(cub, tmp_path):
     expect_line([str(tmp_path / "nowhere"), "--data-path"], load_cub, tmp_path / "nowhere")
     expect_line(["part 11", "1 left eye, 2 beak, 3 tail"], load_cub, cub)
     expect_line(["named twice", "1, 2, 1"], load_cub, cub, None, (1, 2, 1))
-    # With one part there is no other one to take a distance to.
+    # One part alone has no distance to another.
     expect_line(["parts 1 ", "two or more"], load_cub, cub, None, (1,))
 
 

@@ -1,5 +1,6 @@
-"""Image folders against torchvision's ImageFolder, and the grid of the pictures against plain Pillow."""
+"""Image folders against torchvision's ImageFolder, and the grid of the picture sheets against plain Pillow."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,16 @@ def test_list_images(root):
     (root / "linked").mkdir()
     (root / "linked/n02").symlink_to(root / "val/n02")
     assert list_images(root / "linked") == [str(root / "linked/n02/a.JPEG"), str(root / "linked/n02/b.JPEG")]
-    assert list_images(root / "nowhere") == []
+    assert list_images(root / "nowhere") == list_images(root / "nowhere", 2) == []
+
+
+def test_a_sample_of_images_is_sorted_and_drawn_by_the_seed(root):
+    everything = list_images(root / "val")
+    samples = [tuple(list_images(root / "val", 2, seed)) for seed in range(60)]
+    assert set(samples) == set(itertools.combinations(everything, 2))
+    assert samples[7] == tuple(list_images(root / "val", 2, 7))
+    assert [image.path for image in load_grid(root / "val", num_images=2, seed=7).images] == list(samples[7])
+    assert list_images(root / "val", 4, 3) == list_images(root / "val", 9, 3) == everything
 
 
 def slow_grid(image):

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from models import METHODS, CheckpointError, build_model
 from models.beit import cubic_spline, resize_relative_table
+from models.mocov3 import build_projector
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMS = [(path.parent.name, path.stem) for path in sorted(GOLDEN.glob("*/checkpoint*.pth"))]
@@ -178,11 +179,11 @@ def test_beit_at_a_rectangle():
     state = torch.load(GOLDEN / "beit/checkpoint.pth", weights_only=True)["model"]
     table = state["rel_pos_bias.relative_position_bias_table"]
     table = torch.from_numpy(official_relative_table(table, (4, 4), (4, 6)))
-    # Row of the distance (rows apart, columns apart) in the table; the last three: class to patch, back, and itself.
-    places = [(y, x) for y in range(4) for x in range(6)]
+    # Table rows by offset (rows, columns); the last three: class to patch, patch to class, class to class.
+    positions = [(y, x) for y in range(4) for x in range(6)]
     bias = torch.zeros(3, 25, 25, dtype=torch.float64)
-    for i, (y, x) in enumerate(places, 1):
-        for j, (v, u) in enumerate(places, 1):
+    for i, (y, x) in enumerate(positions, 1):
+        for j, (v, u) in enumerate(positions, 1):
             bias[:, i, j] = table[(y - v + 3) * 11 + x - u + 5]
         bias[:, 0, i], bias[:, i, 0] = table[-3], table[-2]
     bias[:, 0, 0] = table[-1]
@@ -278,6 +279,20 @@ def test_gradients_reach_the_image_after_inference(method):
     features = encoder.extract(image.requires_grad_(), isometric=True)
     sum(rows.sum() for rows in features.values()).backward()
     assert image.grad.abs().sum() > 0
+
+
+def test_heads_of_mocov3_by_arch(tmp_path):
+    """Official ViT-S files have 12 heads, not 384 / 64; timm's network with 12 heads is the reference."""
+    vit = VisionTransformer(embed_dim=384, depth=2, num_heads=12, num_classes=0, img_size=32).eval()
+    state = {f"module.base_encoder.{key}": value for key, value in vit.state_dict().items()}
+    for key, value in build_projector(384, 8, 4).state_dict().items():
+        state[f"module.base_encoder.head.{key}"] = value
+    torch.save({"arch": "vit_small", "state_dict": state}, tmp_path / "small.pth.tar")
+    torch.save({"arch": "vit_other", "state_dict": state}, tmp_path / "other.pth.tar")
+    encoder, images = build_model("mocov3", str(tmp_path / "small.pth.tar")), torch.randn(2, 3, 32, 32)
+    assert error(encoder(images), vit.forward_features(images).detach()) < 1e-5
+    assert build_model("mocov3", str(tmp_path / "small.pth.tar"), num_heads=6).num_heads == 6
+    assert build_model("mocov3", str(tmp_path / "other.pth.tar")).num_heads == 6
 
 
 def test_mae_shuffle_is_the_defect_and_only_it():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.segmentation import PROTOCOLS, open_split, reduce_label
+from datasets.segmentation import PROTOCOLS, open_segmentation, reduce_label
 from utils import UserError
 
 SETS = [("partimagenet-part", "", 40), ("partimagenet-object", "_whole", 158)]
@@ -29,7 +29,7 @@ def tree(tmp_path):
 @pytest.mark.parametrize(("dataset", "suffix", "classes"), SETS)
 @pytest.mark.parametrize("inside", [True, False])
 def test_splits(tree, dataset, suffix, classes, inside):
-    train, val = (open_split(dataset, tree if inside else tree.parent, split) for split in ("train", "val"))
+    train, val = (open_segmentation(dataset, tree if inside else tree.parent, split) for split in ("train", "val"))
     assert (len(train), len(val), train.num_classes) == (2, 1, classes)
     assert (train.name(1), val.name(0)) == ("n01440764_1009", "n02101006_5")
     assert train.sizes(0) == [(4, 6)] * 2
@@ -45,7 +45,7 @@ def test_a_label_beyond_the_background_names_the_file(tree, dataset, suffix, cla
     path = tree / f"annotations/val{suffix}/n02101006_5.png"
     Image.new("L", (6, 4), classes + 1).save(path)
     with pytest.raises(UserError, match=f"n02101006_5.png: label {classes + 1} is above") as error:
-        open_split(dataset, tree, "val", extra_label=authors_defects).load(0)
+        open_segmentation(dataset, tree, "val", extra_label=authors_defects).load(0)
     assert str(path) in str(error.value)
 
 
@@ -56,28 +56,28 @@ def test_labels_one_by_one():
 
 
 def test_names(tree):
-    names = open_split("partimagenet-part", tree, "val").names
+    names = open_segmentation("partimagenet-part", tree, "val").names
     assert len(set(names)) == 40
     assert [names[i] for i in (0, 3, 4, 6, 11, 15, 18, 20, 24, 27, 31, 33, 39)] == [
         "quadruped head", "quadruped tail", "biped head", "biped hand", "fish fin", "bird wing", "snake head",
         "reptile head", "car body", "bicycle head", "boat body", "aeroplane head", "bottle mouth"]
-    assert open_split("partimagenet-object", tree, "val").names[157] == "class 157"
+    assert open_segmentation("partimagenet-object", tree, "val").names[157] == "class 157"
     (tree / "names.txt").write_text("".join(f"object {i}\n" for i in range(158)))
-    assert open_split("partimagenet-object", tree, "val").names[157] == "object 157"
-    assert open_split("partimagenet-part", tree, "val").names == names
+    assert open_segmentation("partimagenet-object", tree, "val").names[157] == "object 157"
+    assert open_segmentation("partimagenet-part", tree, "val").names == names
     (tree / "names.txt").write_text("one\n")
     with pytest.raises(UserError, match="holds 1 names; PartImageNet has 158"):
-        open_split("partimagenet-object", tree, "val")
+        open_segmentation("partimagenet-object", tree, "val")
 
 
 def test_another_folder(tree, tmp_path):
     with pytest.raises(UserError, match="expected images/val and annotations/val_whole") as error:
-        open_split("partimagenet-object", tmp_path / "PartImageNet_Seg" / "images", "val")
+        open_segmentation("partimagenet-object", tmp_path / "PartImageNet_Seg" / "images", "val")
     assert "prepare" not in str(error.value)
     (tree / "annotations/train/n01440764_1009.png").unlink()
     with pytest.raises(UserError, match="1 images have no label map.*n01440764_1009"):
-        open_split("partimagenet-part", tree, "train")
-    assert len(open_split("partimagenet-object", tree, "train")) == 2
+        open_segmentation("partimagenet-part", tree, "train")
+    assert len(open_segmentation("partimagenet-object", tree, "train")) == 2
 
 
 def test_sizes_are_those_of_ade20k():

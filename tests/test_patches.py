@@ -52,7 +52,7 @@ def test_selection_equals_plain_loops(dimensions, crop_scale):
     generator = random.Random(0)
     total = 0
     for _ in range(300):
-        # Halves and few places, so that ties, coinciding points and distances of exactly 40 occur.
+        # Halves and few positions, so that ties, coinciding points and distances of exactly 40 occur.
         points = [tuple(generator.randrange(0, 240, 4) / 2 for _ in range(dimensions))
                   for _ in range(generator.randrange(7))]
         expected = slow_selection(points, crop_scale)

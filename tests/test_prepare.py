@@ -1,4 +1,4 @@
-"""datasets/prepare.py against slow, independent readings of the real samples, and its behaviour on broken sources."""
+"""datasets.prepare against slow, independent readers of the real samples, and its behaviour on broken sources."""
 
 import errno
 import json
@@ -103,13 +103,13 @@ def slow_pascal(name: str, parts: bool) -> dict[tuple[int, int], str]:
     for what, mask in reversed(layers):
         for y, x in np.argwhere(mask).tolist():
             claimed.setdefault((y, x), what)
-    return {place: what for place, what in claimed.items() if what is not None}
+    return {pixel: what for pixel, what in claimed.items() if what is not None}
 
 
 @needs_real_data
 @pytest.mark.parametrize(("dataset", "folder", "parts"), [("pascal-part", "pascal_part", True),
                                                           ("pascal-object", "pascal_semantic", False)])
-def test_pascal_maps_equal_a_slow_reading(voc, tmp_path, capsys, dataset, folder, parts):
+def test_pascal_maps_equal_a_slow_reader(voc, tmp_path, capsys, dataset, folder, parts):
     run(dataset, voc, tmp_path)
     root = tmp_path / folder
     names = (root / "names.txt").read_text().splitlines()
@@ -182,7 +182,7 @@ def test_an_interrupted_run_is_resumed_and_complete_files_are_kept(voc, tmp_path
 
 
 @needs_real_data
-def test_what_fails_is_reported_by_name_and_mended_by_running_again(voc, tmp_path, capsys):
+def test_what_fails_is_reported_by_name_and_repaired_by_running_again(voc, tmp_path, capsys):
     annotations, images = voc / "Annotations_Part", voc / "JPEGImages"
     (annotations / f"{TRAIN[0]}.mat").write_bytes(b"not a mat file" * 20)
     (images / f"{TRAIN[1]}.jpg").unlink()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
+from models.features import Batch
 from models.probe_training import RECIPES, Probe, Recipe
 from models.probes import (
     AttentiveHeads,
@@ -22,7 +23,7 @@ from models.probes import (
     cosine_learning_rate,
     knn_predict,
     load_head,
-    token_rstd,
+    normalise,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -79,13 +80,13 @@ def test_attentive_head_equals_the_textbook_in_output_and_gradients():
 
 def test_attentive_head_reads_rows_of_half_precision_tokens_in_chunks():
     generator = torch.Generator().manual_seed(2)
-    cache = (torch.randn(300, 70, 48, generator=generator) + 0.5).bfloat16()  # chunks of 58 rows on a CPU
+    cache = normalise(torch.randn(300, 70, 48, generator=generator) + 0.5).bfloat16()  # chunks of 58 rows on a CPU
     rows = torch.randperm(300, generator=generator)[:200]
     heads = random_attentive(3, 48, 5, 3, torch.float32)
     exact = AttentiveHeads(3, 48, 5, 3).double()
     exact.load_state_dict(heads.state_dict())
-    logits = heads(cache, token_rstd(cache), rows)
-    expected = exact(cache[rows].double())
+    logits = heads.classify(cache, rows)
+    expected = exact.classify(cache[rows].double())
     torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=2e-3)
     logits.square().mean().backward()
     expected.square().mean().backward()
@@ -145,7 +146,7 @@ def test_linear_head_agrees_with_logistic_regression():
     for epoch in range(90):
         order = torch.randperm(500, generator=torch.Generator().manual_seed(epoch))
         for rows in probe.steps(order):
-            probe.step(tokens, None, rows, target[rows], epoch)
+            probe.step(Batch(tokens, rows, target[rows]), epoch)
     predicted = probe.heads(tokens[500:]).argmax(-1).numpy()
     expected = reference.score(features[500:], labels[500:])
     assert expected > 0.95

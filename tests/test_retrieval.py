@@ -14,8 +14,14 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 import retrieval
-from datasets.sheets import find_query, nearest_patches
-from retrieval import average_precision, mean_average_precision, ranked_precision, ranked_precision_cpu
+from retrieval import (
+    average_precision,
+    find_query,
+    mean_average_precision,
+    nearest_patches,
+    ranked_precision,
+    ranked_precision_cpu,
+)
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests/golden"

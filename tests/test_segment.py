@@ -20,11 +20,13 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 
 import models
 import segment
-from datasets import segmentation, segmentation_pictures, segmentation_store
+from datasets import segmentation, segmentation_store
 from datasets.segmentation import reduce_label
 from datasets.segmentation_store import batch_indices
 from models.encoder import Encoder
-from utils import UserError
+from utils import UserError, storage
+from utils.drawing import draw_figure6
+from utils.results import figure6_panels, paper_tables
 from utils.run import exit_with_one_line_errors
 
 GOLDEN = Path(__file__).parent / "golden" / "segmentation"
@@ -439,7 +441,7 @@ def test_the_number_of_processes_changes_nothing(finished, lip, tmp_path, world)
 def test_each_test_pixel_is_counted_once(finished, lip):
     """The confusion matrix holds as many pixels as the label files have labelled ones, at full resolution."""
     seen = []
-    split = segmentation.open_split("lip", lip, "val")
+    split = segmentation.open_segmentation("lip", lip, "val")
     segmenter = segment.Segmenter(small_encoder(), segment.LinearHead(48, NUM_CLASSES), (0, 3), "fp32")
     metrics = segment.segmentation_metrics
     with pytest.MonkeyPatch.context() as patch:
@@ -577,7 +579,7 @@ def test_tables_and_figure(tmp_path):
                fake_result("ibot", "ade20k-part", 1.0, weights="random"), fake_result("cae", "lip", 43.7),
                fake_result("mae", "ade20k", 27.0, iterations=300), fake_result("dino", "synthetic", 50.0)]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
-    text = segmentation_pictures.tables(tmp_path)
+    text = paper_tables("segment", tmp_path)
     for title in ("Table 2", "Table 4", "Table 5", "Table 6", "Synthetic data"):
         assert title in text
     assert "| ibot | 32.2 | 33.2 | +1.0 | 40.0 | 34.2 | -5.8 | 73.4 | 35.2 | -38.2 |" in text
@@ -586,20 +588,25 @@ def test_tables_and_figure(tmp_path):
     assert "| mae | 27.1 | - | - |" in text
     assert "| deit | 92.2 | - | - | 95.3 | - | - | 96.8 | - | - |" in text
     assert "| dino | - | - | - | 50.0 | 51.0 | 52.0 |" in text
-    segmentation_pictures.figure6(tmp_path / "figure.png", tmp_path)
+    draw_figure6(tmp_path / "figure.png", figure6_panels(tmp_path))
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.width > 800
         colours = {colour for _, colour in figure.getcolors(1 << 20)}
     assert {(0x9e, 0xca, 0xe1), (0xd9, 0x48, 0x01)} <= colours
     with pytest.raises(UserError, match="cannot be written"):
-        segmentation_pictures.figure6(tmp_path / "no" / "figure.png", tmp_path)
+        draw_figure6(tmp_path / "no" / "figure.png", figure6_panels(tmp_path))
 
 
 def test_where_images_are_kept(monkeypatch):
     gib, gpu, cpu = 1 << 30, torch.device("cuda", 0), torch.device("cpu")
-    monkeypatch.setattr(segmentation_store, "free_memory", lambda device: (40 if device.type == "cuda" else 100) * gib)
-    assert segmentation_store.choose_place(20 * gib, gpu) == "gpu"
-    assert segmentation_store.choose_place(30 * gib, gpu) == "cpu"
-    assert segmentation_store.choose_place(20 * gib, cpu) == "cpu"
+    monkeypatch.setattr(storage, "free_memory", lambda device: (40 if device.type == "cuda" else 100) * gib)
+
+    def first_tier(need, device):
+        tiers = ("gpu", "cpu") if device.type == "cuda" else ("cpu",)
+        return next((tier for tier in tiers if storage.has_room(
+            need, tier, device, segmentation_store.RESERVED_BYTES[tier], False)[0]), "disk")
+    assert first_tier(20 * gib, gpu) == "gpu"
+    assert first_tier(30 * gib, gpu) == "cpu"
+    assert first_tier(20 * gib, cpu) == "cpu"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert segmentation_store.choose_place(30 * gib, gpu) == "disk"
+    assert first_tier(30 * gib, gpu) == "disk"

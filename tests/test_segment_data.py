@@ -10,7 +10,7 @@ from PIL import Image
 
 from datasets import segmentation_store
 from datasets.segmentation import PAPER_PROTOCOLS as PROTOCOLS
-from datasets.segmentation import in_order, open_split, pair_files, read_image, read_label, reduce_label
+from datasets.segmentation import in_order, open_segmentation, pair_files, read_image, read_label, reduce_label
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from datasets.synthetic import OBJECT_NAMES, PART_NAMES
@@ -54,7 +54,7 @@ def test_protocols_are_those_of_the_paper():
 ])
 def test_layouts(tmp_path, dataset, images, labels, classes):
     write_pair(tmp_path / images, tmp_path / labels, label=classes)
-    split = open_split(dataset, tmp_path, "val")
+    split = open_segmentation(dataset, tmp_path, "val")
     assert len(split) == 1
     assert split.num_classes == classes
     image, label = split.load(0)
@@ -65,21 +65,21 @@ def test_layouts(tmp_path, dataset, images, labels, classes):
 def test_object_maps_go_before_the_original_of_the_same_parent(tmp_path):
     for root in ("ADEChallengeData2016", "ade_59object/ADEChallengeData2016"):
         write_pair(tmp_path / root / "images/training", tmp_path / root / "annotations/training", name=root[:3])
-    assert open_split("ade20k-object", tmp_path, "train").name(0) == "ade"
-    assert open_split("ade20k", tmp_path, "train").name(0) == "ADE"
+    assert open_segmentation("ade20k-object", tmp_path, "train").name(0) == "ade"
+    assert open_segmentation("ade20k", tmp_path, "train").name(0) == "ADE"
 
 
 def test_names_beside_the_maps_decide_the_class_count(tmp_path):
     write_pair(tmp_path / "img/val", tmp_path / "ann/val", label=3)
     (tmp_path / "names.txt").write_text("car wheel\ncar door\nchair leg\n")
-    split = open_split("ade20k-part", tmp_path, "val")
+    split = open_segmentation("ade20k-part", tmp_path, "val")
     assert split.names == ("car wheel", "car door", "chair leg")
     (tmp_path / "names.txt").write_text("car wheel\ncar door\n")
     with pytest.raises(UserError, match="label 3 is above the class count 2"):
-        open_split("ade20k-part", tmp_path, "val").load(0)
+        open_segmentation("ade20k-part", tmp_path, "val").load(0)
     (tmp_path / "names.txt").write_text("".join(f"part {i}\n" for i in range(255)))
     with pytest.raises(UserError, match="255 names"):
-        open_split("ade20k-part", tmp_path, "val")
+        open_segmentation("ade20k-part", tmp_path, "val")
 
 
 def test_reduced_labels_are_those_of_the_reference():
@@ -142,7 +142,7 @@ def test_large_images_are_kept_at_the_largest_size_that_is_needed(tmp_path):
             tmp_path / "img/train" / f"{name}.png")
         Image.fromarray(generator.integers(0, 20, (height, width), dtype=np.uint8)).save(
             tmp_path / "ann/train" / f"{name}.png")
-    split, lines = open_split("lip", tmp_path, "train"), []
+    split, lines = open_segmentation("lip", tmp_path, "train"), []
     store = PixelStore(split, (128, 48), CPU, tmp_path, "cpu", 0, lines.append)
     size = rescale_size(300, 420, (256, 96))
     assert store.stored == [size, (60, 50)]
@@ -162,7 +162,8 @@ def test_batches_start_anywhere(tmp_path):
     """A stream that starts at iteration 5 is the rest of the stream that starts at 0."""
     for i in range(3):
         write_pair(tmp_path / "img/train", tmp_path / "ann/train", name=str(i), size=(40 + i, 30), label=i + 1)
-    store = PixelStore(open_split("lip", tmp_path, "train"), (64, 32), CPU, tmp_path, "cpu", 0, lambda line: None)
+    split = open_segmentation("lip", tmp_path, "train")
+    store = PixelStore(split, (64, 32), CPU, tmp_path, "cpu", 0, lambda line: None)
     streams = [training_batches(store, range(first, 7), 2, (64, 32), 32, MEAN, STD, seed=1) for first in (0, 5)]
     whole, rest = (list(stream) for stream in streams)
     for expected, ours in zip(whole[5:], rest, strict=True):
@@ -227,7 +228,7 @@ def test_the_prefetching_thread(monkeypatch):
 def test_synthetic():
     kinds = {"synthetic": PART_NAMES, "synthetic-part": PART_NAMES, "synthetic-object": OBJECT_NAMES}
     for dataset, names in kinds.items():
-        split = open_split(dataset, None, "val")
+        split = open_segmentation(dataset, None, "val")
         assert split.names == names
         image, label = split.load(3)
         assert image.shape == (*label.shape, 3)
@@ -239,7 +240,7 @@ def test_synthetic():
 @needs_real_data
 def test_real_ade20k():
     """Counts of labels against the files themselves."""
-    split = open_split("ade20k", REAL / "ADEChallengeData2016", "val")
+    split = open_segmentation("ade20k", REAL / "ADEChallengeData2016", "val")
     assert [split.name(i) for i in range(3)] == [f"ADE_val_0000000{i}" for i in (1, 2, 3)]
     assert split.names[0] == "wall"
     for i, (height, width) in enumerate(split.sizes(2)):
@@ -249,7 +250,7 @@ def test_real_ade20k():
         for k in range(1, 151):
             assert (label == k - 1).sum() == (raw == k).sum()
         assert (label == 255).sum() == (raw == 0).sum()
-    assert len(open_split("ade20k", REAL, "train")) == 4
+    assert len(open_segmentation("ade20k", REAL, "train")) == 4
 
 
 @needs_real_data
@@ -257,7 +258,7 @@ def test_real_lip():
     """mmsegmentation's folders; the validation image is grey."""
     expected = {"train": {0, 2, 5, 13, 14, 15}, "val": {0, 1, 5, 9, 13, 15}}
     for part, values in expected.items():
-        split = open_split("lip", REAL / "lip_sample", part)
+        split = open_segmentation("lip", REAL / "lip_sample", part)
         image, label = split.load(0)
         assert image.shape == (*label.shape, 3)
         assert set(np.unique(label)) == {255 if value == 0 else value - 1 for value in values}

@@ -1,6 +1,7 @@
 """The head and its loss against the reference pipeline's values and against float64 autograd."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
-from models import segmentation_head
+from models import fused_cross_entropy, segmentation_head
 from models.segmentation_head import LinearHead, strip_loss_and_gradient, upsampled_cross_entropy
 
 GOLDEN = Path(__file__).parent / "golden" / "segmentation"
@@ -33,7 +35,7 @@ def test_logits_loss_and_gradients(case, strip_bytes, monkeypatch):
 
 
 def reference(logits, label):
-    """float64: upsample everything, let autograd differentiate."""
+    """Full upsampling in float64, gradient by autograd."""
     logits = logits.double().requires_grad_()
     upsampled = F.interpolate(logits, size=label.shape[1:], mode="bilinear", align_corners=False)
     loss = F.cross_entropy(upsampled, label.long(), ignore_index=255, reduction="sum")
@@ -66,7 +68,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_gradient_of_a_batch_is_the_sum_over_processes():
-    """Shares of a batch, each divided by the pixels of the whole, add up."""
+    """Losses of parts of a batch, each divided by the pixels of the whole batch, add up to its loss."""
     logits, label = example(batch=3, classes=5)
     logits.requires_grad_()
     whole = upsampled_cross_entropy(logits, label)
@@ -75,7 +77,7 @@ def test_gradient_of_a_batch_is_the_sum_over_processes():
 
 
 def test_memory_is_bounded_by_the_strips(monkeypatch):
-    """No tensor that the loss makes is larger than a strip or the logits; the upsampled ones would be 32 times that."""
+    """No tensor of the loss is larger than a strip or the logits; the upsampled logits would be 32 times as large."""
     logits, label = example(batch=2, classes=64, height=8, width=8)
     monkeypatch.setitem(segmentation_head.STRIP_BYTES, "cpu", 4 * 64 * 128 * 4)
 
@@ -95,9 +97,47 @@ def test_memory_is_bounded_by_the_strips(monkeypatch):
     assert 4 * label.numel() * 64 >= 32 * largest.bytes
 
 
+COPIED = """
+import sys
+import torch
+import torch.nn.functional as F
+from segmentation_head import LinearHead, upsampled_cross_entropy
+from torch._subclasses import FakeTensorMode
+torch.manual_seed(0)
+logits = LinearHead(6, 5)([10 * torch.randn(2, 3, 4, 6), 10 * torch.randn(2, 3, 4, 6)])
+label = torch.randint(0, 5, (2, 16, 24), dtype=torch.uint8)
+expected = F.cross_entropy(F.interpolate(logits, scale_factor=4, mode="bilinear"), label.long())
+torch.testing.assert_close(upsampled_cross_entropy(logits, label), expected)
+with FakeTensorMode():
+    logits, label = torch.empty(2, 5, 4, 6, device="cuda"), torch.empty(2, 16, 24, dtype=torch.uint8, device="cuda")
+    assert upsampled_cross_entropy(logits, label).device.type == "cuda"
+assert not any(name.startswith(("models", "utils")) for name in sys.modules)
+"""
+
+
+def test_the_head_copies_out_alone(tmp_path):
+    """segmentation_head.py in an empty folder computes its loss, and on CUDA tensors does not miss the kernel."""
+    shutil.copy(segmentation_head.__file__, tmp_path)
+    run = subprocess.run([sys.executable, "-c", COPIED], capture_output=True, text=True, cwd=tmp_path,
+                         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_cuda_logits_go_to_the_kernel_where_it_can_be_used(monkeypatch, usable):
+    monkeypatch.setattr(fused_cross_entropy, "can_fuse", lambda logits, label: usable)
+    monkeypatch.setattr(fused_cross_entropy, "fused_loss_and_gradient",
+                        lambda logits, label, ignore_index: (logits.new_zeros(()), logits.new_zeros(7)))
+    with FakeTensorMode():
+        logits = torch.empty(2, 5, 4, 6, device="cuda", requires_grad=True)
+        loss = upsampled_cross_entropy(logits, torch.empty(2, 16, 24, dtype=torch.uint8, device="cuda"))
+        assert loss.grad_fn.saved_tensors[0].shape == ((7,) if usable else logits.shape)
+
+
 INTERPRETED = """
 import torch
-from models.segmentation_head import fused_loss_and_gradient, strip_loss_and_gradient
+from models.fused_cross_entropy import fused_loss_and_gradient
+from models.segmentation_head import strip_loss_and_gradient
 from test_segment_loss import example
 for size in (dict(classes=21, scale=4), dict(batch=1, classes=209, height=1, width=2, scale=6)):
     logits, label = example(**size)
@@ -107,7 +147,7 @@ for size in (dict(classes=21, scale=4), dict(batch=1, classes=209, height=1, wid
 """
 
 
-@pytest.mark.skipif(segmentation_head.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(fused_cross_entropy.triton is None, reason="Triton is not installed")
 def test_fused_kernel_in_tritons_interpreter():
     """The kernel's arithmetic, run without a GPU; its speed and its compilation are not tested here."""
     paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
@@ -123,14 +163,14 @@ def test_a_kernel_that_does_not_work_is_not_used(monkeypatch, fault):
             raise RuntimeError("no such architecture")
         return logits.sum(), logits
 
-    segmentation_head.kernel_is_right.cache_clear()
-    monkeypatch.setattr(segmentation_head, "fused_loss_and_gradient", broken)
+    fused_cross_entropy.kernel_is_right.cache_clear()
+    monkeypatch.setattr(fused_cross_entropy, "fused_loss_and_gradient", broken)
     with pytest.warns(UserWarning, match="no such architecture" if fault == "raises" else "disagrees"):
-        assert not segmentation_head.kernel_is_right(torch.device("cpu"))
-    segmentation_head.kernel_is_right.cache_clear()
-    monkeypatch.setattr(segmentation_head, "fused_loss_and_gradient", strip_loss_and_gradient)
-    assert segmentation_head.kernel_is_right(torch.device("cpu"))
-    segmentation_head.kernel_is_right.cache_clear()
+        assert not fused_cross_entropy.kernel_is_right(torch.device("cpu"))
+    fused_cross_entropy.kernel_is_right.cache_clear()
+    monkeypatch.setattr(fused_cross_entropy, "fused_loss_and_gradient", strip_loss_and_gradient)
+    assert fused_cross_entropy.kernel_is_right(torch.device("cpu"))
+    fused_cross_entropy.kernel_is_right.cache_clear()
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The transforms against pixels of the reference pipeline (tests/golden/segmentation) and against slow readings."""
+"""The transforms against pixels of the reference pipeline (tests/golden/segmentation) and against plain loops."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def test_training_sizes():
         height, width, a, b, *target, out_height, out_width = row
         scale = (int(a * ratio), int(b * ratio))
         assert list(scale) == target
-        # A picture of no pixels is an error in OpenCV; here its side is 1.
+        # An image without pixels is an error in OpenCV; here its side is 1.
         assert rescale_size(height, width, scale) == (max(out_height, 1), max(out_width, 1))
 
 
@@ -216,7 +216,7 @@ def test_distribution_of_augmentations():
     assert (abs(coins.mean(0) - 0.5) < 0.032).all()
     assert {one.hue for one in draws} == {None, *range(-18, 18)}
     assert all(-32 <= one.brightness <= 32 and 0.5 <= one.contrast <= 1.5 for one in draws)
-    # Independent of each other, and new at every iteration and place.
+    # Independent of each other, and new at every iteration and position.
     table = np.array([[one.ratio, one.flip, one.brightness, one.contrast, *one.offsets[:2].ravel()] for one in draws])
     assert (abs(np.corrcoef(table.T) - np.eye(8)) < 0.07).all()
     assert len(np.unique(ratios)) == len(draws)

@@ -53,9 +53,12 @@ def local_main_first():
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or not dist.is_initialized()
     if not first:
         barrier()
-    yield
-    if first:
-        barrier()
+    try:
+        yield
+    finally:
+        # Also after an error: the others must not wait for ever.
+        if first:
+            barrier()
 
 
 def shard(count: int) -> range:
@@ -90,3 +93,8 @@ def all_reduce(value: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(value)
     return value
+
+
+def any_process(condition: bool) -> bool:
+    """Whether the condition holds on any of the processes; the same answer on all of them."""
+    return all_reduce(torch.tensor([int(condition)])).item() > 0

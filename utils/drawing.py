@@ -1,74 +1,184 @@
-"""Two plots as PNG, drawn with Pillow: accuracy over epochs, and a confusion matrix."""
+"""Pictures: plots for a paper's column by matplotlib (PNG or PDF), sheets of patches and label maps by Pillow."""
 
-from collections.abc import Mapping, Sequence
+import colorsys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from . import UserError
 from .storage import atomic_write
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+# A paper's column and its whole width, in inches; dots per inch of a PNG.
+COLUMN, PAGE, DPI = 3.2, 6.9, 300
+# Type 42: fonts in a PDF stay text, as publishers ask.
+STYLE = {"font.size": 7, "axes.titlesize": 7, "axes.titlelocation": "left", "axes.axisbelow": True,
+         "axes.linewidth": 0.5, "xtick.labelsize": 6, "ytick.labelsize": 6, "grid.color": "#dddddd",
+         "grid.linewidth": 0.5, "lines.linewidth": 1, "legend.fontsize": 6, "legend.frameon": False, "pdf.fonttype": 42}
+CELL, GAP, MARGIN, TITLE = 64, 4, 16, 24
 
 
-def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]]) -> None:
-    """Writes a PNG of curves by name, in percent, one value per epoch."""
-    width, height, left, right, top, bottom = 960, 560, 70, 220, 50, 50
-    image = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(16)
-    values = [value for curve in curves.values() for value in curve]
-    low, high = 5 * (int(min(values)) // 5), min(100, 5 * (int(max(values)) // 5 + 1))
-    epochs = max(len(curve) for curve in curves.values())
+def require_matplotlib() -> None:
+    """Raises UserError where matplotlib is missing: to be called before any work whose end is a plot."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("plots need matplotlib, which is not installed; run pip install matplotlib") from None
 
-    def place(epoch, value):
-        across = (epoch - 1) / max(1, epochs - 1)
-        up = (value - low) / max(1, high - low)
-        return left + across * (width - left - right), height - bottom - up * (height - top - bottom)
 
-    draw.text((left, 14), title, fill="black", font=font)
-    step = max(1, (high - low) // 5)
-    for value in range(low, high + 1, step):
-        x, y = place(1, value)
-        draw.line((x, y, width - right, y), fill="#dddddd")
-        draw.text((x - 10, y), f"{value}%", fill="black", font=font, anchor="rm")
-    for epoch in sorted({1, epochs, *range(10, epochs, 10 * max(1, epochs // 100))}):
-        x, y = place(epoch, low)
-        draw.text((x, y + 10), str(epoch), fill="black", font=font, anchor="mt")
-    for number, (name, curve) in enumerate(curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        points = [place(epoch, value) for epoch, value in enumerate(curve, 1)]
-        draw.line(points, fill=colour, width=2)
-        for x, y in points if len(points) < 30 else ():
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-        if number < 20:
-            draw.text((width - right + 12, top + 22 * number), name, fill=colour, font=font)
-    atomic_write(path, lambda temporary: image.save(temporary, format="PNG"))
+@contextmanager
+def plot(path: Path, width: float, height: float) -> Iterator:
+    """The body draws on a matplotlib Figure of these inches; at its end path is written, PNG or PDF by its suffix, with
+    no display and no global state. Raises UserError for another suffix, without matplotlib, and where path cannot be
+    written."""
+    if path.suffix not in (".png", ".pdf"):
+        raise UserError(f"{path} cannot be written as a plot; use a name that ends in .png or .pdf")
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    def write(temporary):
+        if path.suffix == ".pdf":
+            figure.savefig(temporary, format="pdf")
+            return
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(temporary, "PNG", dpi=(DPI, DPI))
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        yield figure
+        try:
+            atomic_write(path, write)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror or error}); name another file") from None
+
+
+def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]], chosen: tuple[str, int]) -> None:
+    """Plots curves by name, in percent, one value per epoch. chosen: the name of a curve and its epoch, from 1."""
+    # Room for a legend of any length.
+    with plot(path, COLUMN, max(28 / 15, 0.7 + 0.125 * len(curves))) as figure:
+        figure.suptitle(textwrap.fill(title, 60), x=0.01, ha="left", fontsize=7)
+        axes = figure.add_subplot(xlabel="epoch", ylabel="accuracy, percent")
+        axes.grid(axis="y")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        for number, (name, values) in enumerate(curves.items()):
+            axes.plot(range(1, len(values) + 1), values, label=name, color=COLOURS[number % 10], markersize=3,
+                      linestyle=("-", "--", ":")[number // 10 % 3], marker="." if len(values) < 30 else "")
+        name, epoch = chosen
+        axes.plot(epoch, curves[name][epoch - 1], "o", markersize=6, fillstyle="none", color="black", label="chosen")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequence[str]) -> None:
-    """Writes a PNG of a confusion matrix [C, C] (row = label), shaded by the share of the label's row. Up to 30 classes
-    with names and percentages; above, shades alone."""
-    count, named = len(classes), len(classes) <= 30
-    cell = 64 if count <= 12 else 40 if named else max(1, 1000 // count)
-    margin, top = (170 if named else 20), 50
-    size = cell * count
-    image = Image.new("RGB", (margin + size + 20, top + size + margin), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    draw.text((10, 14), f"{title}; rows: label, columns: prediction", fill="black", font=font)
-    share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
-    for row in range(count):
-        for column in range(count):
-            value = share[row, column].item()
-            x, y = margin + column * cell, top + row * cell
-            shade = int(255 * (1 - value))
-            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=(shade, int(shade * 0.8 + 51), 255))
-            if named:
-                draw.text((x + cell / 2, y + cell / 2), f"{100 * value:.0f}", font=font, anchor="mm",
-                          fill="white" if value > 0.6 else "black")
-    for index, name in enumerate(classes if named else ()):
-        name = name if len(name) <= 22 else name[:21] + "~"
-        draw.text((margin - 8, top + (index + 0.5) * cell), name, fill="black", font=font, anchor="rm")
-        label = Image.new("RGB", (margin, 20), "white")
-        ImageDraw.Draw(label).text((margin - 2, 10), name, fill="black", font=font, anchor="rm")
-        image.paste(label.rotate(90, expand=True), (int(margin + (index + 0.5) * cell - 10), top + size + 6))
-    atomic_write(path, lambda temporary: image.save(temporary, format="PNG"))
+    """Plots a confusion matrix [C, C] (row = label), shaded by the share of the label's row. Up to 30 classes have
+    names and percentages; above, shades alone."""
+    named, share = len(classes) <= 30, 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    side = COLUMN if len(classes) <= 8 else PAGE
+    with plot(path, side, 0.92 * side) as figure:
+        axes = figure.add_subplot(xlabel="prediction", ylabel="label")
+        figure.suptitle(textwrap.fill(title, int(19 * side)), x=0.01, ha="left", fontsize=7)
+        image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
+        figure.colorbar(image, shrink=0.6, label="percent of the label's row")
+        if named:
+            names = [textwrap.shorten(name, 22, placeholder="...") for name in classes]
+            axes.set_xticks(range(len(names)), names, rotation=90)
+            axes.set_yticks(range(len(names)), names)
+            for row, column in np.ndindex(share.shape):
+                axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center_baseline",
+                          fontsize=5, color="white" if share[row, column] > 60 else "black")
+
+
+def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[float | None]]]]) -> None:
+    """Plots object against part segmentation as grouped bars. panels: as utils.results.figure6_panels gives them."""
+    kinds = {"object, published": "#9ecae1", "object, ours": "#2171b5", "part, published": "#fdd0a2",
+             "part, ours": "#d94801"}
+    most = max(7, *map(len, panels.values()))
+    with plot(path, PAGE * max(1, most / 10), 1.9 * len(panels) + 0.2) as figure:
+        for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+            axes.set(title=title, ylabel="mIoU, percent", ylim=(0, 100), xlim=(-0.6, most - 0.4))
+            axes.grid(axis="y")
+            for kind, (label, colour) in enumerate(kinds.items()):
+                bars = [(row + 0.2 * kind - 0.3, values[kind]) for row, (_, values) in enumerate(rows)
+                        if values[kind] is not None]
+                drawn = axes.bar(*zip(*bars, strict=True), 0.19, color=colour, label=label) if bars else ()
+                if bars:
+                    axes.bar_label(drawn, fmt="%.0f", fontsize=5, padding=1)
+            # A long name is broken where its group of bars ends.
+            names = ["\n".join(textwrap.fill(line, 115 // min(10, most)) for line in name.split("\n"))
+                     for name, _ in rows]
+            axes.set_xticks(range(len(rows)), names)
+        handles = [figure.axes[0].bar(0, 0, color=colour, label=label) for label, colour in kinds.items()]
+        figure.legend(handles=handles, ncols=4, loc="outside upper center")
+
+
+def draw_sheet(path: Path, query: Image.Image,
+               rows: Sequence[tuple[str, Sequence[tuple[str, Sequence[Image.Image]]]]], columns: int = 6) -> None:
+    """Writes a PNG: the query image on the left, then a row for each model, in it a block of patches for each feature.
+
+    rows: (model, [(feature, patches in order), ...]). columns: patches side by side in a block.
+    """
+    deep = max(-(-len(patches) // columns) for _, blocks in rows for _, patches in blocks)
+    block_width, block_height = columns * (CELL + GAP) - GAP, TITLE + deep * (CELL + GAP) - GAP
+    across = max(len(blocks) for _, blocks in rows)
+    left = MARGIN + query.width + 2 * MARGIN
+    size = (left + across * (block_width + 2 * MARGIN) - MARGIN,
+            MARGIN + max(len(rows) * (block_height + MARGIN), TITLE + query.height + MARGIN))
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    draw.text((MARGIN, MARGIN), "query", fill="black", font=font)
+    sheet.paste(query, (MARGIN, MARGIN + TITLE))
+    for row, (model, blocks) in enumerate(rows):
+        top = MARGIN + row * (block_height + MARGIN)
+        for block, (feature, patches) in enumerate(blocks):
+            x = left + block * (block_width + 2 * MARGIN)
+            draw.text((x, top), f"{model}: {feature}", fill="black", font=font)
+            for number, patch in enumerate(patches):
+                cell = (x + number % columns * (CELL + GAP), top + TITLE + number // columns * (CELL + GAP))
+                sheet.paste(patch.resize((CELL, CELL), Image.Resampling.BICUBIC), cell)
+    atomic_write(path, lambda temporary: sheet.save(temporary, "PNG"))
+
+
+def class_colours(count: int) -> np.ndarray:
+    """uint8 [count + 1, 3]: hues a golden section apart in three shades; the last one, black, is for no class."""
+    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.45 + 0.5 * (i % 2), (0.95, 0.75, 0.55)[i % 3])
+               for i in range(count)]
+    return np.round(255 * np.array([*colours, (0, 0, 0)])).astype(np.uint8)
+
+
+def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndarray, names: Sequence[str]) -> None:
+    """Writes image, ground truth and prediction side by side, and below them the names of the classes that occur.
+
+    image: uint8 [H, W, 3]; truth: [H, W], 255 = ignored, black; pred: [H, W]. Long sides are brought to 512 pixels.
+    """
+    colours = class_colours(len(names))
+    scale = 512 / max(truth.shape)
+    height, width = (max(1, round(side * scale)) for side in truth.shape)
+    panels = {"image": Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)}
+    for title, labels in (("ground truth", truth), ("prediction", pred)):
+        panel = Image.fromarray(colours[np.minimum(labels, len(names))])
+        panels[title] = panel.resize((width, height), Image.Resampling.NEAREST)
+    present = [label for label in np.union1d(truth, pred).tolist() if label < len(names)]
+    pixels = {label: int((truth == label).sum()) for label in present}
+    font, line, column = ImageFont.load_default(13), 18, 230
+    columns = max(1, (3 * width + 20) // column)
+    rows = -(-(len(present) + 1) // columns)
+    sheet = Image.new("RGB", (max(3 * width + 20, column), height + 24 + line * rows + 6), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (title, panel) in enumerate(panels.items()):
+        draw.text((i * (width + 10) + 4, 4), title, fill="black", font=font)
+        sheet.paste(panel, (i * (width + 10), 24))
+    legend = [(names[label] + ("" if pixels[label] else " (predicted only)"), tuple(colours[label].tolist()))
+              for label in sorted(present, key=lambda label: -pixels[label])] + [("not labelled", (0, 0, 0))]
+    for i, (text, colour) in enumerate(legend):
+        x, y = i % columns * column + 4, height + 28 + i // columns * line
+        draw.rectangle((x, y + 2, x + 12, y + 14), fill=colour, outline="grey")
+        draw.text((x + 18, y), text[:32], fill="black", font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda temporary: sheet.save(temporary, "PNG"))

@@ -4,13 +4,22 @@ import json
 import os
 import subprocess
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from . import UserError
 from .distributed import is_main, world_size
 
-PAPER_TABLES = Path(__file__).with_name("paper_tables.json")
+# {"models": {name: name in print}, task: {title of a table: {column: {model: published number}}}}; a column that the
+# paper does not have is empty.
+PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
+# Patches that the published rule leaves of the whole data set, where it is known; the table marks other numbers.
+FULL_PATCHES = {"cub": 30543}
+# Object and part data sets of each panel. Panels are shown where the paper or we have results.
+FIGURE6 = {"ADE20K": ("ade20k-object", "ade20k-part"), "Pascal": ("pascal-object", "pascal-part"),
+           "PartImageNet, ImageNet's training images (not in the paper)": ("partimagenet-object", "partimagenet-part"),
+           "Synthetic data (not in the paper)": ("synthetic-object", "synthetic-part")}
 
 
 def revision() -> str:
@@ -76,13 +85,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def beside_published(published: float | None, ours: float | None) -> list[str]:
-    """Three cells: published, ours, difference; "-" where one is missing."""
-    show = [f"{value:.1f}" if value is not None else "-" for value in (published, ours)]
-    both = published is not None and ours is not None
-    return [*show, f"{ours - published:+.1f}" if both else "-"]
-
-
 def caveats(result: dict) -> str:
     """What must stand wherever the result is printed: random weights, synthetic data; "" for neither."""
     marks = []
@@ -97,3 +99,123 @@ def run_title(result: dict) -> str:
     """Model, data set and caveats of a result: "ibot on synthetic (random weights, synthetic data)"."""
     marks = caveats(result)
     return f"{result['model']} on {result['dataset']}" + (f" ({marks})" if marks else "")
+
+
+class Entry(NamedTuple):
+    """What a result gives to its tables. figures: {column: figure}; columns of no table are passed over. marks: what
+    sets the run apart from the paper's and gives it a row of its own. remark: is said below the table; star: then
+    stands at the figures."""
+
+    figures: dict[str, float | str | None]
+    marks: tuple[str | bool, ...] = ()
+    remark: str = ""
+    star: str = ""
+
+
+def retrieval_entry(result: dict) -> Entry:
+    """Nothing under another protocol than the default one."""
+    dataset, count, whole = result["dataset"], result["num_patches"], FULL_PATCHES.get(result["dataset"])
+    if (not {"ap_cls", "ap_avg"} <= result.keys() or result["num_queries"] != count or result["crop_scale"] != 0.5
+            or result["keypoints"] or result["authors_defects"] or result["args"]["exclude_query"]):
+        return Entry({})
+    best, projected = result["best"], result.get("ap_projected")
+    known = f" (the whole data set: {dataset} {whole:,})" if whole else ""
+    return Entry({f"{dataset} encoded": result[f"ap_{best}"], f"{dataset} token": best,
+                  f"{dataset} projected": projected}, star="*",
+                 remark="" if count == whole else f"{dataset}: on {count:,} patches{known}")
+
+
+def classify_entry(result: dict) -> Entry:
+    column, args = f"{result['dataset']} {result['probe']}", result["args"]
+    marks = [mark for mark in (result["select"] == "held-out" and "chosen held out",
+                               args["authors_defects"] and "authors' defects",
+                               args["crop_scale"] != 0.5 and f"crop scale {args['crop_scale']}") if mark]
+    remark = ", ".join([*marks, f"{result.get('num_train')} training patches"])
+    # A head that was only tested (--evaluate) has neither.
+    return Entry({column: result.get("best_acc1")}, remark=f"{column}: {remark}")
+
+
+def segment_entry(result: dict) -> Entry:
+    dataset = "synthetic-part" if result["dataset"] == "synthetic" else result["dataset"]
+    blocks, iterations = result.get("layers", [3, 5, 7, 11]), result["iterations"]
+    trained = iterations != 160_000 and f"{iterations} iterations"
+    return Entry({f"{dataset} {metric}": result[metric] for metric in ("mIoU", "mAcc", "aAcc")}, (
+        "nearest neighbours" if result.get("probe") == "knn" else trained,
+        blocks != [3, 5, 7, 11] and f"blocks {' '.join(map(str, blocks))}", result.get("norm") and "final norm",
+        result.get("batch_norm") and "batch norm", "heads" in result and f"best of {len(result['heads'])} heads",
+        result["args"].get("select") == "held-out" and "chosen held out",
+        result["args"]["authors_defects"] and "authors' defects"))
+
+
+ENTRIES = {"retrieval": retrieval_entry, "classify": classify_entry, "segment": segment_entry}
+
+
+def latest_entries(task: str, folder: Path) -> tuple[dict[tuple[str, str, str], Entry], int]:
+    """({(model, marks, column): entry}, number of results left out); of runs with equal marks the last one counts."""
+    ours, left_out, columns = {}, 0, {column for table in PAPER[task].values() for column in table}
+    for result in read_results(folder, task):
+        entry = ENTRIES[task](result)
+        marks = ", ".join(filter(None, (result["weights"] == "random" and "random weights", *entry.marks)))
+        found = [column for column in entry.figures if column in columns and {*entry.figures.values()} != {None}]
+        ours |= {(result.get("name", result["model"]), marks, column): entry for column in found}
+        left_out += not found
+    return ours, left_out
+
+
+def rows_of(columns: Mapping[str, Mapping[str, float]], ours: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """(model, marks) of a table's rows: the paper's models, always where it has numbers, then the others."""
+    models = list(PAPER["models"])
+    rows = {(model, "") for published in columns.values() for model in published}
+    rows |= {(model, marks) for model, marks, column in ours if column in columns}
+    return sorted(rows, key=lambda row: (row[1] != "" or row[0] not in models,
+                                         models.index(row[0]) if row[0] in models else len(models), row))
+
+
+def paper_tables(task: str, folder: Path) -> str:
+    """The paper's tables of a task in Markdown: published, ours (the last run in folder/results.jsonl), difference; and
+    tables of data that the paper does not have where we have results. Raises UserError without results."""
+    ours, left_out = latest_entries(task, folder)
+    texts = []
+    for title, columns in PAPER[task].items():
+        lines, remarks = [], {}
+        for model, marks in rows_of(columns, ours):
+            name = f"{model} ({marks})" if marks else model
+            lines.append([name])
+            for column, published in columns.items():
+                entry = ours.get((model, marks, column), Entry({}))
+                figure = entry.figures.get(column)
+                # Segmentation says in the marks how its runs differ; elsewhere they do not compare.
+                number = published.get(model) if task == "segment" or not marks else None
+                difference = "-" if None in (figure, number) else f"{figure - number:+.1f}"
+                shown = show(figure) + (entry.star if entry.remark and isinstance(figure, float) else "")
+                lines[-1] += [show(number), shown, difference] if published else [shown]
+                remarks |= {f"* {name}, {entry.remark}": None} if entry.remark else {}
+        header = [text for column, published in columns.items()
+                  for text in ([f"{column}, published", "ours", "difference"] if published else [column])]
+        if lines:
+            texts += [title, markdown_table(["model", *header], lines), *(["\n".join(remarks)] if remarks else [])]
+    if left_out:
+        texts.append(f"{left_out} results with other data, another probe or another protocol are left out.")
+    return "\n\n".join(texts)
+
+
+def show(value: float | str | None) -> str:
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.1f}"
+
+
+def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]]]]:
+    """{title: [(row, [mIoU of objects published, ours, of parts published, ours]), ...]} of FIGURE6, in percent, None
+    where there is none: what utils.drawing.draw_figure6 draws. Raises UserError without results."""
+    ours, _ = latest_entries("segment", folder)
+    paper = {column: published for table in PAPER["segment"].values() for column, published in table.items()}
+    panels = {}
+    for title, datasets in FIGURE6.items():
+        columns = {f"{dataset} mIoU": paper[f"{dataset} mIoU"] for dataset in datasets}
+        for model, marks in rows_of(columns, ours):
+            values = []
+            for column, published in columns.items():
+                entry = ours.get((model, marks, column), Entry({}))
+                values += [None if marks else published.get(model), entry.figures.get(column)]
+            name = PAPER["models"].get(model, model) + (f"\n({marks})" if marks else "")
+            panels.setdefault(title, []).append((name, values))
+    return panels

@@ -1,4 +1,4 @@
-"""Label maps of the segmentation data sets, from their original distributions.
+"""Makes the label maps of the segmentation data sets from the original releases.
 
     python -m datasets.prepare pascal-part --source VOC2010 --target data
     python -m datasets.prepare pascal-object --source VOC2010 --target data
@@ -6,14 +6,10 @@
     python -m datasets.prepare ade20k-object --source ADEChallengeData2016 --target data
     python -m datasets.prepare lip --source LIP --target data
 
-make, in the layout of the authors' prepared sets,
-
-    data/pascal_part, data/pascal_semantic, data/ADE20K_Part, data/LIP: {img,ann}/{train,val}
-    data/ade_59object/ADEChallengeData2016: {images,annotations}/{training,validation}
-
-Images are copied as they are; label maps are 8-bit PNGs of the image's size, 0 = other, k = line k of the names.txt
-beside the folders. Run again after an interruption: complete files are kept. What could not be prepared is listed in
-failed.txt and makes the exit status 2; what a rule leaves out is counted.
+The layout is that of the authors' prepared sets: {img,ann}/{train,val} in data/pascal_part, data/pascal_semantic,
+data/ADE20K_Part, data/LIP, and {images,annotations}/{training,validation} in data/ade_59object/ADEChallengeData2016.
+Images are copied; label maps are 8-bit PNGs of the image's size, 0 = other, k = line k of names.txt. After an
+interruption run it again: complete files are kept. Images that fail are listed in failed.txt, with exit status 2.
 """
 
 import os
@@ -26,18 +22,10 @@ import numpy as np
 from utils import UserError
 from utils.run import OneLineParser, exit_with_one_line_errors, positive_int
 
-from ..segmentation_classes import ADE20K_150, ADE20K_OBJECT_59, LIP_19, PASCAL_OBJECT_16, PASCAL_PART_193
+from ..segmentation import LAYOUTS, LONG_NAMES
+from ..segmentation_classes import ADE20K_150, CLASS_NAMES, PASCAL_OBJECT_16, PASCAL_PART_193, read_names
 from .ade20k_part import prepare_ade20k_part
-from .common import (
-    Item,
-    apply_table,
-    first_folder,
-    import_loadmat,
-    pair_by_name,
-    prepare,
-    read_index_map,
-    read_name_list,
-)
+from .common import first_folder, import_loadmat, pair_by_name, prepare, read_index_map
 
 PASCAL_TREE = "DIR/Annotations_Part/*.mat, DIR/JPEGImages/*.jpg, DIR/ImageSets/Main/{train,val}.txt"
 ADE20K_OBJECT_TREE = "DIR/images/{training,validation}/*.jpg, DIR/annotations/{training,validation}/*.png"
@@ -48,25 +36,21 @@ PASCAL_WITHOUT_PARTS = ("boat", "chair", "diningtable", "sofa", "table")
 
 
 def prepare_lip(source: Path, target: Path, workers: int) -> None:
-    """LIP: the labels stay, only the folders differ. mmsegmentation's folder names are understood too."""
-    images = first_folder(source, ("TrainVal_images/train_images", "TrainVal_images/TrainVal_images/train_images",
-                                   "train_images"), LIP_TREE).parent
-    labels = first_folder(source, ("TrainVal_parsing_annotations/train_segmentations",
-                                   "TrainVal_parsing_annotations/TrainVal_parsing_annotations/train_segmentations",
-                                   "train_segmentations"), LIP_TREE).parent
-    root = target / "LIP"
-    items = {split: pair_by_name(images / f"{split}_images", labels / f"{split}_segmentations",
-                                 root / "img" / split, root / "ann" / split) for split in ("train", "val")}
-    unchanged = np.arange(len(LIP_19) + 1, dtype=np.uint8)
-    prepare(root, items, LIP_19, partial(read_and_renumber, table=unchanged), workers)
+    """LIP, in any of its layouts: the labels stay, only the folders change."""
+    images, labels = (first_folder(source, [folder.format("train") for folder in folders], LIP_TREE).parent
+                      for folders in zip(*LAYOUTS[2:], strict=True))
+    pairs = {split: pair_by_name(images / f"{split}_images", labels / f"{split}_segmentations")
+             for split in ("train", "val")}
+    unchanged = np.arange(len(CLASS_NAMES["lip"]) + 1, dtype=np.uint8)
+    prepare("lip", target, pairs, CLASS_NAMES["lip"], partial(read_and_renumber, table=unchanged), workers)
 
 
 def prepare_ade20k_object(source: Path, target: Path, workers: int, classes: Path | None) -> None:
-    """Some of the 150 classes of ADEChallengeData2016, numbered again; the others become 0.
+    """Some of the 150 classes of ADEChallengeData2016, renumbered; the others become 0.
 
-    classes: a file of names (first synonyms of objectInfo150.txt) in label order; without it ADE20K_OBJECT_59.
+    classes: a file of names (first synonyms of objectInfo150.txt) in label order (default: the paper's 59).
     """
-    names = read_name_list(classes) if classes else ADE20K_OBJECT_59
+    names = read_names(classes) if classes else CLASS_NAMES["ade20k-object"]
     unknown = [name for name in names if name not in ADE20K_150]
     if unknown:
         raise UserError(f"--classes {classes}: {unknown[0]} is not one of the 150 names of ADE20K "
@@ -76,22 +60,24 @@ def prepare_ade20k_object(source: Path, target: Path, workers: int, classes: Pat
         table[ADE20K_150.index(name) + 1] = label
     challenge = first_folder(source, ("annotations/training", "ADEChallengeData2016/annotations/training"),
                              ADE20K_OBJECT_TREE).parents[1]
-    root = target / "ade_59object" / "ADEChallengeData2016"
-    items = {split: pair_by_name(challenge / "images" / folder, challenge / "annotations" / folder,
-                                 root / "images" / folder, root / "annotations" / folder)
-             for split, folder in (("train", "training"), ("val", "validation"))}
-    prepare(root, items, names, partial(read_and_renumber, table=table), workers)
+    pairs = {split: pair_by_name(challenge / "images" / folder, challenge / "annotations" / folder)
+             for split, folder in LONG_NAMES.items()}
+    prepare("ade20k-object", target, pairs, names, partial(read_and_renumber, table=table), workers, LAYOUTS[1])
 
 
 def read_and_renumber(path: Path, table: np.ndarray) -> np.ndarray:
-    return apply_table(read_index_map(path), table)
+    """table[labels]. Raises ValueError for a label beyond the table."""
+    labels = read_index_map(path)
+    if labels.max(initial=0) >= len(table):
+        raise ValueError(f"label {labels.max()} is above {len(table) - 1}")
+    return table[labels]
 
 
 def prepare_pascal(source: Path, target: Path, workers: int, lists: Path | None, parts: bool) -> None:
     """Pascal-Part, which annotates the 10,103 training and validation images of VOC 2010.
 
     source: VOCdevkit/VOC2010 with Pascal-Part's Annotations_Part unpacked into it. lists: a folder with train.txt and
-    val.txt; without it VOC's ImageSets/Main (4,998 and 5,105 names).
+    val.txt (default: VOC's ImageSets/Main, 4,998 and 5,105 names).
     """
     import_loadmat()
 
@@ -99,46 +85,39 @@ def prepare_pascal(source: Path, target: Path, workers: int, lists: Path | None,
         return first_folder(source, (folder, f"VOC2010/{folder}", f"VOCdevkit/VOC2010/{folder}"), PASCAL_TREE)
 
     annotations, images = find("Annotations_Part"), find("JPEGImages")
-    root = target / ("pascal_part" if parts else "pascal_semantic")
-    names, items = {}, {}
+    names, pairs = {}, {}
     for split in ("train", "val"):
         path = (lists or find("ImageSets/Main")) / f"{split}.txt"
         if not path.is_file():
-            raise UserError(f"{path} does not exist; it is the list of image names of VOC 2010's ImageSets/Main, "
-                            "the folder of which --lists can name")
+            raise UserError(f"{path} does not exist; it is a list of image names of VOC 2010's ImageSets/Main; "
+                            "--lists names another folder")
         names[split] = {line.split()[0] for line in path.read_text().splitlines() if line.strip()}
-        items[split] = [Item(images / f"{name}.jpg", annotations / f"{name}.mat", root / "img" / split / f"{name}.jpg",
-                             root / "ann" / split / f"{name}.png") for name in sorted(names[split])]
+        pairs[split] = [(images / f"{name}.jpg", annotations / f"{name}.mat") for name in sorted(names[split])]
     if names["train"] & names["val"]:
-        raise UserError(f"{min(names['train'] & names['val'])} is in train.txt and in val.txt; "
-                        "leave it in one of them")
+        raise UserError(f"{min(names['train'] & names['val'])} is in train.txt and in val.txt; remove it from one")
     unlisted = {path.stem for path in annotations.glob("*.mat")} - names["train"] - names["val"]
-    prepare(root, items, PASCAL_PART_193 if parts else PASCAL_OBJECT_16, partial(read_pascal, parts=parts), workers,
-            {"annotated, but neither in train.txt nor in val.txt": len(unlisted)})
+    dataset = "pascal-part" if parts else "pascal-object"
+    prepare(dataset, target, pairs, CLASS_NAMES[dataset], partial(read_pascal, parts=parts), workers,
+            left_out={"annotated, but neither in train.txt nor in val.txt": len(unlisted)})
 
 
 def read_pascal(path: Path, parts: bool) -> np.ndarray:
     """The parts or the objects of one Pascal-Part file, uint8 [height, width], labels of PASCAL_PART_193 or _OBJECT_16.
 
-    Painted as the devkit's mat2map.m does: objects in the order of the file, later over earlier, and so the parts of an
-    object; parts have a map of their own, which the outlines of later objects do not clear. Objects of a class without
-    parts cover earlier objects with 0. Raises ValueError for an unknown class or part.
+    Painted as by the devkit's mat2map.m: objects in the order of the file, later over earlier, and so the parts of an
+    object. Parts have a map of their own, which later objects do not clear. Objects of a class without parts cover
+    earlier objects with 0. Raises ValueError for an unknown class or part.
     """
-    annotation = import_loadmat()(path)["anno"][0, 0]
-    things = annotation["objects"].ravel()
-    labels = np.zeros(things[0]["mask"].shape, dtype=np.uint8)
-    for thing in things:
-        name = str(thing["class"][0])
-        if name in PASCAL_OBJECT_16:
-            label = PASCAL_OBJECT_16.index(name) + 1
-        elif name in PASCAL_WITHOUT_PARTS:
-            label = 0
-        else:
+    objects = import_loadmat()(path)["anno"][0, 0]["objects"].ravel()
+    labels = np.zeros(objects[0]["mask"].shape, dtype=np.uint8)
+    for item in objects:
+        name = str(item["class"][0])
+        if name not in PASCAL_OBJECT_16 + PASCAL_WITHOUT_PARTS:
             raise ValueError(f"unknown class {name}")
         if not parts:
-            labels[thing["mask"] > 0] = label
+            labels[item["mask"] > 0] = PASCAL_OBJECT_16.index(name) + 1 if name in PASCAL_OBJECT_16 else 0
             continue
-        for part in thing["parts"].ravel():
+        for part in item["parts"].ravel():
             family = str(part["part_name"][0]).rstrip("0123456789").removesuffix("_")
             if f"{name} {family}" not in PASCAL_PART_193:
                 raise ValueError(f"unknown part {part['part_name'][0]} of {name}")
@@ -161,8 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="dataset", required=True, metavar="{" + ",".join(FUNCTIONS) + "}")
     for name in FUNCTIONS:
         command = commands.add_parser(name)
-        command.add_argument("--source", type=Path, required=True, metavar="DIR", help="the unpacked distribution")
-        command.add_argument("--target", type=Path, required=True, metavar="DIR", help="where the folder is made")
+        command.add_argument("--source", type=Path, required=True, metavar="DIR", help="the unpacked release")
+        command.add_argument("--target", type=Path, required=True, metavar="DIR", help="where to make the folder")
         command.add_argument("--workers", type=positive_int, default=os.cpu_count() or 1,
                              help="processes (default: %(default)s)")
         if name.startswith("ade20k"):
@@ -173,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                                  help="folder of train.txt and val.txt (default: the source's ImageSets/Main)")
     options = vars(parser.parse_args(arguments))
     if not options["source"].is_dir():
-        raise UserError(f"--source {options['source']} is not a folder; name the unpacked distribution")
+        raise UserError(f"--source {options['source']} is not a folder; give the unpacked release")
     FUNCTIONS[options.pop("dataset")](**options)
 
 

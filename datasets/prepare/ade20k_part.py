@@ -1,9 +1,9 @@
-"""Part label maps from the full release of ADE20K (2016_07_26 or 2021_17_01); run through prepare.py.
+"""Part label maps from the full release of ADE20K (2016_07_26 or 2021_17_01).
 
 NAME_seg.png holds the objects, NAME_parts_1.png the parts of objects, both as class = (R // 10) * 256 + G, counted from
-1 in the index's objectnames, and instance = B. A part class is an object name and a part name together. The object that
-a part belongs to is the one under most of the part instance's pixels: for the public images of 2021 the pairs so found
-are those of the json's ispartof, where a pixel's own pair would add false ones along outlines.
+1 in the index file's objectnames, and instance = B. A class of the label maps is a pair of object name and part name. A
+part belongs to the object under most pixels of its instance: in the public images of 2021 these are the pairs of the
+json's ispartof, while the pairs of single pixels would add false ones along outlines.
 """
 
 import json
@@ -21,23 +21,15 @@ from PIL import Image
 from utils import UserError
 from utils.run import open_output
 
-from ..segmentation_classes import ADE20K_OBJECT_59
-from .common import (
-    Item,
-    first_folder,
-    import_loadmat,
-    in_parallel,
-    prepare,
-    raise_failures,
-    read_name_list,
-    write_text,
-)
+from ..segmentation import LONG_NAMES, ROOTS
+from ..segmentation_classes import ADE20K_OBJECT_59, read_names
+from .common import attempt_all, first_folder, import_loadmat, prepare, raise_failures, write_text
 
 TREE = ("DIR/images/{training,validation}/**/*_seg.png (2016_07_26) or "
         "DIR/images/ADE/{training,validation}/**/*_seg.png (2021_17_01), "
         "with *_parts_1.png and *.jpg beside them and index_ade20k.mat or .pkl in DIR")
 NUM_TRAIN = 20210
-# 255 is the ignored label, here as in segment.py, and 0 is "other".
+# Labels 1 to 254: 0 is "other", 255 is ignored.
 MAX_CLASSES = 254
 
 
@@ -52,8 +44,8 @@ def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def part_instances(segmentation: Path) -> tuple[np.ndarray, np.ndarray]:
     """Object and part of every part instance in an image.
 
-    Returns instance [height, width], 0 = none, i = row i - 1 of pairs, and pairs [N, 2]: object index (0 where nothing
-    is under the part) and part index. Raises ValueError where the two files differ in size.
+    Returns instance [height, width], 0 = none, i = row i - 1 of pairs, and pairs [N, 2]: object index (0 where no
+    object is under the part) and part index. Raises ValueError where the two files differ in size.
     """
     parts_file = segmentation.with_name(segmentation.name.replace("_seg.png", "_parts_1.png"))
     if not parts_file.is_file():
@@ -78,32 +70,26 @@ def part_instances(segmentation: Path) -> tuple[np.ndarray, np.ndarray]:
 def read_parts(segmentation: Path, labels: dict[tuple[int, int], int]) -> np.ndarray:
     """Label map of an image, uint8 [height, width]. labels: of a pair (object index, part index); others become 0."""
     instance, pairs = part_instances(segmentation)
-    return np.array([0] + [labels.get((thing, part), 0) for thing, part in pairs.tolist()], dtype=np.uint8)[instance]
+    return np.array([0] + [labels.get(tuple(pair), 0) for pair in pairs.tolist()], dtype=np.uint8)[instance]
 
 
-def scan(segmentation: Path, read_names: bool) -> tuple[set[tuple[int, int]], dict[int, str], str]:
-    """The pairs in an image, the names of all its classes from its json, and what went wrong, "" for nothing."""
-    try:
-        _, pairs = part_instances(segmentation)
-        names = {}
-        if read_names:
-            names = names_from_json(segmentation.with_name(segmentation.name.replace("_seg.png", ".json")))
-    # Whatever a damaged file raises, it is named in the report.
-    except Exception as error:
-        return set(), {}, f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return {(thing, part) for thing, part in pairs.tolist() if thing}, names, ""
+def scan(segmentation: Path, with_names: bool) -> tuple[set[tuple[int, int]], dict[int, str]]:
+    """The pairs in an image, and with_names the names of its classes, from its json."""
+    _, pairs = part_instances(segmentation)
+    path = segmentation.with_name(segmentation.name.replace("_seg.png", ".json"))
+    return {(parent, part) for parent, part in pairs.tolist() if parent}, names_from_json(path) if with_names else {}
 
 
 def names_from_json(path: Path) -> dict[int, str]:
-    things = json.loads(path.read_bytes().decode("utf-8", errors="replace"))["annotation"]["object"]
-    # The files come from MATLAB, which writes a list of one as the element.
-    return {thing["name_ndx"]: thing["name"] for thing in (things if isinstance(things, list) else [things])}
+    objects = json.loads(path.read_bytes().decode("utf-8", errors="replace"))["annotation"]["object"]
+    # MATLAB wrote the files: a list of one is its element.
+    return {item["name_ndx"]: item["name"] for item in (objects if isinstance(objects, list) else [objects])}
 
 
 class IndexUnpickler(pickle.Unpickler):
-    """Loads dictionaries, lists, strings, numbers and NumPy arrays, and refuses what could run code."""
+    """Loads dictionaries, lists, strings, numbers and NumPy arrays; refuses all that could run code."""
 
-    # NumPy's own helpers, under the names that NumPy 1 (numpy.core) and 2 (numpy._core) write.
+    # NumPy's own helpers, in files written by NumPy 1 (numpy.core) and 2 (numpy._core).
     ALLOWED = {
         "multiarray._reconstruct": np.empty(0).__reduce__()[0],
         "multiarray.scalar": np.float64().__reduce__()[0],
@@ -128,8 +114,8 @@ def read_index(release: Path) -> dict[int, str] | None:
             with open(path, "rb") as file:
                 names = IndexUnpickler(file).load()["objectnames"]
         except Exception as error:
-            raise UserError(f"{path} is damaged or holds more than plain data ({error}); remove it, "
-                            "the names are then read from index_ade20k.mat or the json files") from None
+            raise UserError(f"{path} is damaged or holds more than plain data ({error}); remove it, then the names are "
+                            "read from index_ade20k.mat or the json files") from None
         return {index: str(name) for index, name in enumerate(names, 1)}
     path = release / "index_ade20k.mat"
     if path.is_file():
@@ -144,18 +130,23 @@ def read_index(release: Path) -> dict[int, str] | None:
 
 def find_segmentations(folder: Path) -> Iterable[Path]:
     for path, folders, files in os.walk(folder):
-        # The folders of instance masks of 2021 are named as the images and hold most of the files.
+        # In 2021, folders named as the images hold instance masks, most of the files.
         folders[:] = sorted(name for name in folders if not name.startswith("ADE_"))
         yield from (Path(path, name) for name in sorted(files) if name.endswith("_seg.png"))
 
 
-def find_pairs(root: Path, release: Path, items: dict[str, list[Item]], workers: int) -> list[dict]:
-    """Every pair in the release with its names and its numbers of images, from root/parts.json where that is complete.
+def first_synonym(name: str) -> str:
+    return name.split(",")[0].strip()
 
-    Raises UserError where a file cannot be read, for the class list hangs on every image.
+
+def find_parts(root: Path, release: Path, pairs: dict[str, list[tuple[Path, Path]]], workers: int) -> list[dict]:
+    """Every part of an object in the release, with names and numbers of images; written to root/parts.json, and read
+    from there where that is of the same release and as many images.
+
+    Raises UserError where an image cannot be read, because all images determine the class list.
     """
     report = root / "parts.json"
-    numbers = {"release": release.name, **{split: len(listed) for split, listed in items.items()}}
+    numbers = {"release": release.name, **{split: len(listed) for split, listed in pairs.items()}}
     if report.is_file():
         try:
             known = json.loads(report.read_text(encoding="utf-8"))
@@ -164,70 +155,62 @@ def find_pairs(root: Path, release: Path, items: dict[str, list[Item]], workers:
         except (ValueError, KeyError):
             raise UserError(f"{report} is not the list of an earlier run; remove it") from None
     names = read_index(release)
-    everything = items["train"] + items["val"]
-    if names is None and not everything[0].image.with_suffix(".json").is_file():
+    everything = pairs["train"] + pairs["val"]
+    if names is None and not everything[0][0].with_suffix(".json").is_file():
         raise UserError(f"{release} has neither index_ade20k.mat nor index_ade20k.pkl, which name the classes; "
                         "put the release's index there")
-    results = in_parallel(partial(scan, read_names=names is None), [item.annotation for item in everything], workers,
-                          "looking for parts")
-    raise_failures(root, [f"{item.annotation}\t{error}\n"
-                          for item, (_, _, error) in zip(everything, results, strict=True) if error], len(everything))
-    counts = {"train": Counter(), "val": Counter()}
-    names = names or {}
-    for number, (pairs, names_here, _) in enumerate(results):
-        counts["train" if number < len(items["train"]) else "val"].update(pairs)
+    results, errors = attempt_all(partial(scan, with_names=names is None), [annotation for _, annotation in everything],
+                                  workers, "looking for parts")
+    raise_failures(root, everything, errors)
+    names, counts = dict(names or {}), {"train": Counter(), "val": Counter()}
+    for number, (found, names_here) in enumerate(results):
+        counts["train" if number < len(pairs["train"]) else "val"].update(found)
         names.update(names_here)
-    parts = [{"object": names.get(thing, f"class {thing}"), "part": names.get(part, f"class {part}"),
-              "indices": [thing, part], "train": counts["train"][thing, part], "val": counts["val"][thing, part]}
-             for thing, part in sorted(set(counts["train"]) | set(counts["val"]))]
+    parts = [{"object": names.get(parent, f"class {parent}"), "part": names.get(part, f"class {part}"),
+              "indices": [parent, part], "train": counts["train"][parent, part], "val": counts["val"][parent, part]}
+             for parent, part in sorted(set(counts["train"]) | set(counts["val"]))]
     lines = ",\n".join(json.dumps(part, ensure_ascii=False) for part in parts)
     write_text(report, json.dumps(numbers)[:-1] + f', "parts": [\n{lines}\n]}}\n')
     return parts
 
 
-def name_pairs(parts: list[dict]) -> list[str]:
-    """First synonyms, "car wheel"; all synonyms where two pairs would share a name."""
-    short = [f"{part['object'].split(',')[0].strip()} {part['part'].split(',')[0].strip()}" for part in parts]
-    shared = {name for name, count in Counter(short).items() if count > 1}
-    return [f"{part['object']} / {part['part']} {part['indices']}" if name in shared else name
+def name_parts(parts: list[dict]) -> list[str]:
+    """First synonyms, "car wheel"; all synonyms where two parts would share a name."""
+    short = [f"{first_synonym(part['object'])} {first_synonym(part['part'])}" for part in parts]
+    return [f"{part['object']} / {part['part']} {part['indices']}" if short.count(name) > 1 else name
             for name, part in zip(short, parts, strict=True)]
 
 
 def prepare_ade20k_part(source: Path, target: Path, workers: int, classes: Path | None) -> None:
-    """The parts that occur in both splits; with classes, a file of names from an earlier run's names.txt, only those.
-
-    All pairs with their numbers of images are written to parts.json.
-    """
-    releases = ("", "ADE20K_2016_07_26/", "ADE20K_2021_17_01/")
-    training = first_folder(source, [f"{release}images/{inner}training" for release in releases
-                                     for inner in ("", "ADE/")], TREE)
+    """The parts that occur in both splits. classes: a file with some names of an earlier run's names.txt, to keep only
+    those."""
+    training = first_folder(source, [f"{release}images/{inner}training" for release in
+                                     ("", "ADE20K_2016_07_26/", "ADE20K_2021_17_01/") for inner in ("", "ADE/")], TREE)
     images = training.parent
     release = images.parent if images.name == "images" else images.parents[1]
-    root = target / "ADE20K_Part"
-    items, left_out = {}, 0
-    for split, folder in (("train", "training"), ("val", "validation")):
-        items[split] = []
+    root = target / ROOTS["ade20k-part"][0]
+    pairs, left_out = {"train": [], "val": []}, 0
+    for split, folder in LONG_NAMES.items():
         for path in find_segmentations(images / folder):
             name = path.name.removesuffix("_seg.png")
             number = re.fullmatch(r"ADE_(?:train|val)_(\d+)", name)
             if number is None or int(number[1]) > NUM_TRAIN:
                 left_out += 1
-                continue
-            items[split].append(Item(path.with_name(f"{name}.jpg"), path, root / "img" / split / f"{name}.jpg",
-                                     root / "ann" / split / f"{name}.png"))
-        if not items[split]:
+            else:
+                pairs[split].append((path.with_name(f"{name}.jpg"), path))
+        if not pairs[split]:
             raise UserError(f"{images / folder} holds no *_seg.png; expected with --source DIR: {TREE}")
     open_output(root)
-    parts = [part for part in find_pairs(root, release, items, workers) if part["train"] and part["val"]]
+    parts = [part for part in find_parts(root, release, pairs, workers) if part["train"] and part["val"]]
     if not parts:
-        raise UserError(f"{release}: no part occurs in both splits")
-    named = dict(zip(name_pairs(parts), parts, strict=True))
-    of_59 = [name for name, part in named.items() if part["object"].split(",")[0].strip() in ADE20K_OBJECT_59]
+        raise UserError(f"{release}: no part occurs in both splits; both must be unpacked")
+    named = dict(zip(name_parts(parts), parts, strict=True))
+    of_59 = [name for name, part in named.items() if first_synonym(part["object"]) in ADE20K_OBJECT_59]
     write_text(root / "names_of_59_objects.txt", "".join(f"{name}\n" for name in of_59))
     print(f"parts in both splits: {len(named)} with their objects, {len({part['part'] for part in parts})} by the "
           f"part's name alone, {len(of_59)} of the 59 objects (names_of_59_objects.txt, for --classes); the paper: 209")
     if classes:
-        names = read_name_list(classes)
+        names = read_names(classes)
         unknown = [name for name in names if name not in named]
         if unknown or len(names) > MAX_CLASSES:
             raise UserError(f"--classes {classes}: " + (f"{unknown[0]} is not a part that occurs in both splits"
@@ -237,5 +220,5 @@ def prepare_ade20k_part(source: Path, target: Path, workers: int, classes: Path 
         if len(names) < len(named):
             print(f"  an 8-bit label map holds {MAX_CLASSES} classes: those in most training images are kept")
     labels = {tuple(named[name]["indices"]): label for label, name in enumerate(names, 1)}
-    prepare(root, items, names, partial(read_parts, labels=labels), workers,
-            {f"not among the {NUM_TRAIN} training images of 2016 by its number": left_out})
+    prepare("ade20k-part", target, pairs, names, partial(read_parts, labels=labels), workers,
+            left_out={f"not among the {NUM_TRAIN} training images of 2016 by its number": left_out})

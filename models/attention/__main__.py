@@ -47,6 +47,7 @@ from datasets.patches import PatchDataset, PatchImage, resize_center_crop
 from datasets.synthetic import draw_image, image_seeds
 from utils import UserError
 from utils.distributed import is_main, shard, world_size
+from utils.drawing import require_matplotlib
 from utils.results import append_result, read_results, run_title, start_line
 from utils.run import (
     OneLineParser,
@@ -205,6 +206,7 @@ def main() -> None:
         print(summary_table(results))
         write_plots(results, args.output_dir)
         return
+    require_matplotlib()
     device, log = setup(args)
 
     # Encoder

@@ -1,7 +1,7 @@
-"""Attention weights of timm's modules, and what is summed of them over images: mean distances, likeness of maps, and
-receptive fields. models/attention.py is the command, and its docstring defines the figures.
+"""Attention weights of timm's modules and their statistics over images: mean distances, similarity of maps, receptive
+fields. models/attention/__main__.py is the command; its docstring defines the metrics.
 
-Each function stands alone; copied out, they need UserError and free_memory of datasets/, Sums also all_reduce.
+Each function can be copied alone; some need UserError or free_memory of utils/, Sums also all_reduce.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,9 @@ from utils.storage import free_memory
 
 
 def query_key(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries, already scaled, and keys of timm's attention module for its input tokens [B, T, D]: [B, heads, T, d],
-    in the weights' precision."""
-    # Rows of queries and keys, without those of the values.
+    """Scaled queries, and keys, of timm's attention module for its input tokens [B, T, D]: each [B, heads, T, d], in
+    the weights' precision."""
+    # Rows of queries and keys, not of values.
     weight = attn.qkv.weight[:attn.qkv.weight.shape[0] // 3 * 2]
     if isinstance(attn, BeitAttention):
         bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias])
@@ -37,15 +37,15 @@ def query_key(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torc
 
 def attention_chunks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None,
                      max_bytes: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The attention weights softmax(query key^T + bias) in float32, a few at a time.
+    """The attention weights softmax(query key^T + bias) in float32, in chunks.
 
     query (scaled), key: [B, heads, T, d]; bias [1, heads, T, T]. Yields (which, weights [c, T, T]): a slice of the
-    B * heads pairs of image and head, image by image. max_bytes, by default a share of the free memory, bounds what a
-    chunk and what is made of it take; one pair is the least.
+    B * heads pairs of image and head, image by image. max_bytes, by default a share of the free memory, limits a
+    chunk and the tensors computed from it; a chunk has at least one pair.
     """
     heads, count = query.shape[1:3]
     max_bytes = max_bytes or min(2**28 if query.device.type == "cpu" else 2**31, free_memory(query.device) // 4)
-    # Scores with their bias, weights, and a product with as many entries.
+    # Four float32 arrays: scores, bias, weights, and a product of the caller.
     size = max(1, max_bytes // (count * count * 16))
     query, key = query.flatten(0, 1), key.flatten(0, 1)
     for start in range(0, len(query), size):
@@ -58,9 +58,9 @@ def attention_chunks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor 
 
 @contextmanager
 def watch_attention(blocks: Sequence[nn.Module], receive: Callable) -> Iterator[None]:
-    """Inside, every attention module of timm's blocks calls receive(layer, module, tokens [B, T, D], bias or None)
-    before it runs; bias is Beit's relative position bias, [1, heads, T, T]. receive runs without autocast, which would
-    round the weights, whatever the pass runs in. Raises UserError for another attention."""
+    """In this context every attention module of timm's blocks calls receive(layer, module, tokens [B, T, D], bias or
+    None) before it runs; bias is Beit's relative position bias, [1, heads, T, T]. receive runs without autocast, which
+    would round the weights. Raises UserError for another type of attention."""
     def before(layer, attn, inputs, keywords):
         bias = keywords.get("shared_rel_pos_bias")
         if getattr(attn, "relative_position_bias_table", None) is not None:
@@ -70,10 +70,10 @@ def watch_attention(blocks: Sequence[nn.Module], receive: Callable) -> Iterator[
             receive(layer, attn, inputs[0], bias)
 
     modules = [getattr(block, "attn", block) for block in blocks]
-    # By exact type: a subclass may make other weights of its queries and keys.
+    # By exact type: a subclass may compute its weights differently.
     unknown = [type(attn) for attn in modules if type(attn) not in (VitAttention, BeitAttention)]
     if unknown:
-        raise UserError(f"the weights of {unknown[0].__module__}.{unknown[0].__name__} are not known here; take a "
+        raise UserError(f"the weights of {unknown[0].__module__}.{unknown[0].__name__} are not known here; use a "
                         "model of timm's VisionTransformer or Beit")
     hooks = [attn.register_forward_pre_hook(partial(before, layer), with_kwargs=True)
              for layer, attn in enumerate(modules)]
@@ -85,7 +85,7 @@ def watch_attention(blocks: Sequence[nn.Module], receive: Callable) -> Iterator[
 
 
 def patch_distances(height: int, width: int) -> torch.Tensor:
-    """Euclidean distances between the centres of a grid's patches, row by row, in patches: [N, N]."""
+    """Euclidean distances between the patch centres of a grid, row by row, in patches: [N, N]."""
     centres = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
     return (centres[:, None] - centres).square().sum(2).sqrt()
 
@@ -96,21 +96,21 @@ def attention_distance(weights: torch.Tensor, distances: torch.Tensor) -> torch.
 
 
 def pair_similarity(unit_sum: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-    """The mean cosine similarity of all pairs of `count` different vectors, from the sum [..., D] of the vectors, each
-    of length 1: the sum's squared length is count plus twice the sum over pairs. Not finite below two vectors."""
+    """The mean cosine similarity over all pairs of `count` unit vectors, from their sum [..., D]: its squared length is
+    count plus twice the sum over pairs. Not finite for fewer than two vectors."""
     return (unit_sum.square().sum(-1) - count) / (count * (count - 1))
 
 
 def patch_gradients(outputs: torch.Tensor, query: torch.Tensor, direction: torch.Tensor,
                     inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Gradients with respect to the inputs of outputs[b, query[b]] . direction[b], summed over b: each image's own
-    where images do not mix. outputs [B, N, C], query [B], direction [B, C]. The graph stays, for the next query."""
+    """Gradients of outputs[b, query[b]] . direction[b], summed over b, with respect to the inputs: each image's own, as
+    images do not mix. outputs [B, N, C], query [B], direction [B, C]. The graph is kept for the next query."""
     chosen = outputs[torch.arange(len(query), device=query.device), query]
     return torch.autograd.grad((chosen.float() * direction).sum(), inputs, retain_graph=True)
 
 
 def patch_norms(images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """L2 norms of the patches of [B, C, H, W], all channels together: [B, N], row by row."""
+    """L2 norms of the patches of images [B, C, H, W], over all channels: [B, N], row by row."""
     squares = images.float().square().sum(1)
     squares = squares.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))
     return squares.sum((2, 4)).sqrt().flatten(1)
@@ -118,22 +118,24 @@ def patch_norms(images: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 def add_centred(field: torch.Tensor, magnitude: torch.Tensor, seen: torch.Tensor, query: torch.Tensor,
                 grid: tuple[int, int]) -> None:
-    """Adds maps over a grid of h x w patches to field [2, (2h - 1)(2w - 1)], sums and counts by offset from the query.
+    """Adds maps over a grid of h x w patches to field [2, (2h - 1)(2w - 1)]: sums and counts by offset from the query.
 
-    magnitude, seen (1 = this patch counts): [B, N]; query: [B], patch numbers.
+    magnitude, seen (1 = the patch counts): [B, N]; query: [B], patch indices.
     """
     height, width = grid
-    place = torch.arange(height * width, device=query.device)
-    rows = place // width - query[:, None] // width + height - 1
-    columns = place % width - query[:, None] % width + width - 1
+    position = torch.arange(height * width, device=query.device)
+    rows = position // width - query[:, None] // width + height - 1
+    columns = position % width - query[:, None] % width + width - 1
     values = torch.stack([magnitude * seen, seen]).to(field.dtype)
     field.index_add_(1, (rows * (2 * width - 1) + columns).flatten(), values.flatten(1))
 
 
 def radius_holding(field: torch.Tensor, share: float) -> float:
-    """The smallest distance from the middle of field [2h - 1, 2w - 1] within which its values have that share of their
-    sum, in patches. A NaN, no value, counts as the mean of the values at its distance, and 0 where there is none: else
-    the radius would grow with the number of images. NaN for a field without values."""
+    """The smallest distance, in patches, from the centre of field [2h - 1, 2w - 1] that holds this share of its sum.
+
+    A NaN (no value) counts as the mean of the values at its distance, 0 where there are none: otherwise the radius
+    would grow with the number of images. NaN for a field without values.
+    """
     rows, columns = (torch.arange(side) - side // 2 for side in field.shape)
     squares, ring = (rows[:, None] ** 2 + columns**2).flatten().unique(return_inverse=True)
     values, known = field.double().nan_to_num(0).flatten(), field.isfinite().double().flatten()
@@ -144,10 +146,10 @@ def radius_holding(field: torch.Tensor, share: float) -> float:
 
 
 class Sums:
-    """What is summed over images for one row of attention layers: the encoder's, or the decoder's at one mask ratio.
+    """Sums over images for the layers of the encoder, or of the decoder at one mask ratio.
 
-    blocks: timm's. grid: rows and columns of patches. prefix: tokens before those of the patches. decoder: queries are
-    also told apart by mask, and there is a second receptive field, that of the decoder alone.
+    blocks: timm's. grid: rows and columns of patches. prefix: tokens before those of the patches. decoder: adds sums by
+    mask, and a second receptive field, of the decoder alone.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], grid: tuple[int, int], prefix: int, device: torch.device,
@@ -163,13 +165,13 @@ class Sums:
         self.fields = {name: zeros(2, (2 * grid[0] - 1) * (2 * grid[1] - 1)) for name in names}
 
     def watch(self, mask: torch.Tensor):
-        """A context in which a pass through the blocks is added up. mask [B, N]: 1 = a mask token stands there."""
+        """A context in which passes through the blocks are added to the sums. mask [B, N]: 1 = mask token."""
         return watch_attention(self.blocks, partial(self._add, mask))
 
     @torch.no_grad()
     def _add(self, mask, layer, attn, tokens, bias):
         distance = torch.empty(len(tokens) * attn.num_heads, mask.shape[1], device=tokens.device)
-        # The softmax over the patch keys alone is the whole one divided by its sum over them.
+        # Softmax over the patch keys only: the full softmax divided by its sum over them.
         query, key = (part[:, :, self.prefix:] for part in query_key(attn, tokens))
         bias = None if bias is None else bias[:, :, self.prefix:, self.prefix:]
         for which, weights in attention_chunks(query, key, bias):
@@ -213,7 +215,7 @@ class Sums:
 
 
 def plain(values: torch.Tensor) -> list | float | None:
-    """As nested lists of numbers of six digits; what is not finite becomes None, JSON's null."""
+    """As nested lists of numbers with six significant digits; values that are not finite become None (JSON null)."""
     if values.dim():
         return [plain(value) for value in values.cpu()]
     return float(f"{values.item():.6g}") if values.isfinite() else None

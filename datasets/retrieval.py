@@ -1,0 +1,41 @@
+"""Patches for part retrieval, by the name of the data set."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils import UserError
+
+from . import check_data_path
+from .coco import load_coco
+from .cub import load_cub
+from .imagenet import load_grid
+from .patches import PatchDataset
+from .synthetic import KEYPOINT_NAMES, load_synthetic_patches
+
+RETRIEVAL_DATASETS = ("cub", "coco", "imagenet", "synthetic")
+
+
+def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
+                   num_images: int | None, seed: int, skip_bad_images: bool) -> PatchDataset:
+    """The patches of one of RETRIEVAL_DATASETS: all of CUB, COCO's training set, the grid of any images, or synthetic.
+
+    keypoints: numbers (synthetic: names), ["all"], or None for the paper's. num_images: of imagenet, a sample drawn by
+    the seed (default all); of synthetic, drawn by the seed (default 60). Raises UserError for an unknown keypoint and
+    for files that are missing or wrong.
+    """
+    check_data_path(name, data_path)
+    options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images}
+    if name == "synthetic":
+        keypoints = KEYPOINT_NAMES if keypoints == ["all"] else keypoints
+        return load_synthetic_patches("train", num_images or 60, seed, keypoints, **options)
+    if name == "imagenet":
+        return load_grid(data_path, skip_bad_images, num_images, seed)
+    load, word, count = (load_cub, "parts", 15) if name == "cub" else (load_coco, "keypoints", 17)
+    if keypoints == ["all"]:
+        options[word] = range(1, count + 1)
+    elif keypoints is not None:
+        try:
+            options[word] = [int(number) for number in keypoints]
+        except ValueError:
+            raise UserError(f"--keypoints {' '.join(keypoints)}: {name} numbers them, from 1 to {count}") from None
+    return load(data_path, **options)
