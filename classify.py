@@ -43,7 +43,7 @@ from utils.distributed import (
     world_size,
 )
 from utils.drawing import draw_confusion, draw_curves, require_matplotlib
-from utils.results import append_result, args_to_json, paper_tables, run_title, start_line
+from utils.results import append_result, args_to_json, paper_tables, run_slug, run_title, start_line
 from utils.run import (
     OneLineParser,
     Progress,
@@ -417,7 +417,7 @@ def main() -> None:
                          len(train.classes), log)
     settings = {key: value for key, value in args_to_json(args).items() if key not in FREE_ON_RESUME}
     settings |= {"the weights' SHA-256": encoder.sha256, "the number of training patches": num_train}
-    prefix = args.output_dir / f"{args.model}_{args.dataset}".replace("/", "-")
+    prefix = args.output_dir / f"{run_slug(args.name)}_{args.dataset}"
     checkpoint = Path(f"{prefix}_checkpoint.pth")
     done = load_checkpoint(checkpoint, settings, probes, log) if args.resume else 0
 

@@ -28,6 +28,7 @@ from datasets.retrieval import RETRIEVAL_DATASETS, open_images, open_retrieval
 from models import METHODS, WITH_PROJECTOR, Encoder, choose_layers, load_encoder
 from models.pca import pca_run
 from models.transfer import ALPHAS, draw_pairs, transfer_run
+from models.transfer import transfer_keypoints as transfer_keypoints
 from utils import UserError
 from utils.distributed import all_reduce, gather_rows, is_main, shard, world_size
 from utils.drawing import draw_curves, draw_sheet, require_matplotlib
@@ -47,8 +48,8 @@ from utils.run import (
 from utils.storage import atomic_write, free_memory
 
 # The arguments that features are made with, and all that a source of features (and its file) holds.
-PROTOCOL = ("model", "dataset", "precision", "crop_scale", "image_size", "keypoints", "authors_defects")
-FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "weights", "sha256", *PROTOCOL)
+PROTOCOL = ("name", "model", "dataset", "precision", "crop_scale", "image_size", "keypoints", "authors_defects")
+FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "weights", "sha256", "cls_from", *PROTOCOL)
 
 
 def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: torch.Tensor | None = None,
@@ -331,7 +332,7 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
         rows = []
         for source, features in zip(sources, found, strict=True):
             mark = " (random weights)" if source["weights"] == "random" else ""
-            rows.append((source["model"] + mark, [
+            rows.append((source["name"] + mark, [
                 (name, [shown_patch(paths[patch // per_image], patch % per_image) for patch in nearest[number]])
                 for name, nearest in features.items()]))
         files.append(f"sheet_{number:03}_{Path(path).stem}_{position}.png")
@@ -430,14 +431,14 @@ def main() -> None:
                                args.num_images)
         encoder = load_encoder(args, device, log, projector=False)
         if args.pca:
-            path, found = pca_run(encoder, dataset, run_slug(args.model), args.pca, args.precision, args.output_dir)
+            path, found = pca_run(encoder, dataset, run_slug(args.name), args.pca, args.precision, args.output_dir)
             log(f"principal components of {len(dataset)} images in {path}")
             line = start_line("pca", args, encoder) | found
         else:
             layers = choose_layers(args.layers, encoder.depth)
             line = start_line("transfer", args, encoder) | transfer(
                 encoder, pairs, layers, args.norm, args.match, args.batch_size, args.workers, args.precision,
-                args.pictures, args.output_dir / f"{run_slug(args.model)}_{args.dataset}", log)
+                args.pictures, args.output_dir / f"{run_slug(args.name)}_{args.dataset}", log)
             log(run_title(line))
         log.open(args.output_dir)
         append_result(args.output_dir, line | {"seconds": time.monotonic() - started})
@@ -460,7 +461,7 @@ def main() -> None:
         features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device)
         paths = [image.path for image in dataset.images] if args.dataset == "imagenet" else []
         sources = [{"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
-                    "paths": paths, "weights": encoder.weights, "sha256": encoder.sha256,
+                    "paths": paths, "weights": encoder.weights, "sha256": encoder.sha256, "cls_from": encoder.cls_from,
                     **{name: vars(args)[name] for name in PROTOCOL}}]
     if args.save_features:
         save_features(args.save_features, sources[0], device)
@@ -479,7 +480,7 @@ def main() -> None:
 
     # Results, of what the features were made with: they may come from files
     for source, result in zip(sources, results, strict=False):
-        made_with = {name: source[name] for name in ("weights", "sha256", *PROTOCOL)}
+        made_with = {name: source[name] for name in ("weights", "sha256", "cls_from", *PROTOCOL)}
         append_result(args.output_dir, {**made_with, "world_size": world_size(), "seed": args.seed,
                                         "args": args_to_json(args), "seconds": time.monotonic() - started, **result})
 

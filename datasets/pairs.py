@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode
 
 from utils import UserError
 
+from . import check_data_path
 from .cub import read_rows
 from .patches import BAD_IMAGE, PatchDataset, PatchImage, reason
 from .synthetic import OBJECT_NAMES, compose, draw_image, image_seeds
@@ -130,6 +131,7 @@ def load_pairs(name: str, root: Path | None, image_size: int, split: str = "test
     """The pairs of a data set of PAIR_DATASETS. split: spair has trn, val and test, the others test. num_pairs: that
     many, drawn by the seed (default: all of spair, NUM_PAIRS of the others). num_images: of synthetic-pairs. Raises
     UserError."""
+    check_data_path(name, root)
     if name == "spair":
         return load_spair(root, image_size, split, num_pairs, seed)
     if split != "test":

@@ -52,9 +52,9 @@ def args_to_json(args: Namespace) -> dict:
 def start_line(task: str, args: Namespace, encoder: object) -> dict:
     """What a results line begins with: task, model and its weights (encoder has weights and sha256), data set, and how
     the run was started."""
-    return {"task": task, "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
-            "dataset": args.dataset, "world_size": world_size(), "precision": args.precision, "seed": args.seed,
-            "args": args_to_json(args)}
+    return {"task": task, "name": args.name, "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
+            "cls_from": encoder.cls_from, "dataset": args.dataset, "world_size": world_size(),
+            "precision": args.precision, "seed": args.seed, "args": args_to_json(args)}
 
 
 def append_result(folder: Path, result: dict) -> None:
@@ -104,7 +104,7 @@ def caveats(result: dict) -> str:
 def run_title(result: dict) -> str:
     """Model, data set and caveats of a result: "ibot on synthetic (random weights, synthetic data)"."""
     marks = caveats(result)
-    return f"{result['model']} on {result['dataset']}" + (f" ({marks})" if marks else "")
+    return f"{result.get('name', result['model'])} on {result['dataset']}" + (f" ({marks})" if marks else "")
 
 
 class Entry(NamedTuple):

@@ -55,6 +55,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="ibot",
                        help=f"{', '.join(models)}, timm/NAME, or FILE.py:FUNCTION, your own (default: %(default)s)")
+    group.add_argument("--name", help="of the run in results, tables and file names (default: the model's)")
     group.add_argument("--weights", default="official",
                        help="official, random (untrained control), a path or a URL (default: %(default)s)")
     group.add_argument("--weights-key", metavar="KEY", help="which of a file's state dictionaries: model, ema, ...")
@@ -93,11 +94,11 @@ def non_negative_int(text: str) -> int:
 
 
 def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
-    """Starts a run: joins the processes, chooses the device and the precision (kept in args), makes the output folder,
+    """Starts a run: joins the processes, chooses device, precision and name (kept in args), makes the output folder,
     and logs what a reader needs to repeat the run: revision, versions, processes, sorted arguments. Raises UserError.
     """
     device = init_processes(args.device)
-    args.precision = args.precision or default_precision(device)
+    args.precision, args.name = args.precision or default_precision(device), args.name or args.model
     if vars(args).get("cache") == "gpu" and device.type == "cpu":
         raise UserError("--cache gpu: this run has no GPU; use --cache cpu or disk")
     open_output(args.output_dir)
