@@ -189,8 +189,8 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     Each process has a contiguous share of the pairs, which are sorted by category, and encodes what images the share
     needs, each once: only the images of a category that is cut apart are encoded by several. Tokens are held for a
     category at a time, on the encoder's device; where all layers do not fit, in several passes over the images.
-    layers: 0-based blocks, ascending. norm: apply the encoder's final norm. batch_size: over all processes, in images of
-    224 x 224; of larger ones proportionally fewer.
+    layers: 0-based blocks, ascending. norm: apply the encoder's final norm. batch_size: over all processes, in images
+    of 224 x 224; of larger ones proportionally fewer.
 
     Returns the metrics of a results line and the predictions of the last layer, float64 [n, 2] in pixels. The metrics
     are pck's of the last layer, by_layer where there are several, what a random cell (chance) and the source's own
