@@ -198,6 +198,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--crop-scale", type=float, default=0.5,
                        help="side of a part patch / distance to the next keypoint (default: 0.5, the authors' code; "
                             "the paper's text: 1.0)")
+    group.add_argument("--image-size", type=positive_int, default=224, metavar="N",
+                       help="of what the encoder gets, patches or whole images (default: %(default)s)")
     group.add_argument("--no-augment", action="store_true",
                        help="images: train on the central crop, each image encoded once, in place of random crops")
     group.add_argument("--authors-defects", action="store_true",
@@ -388,12 +390,14 @@ def main() -> None:
     device, log = setup(args)
 
     # Data and encoder
-    train, test = open_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images)
+    train, test = open_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images,
+                                      args.image_size)
     held_out = hold_out(train, args.seed) if args.select == "held-out" else torch.zeros(train.num_patches).bool()
     options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
     encoder = load_encoder(args, device, log, projector=False, **options)
     encode = partial(encode_features, encoder, precision=args.precision, workers=args.workers, tier=args.cache,
-                     folder=args.cache_dir or args.output_dir, keep=args.cache_dir, log=log)
+                     folder=args.cache_dir or args.output_dir, keep=args.cache_dir, log=log,
+                     image_size=args.image_size)
     line = start_line("classify", args, encoder) | {"select": args.select, "classes": train.classes}
     log(f"{run_title(line)}: {train.num_patches} training and {test.num_patches} test patches of "
         f"{len(train.classes)} classes")
@@ -427,7 +431,7 @@ def main() -> None:
 
     # Training
     if probes:
-        views = RandomViews(train, random_crop_flip(), args.seed) if augmented else None
+        views = RandomViews(train, random_crop_flip(args.image_size), args.seed) if augmented else None
         train_probes(probes, encoder, training, choosing, testing, views, range(done, args.epochs), args.seed,
                      args.precision, args.workers, args.authors_defects, partial(save_checkpoint, checkpoint, settings),
                      args.checkpoint_seconds, log)

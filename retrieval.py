@@ -11,6 +11,7 @@ cosine similarity; "encoded" is the better of the class token and the mean of th
 """
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,16 @@ import numpy as np
 import torch
 
 from datasets.imagenet import GRID_BOXES, query_image, shown_patch
+from datasets.pairs import PAIR_DATASETS, PairDataset, load_pairs
 from datasets.patches import PatchDataset
-from datasets.retrieval import RETRIEVAL_DATASETS, open_retrieval
-from models import METHODS, WITH_PROJECTOR, Encoder, load_encoder
+from datasets.retrieval import RETRIEVAL_DATASETS, open_images, open_retrieval
+from models import METHODS, WITH_PROJECTOR, Encoder, choose_layers, load_encoder
+from models.pca import pca_run
+from models.transfer import ALPHAS, draw_pairs, transfer_run
 from utils import UserError
 from utils.distributed import all_reduce, gather_rows, is_main, shard, world_size
-from utils.drawing import draw_sheet
-from utils.results import append_result, args_to_json, paper_tables, run_title
+from utils.drawing import draw_curves, draw_sheet, require_matplotlib
+from utils.results import append_result, args_to_json, paper_tables, run_slug, run_title, start_line
 from utils.run import (
     Log,
     OneLineParser,
@@ -36,13 +40,14 @@ from utils.run import (
     autocast,
     exit_with_one_line_errors,
     load_saved,
+    non_negative_int,
     positive_int,
     setup,
 )
 from utils.storage import atomic_write, free_memory
 
 # The arguments that features are made with, and all that a source of features (and its file) holds.
-PROTOCOL = ("model", "dataset", "precision", "crop_scale", "keypoints", "authors_defects")
+PROTOCOL = ("model", "dataset", "precision", "crop_scale", "image_size", "keypoints", "authors_defects")
 FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "weights", "sha256", *PROTOCOL)
 
 
@@ -334,11 +339,32 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
     return files
 
 
+def transfer(encoder: Encoder, pairs: PairDataset, layers: Sequence[int], norm: bool, match: str, batch_size: int,
+             workers: int, precision: str, num_pictures: int, prefix: Path, log: Log) -> dict:
+    """Keypoint transfer (models/transfer.py): returns the metrics of a results line, and writes the list of pairs, a
+    sheet of some of them and, for all layers, PCK by layer, as files that begin with prefix."""
+    metrics, predicted = transfer_run(encoder, pairs, layers, norm, match, batch_size, workers, precision, log)
+    if is_main():
+        rows = json.dumps(pairs.rows())
+        atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(rows))
+        if num_pictures:
+            sheet = draw_pairs(pairs, predicted, num_pictures)
+            atomic_write(Path(f"{prefix}_pairs.png"), lambda path: sheet.save(path, format="PNG"))
+        if len(layers) == encoder.depth > 1:
+            curves = {f"PCK@{alpha}": [found["pck_image"][str(alpha)] for found in metrics["by_layer"].values()]
+                      for alpha in ALPHAS}
+            draw_curves(Path(f"{prefix}_layers.png"), prefix.name, curves, first=0, xlabel="block",
+                        ylabel="PCK per image, percent")
+    return metrics
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises UserError for values that cannot be."""
     parser = OneLineParser(__doc__)
-    add_common_arguments(parser, METHODS, RETRIEVAL_DATASETS, batch_size=256)
+    add_common_arguments(parser, METHODS, RETRIEVAL_DATASETS + PAIR_DATASETS, batch_size=256)
     group = parser.add_argument_group("retrieval")
+    group.add_argument("--image-size", type=positive_int, default=224, metavar="N",
+                       help="of what the encoder gets, patches or whole images (default: %(default)s)")
     group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
                        help="(default: cls and avg, and projected where the checkpoint has a projector)")
     group.add_argument("--crop-scale", type=float, default=0.5,
@@ -354,7 +380,21 @@ def parse_arguments() -> argparse.Namespace:
                        help="of imagenet (drawn by the seed; default: all) or synthetic (default: 60)")
     group.add_argument("--skip-bad-images", action="store_true", help="count undecodable images instead of stopping")
     group.add_argument("--authors-defects", action="store_true", help="MAE: shuffled tokens; DINO: the student")
+    group = parser.add_argument_group(f"keypoint transfer (--dataset {', '.join(PAIR_DATASETS)})")
+    group.add_argument("--split", choices=("trn", "val", "test"), default="test", help="of spair (default: test)")
+    group.add_argument("--num-pairs", type=positive_int, metavar="N",
+                       help="drawn by the seed (default: all of spair; 10,000 of the others)")
+    group.add_argument("--layers", nargs="+", default=["last"], metavar="BLOCK",
+                       help="blocks, counted from 0; last, last4 or all (default: last)")
+    group.add_argument("--norm", action=argparse.BooleanOptionalAction, default=True,
+                       help="the encoder's final norm on the tokens (default: yes)")
+    group.add_argument("--match", choices=("cell", "soft-argmax"), default="cell",
+                       help="the prediction: centre of the most similar cell, or a mean around it (default: cell)")
+    group.add_argument("--pictures", type=non_negative_int, default=0, metavar="N", help="draw N pairs on a sheet")
     group = parser.add_argument_group("picture sheets (--dataset imagenet: any folder of images)")
+    group.add_argument("--pca", choices=("first", "none"), nargs="?", const="first",
+                       help="principal components of patch tokens as colours; the foreground by the first component, "
+                            "or none. A row per model, of all runs with the same images in --output-dir")
     group.add_argument("--queries", type=positive_int, default=10, metavar="N",
                        help="query patches, drawn by the seed (default: %(default)s)")
     group.add_argument("--query", nargs="+", default=[], metavar="PATH:POSITION", help="these instead")
@@ -364,23 +404,51 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.save_features and not args.save_features.parent.is_dir():
         raise UserError(f"--save-features {args.save_features}: the folder does not exist; make it first")
+    if args.dataset in PAIR_DATASETS and args.layers == ["all"]:
+        require_matplotlib()
+    if args.pca and args.dataset != "imagenet":
+        raise UserError(f"--pca draws a folder of images: use --dataset imagenet --data-path DIR, not {args.dataset}")
     return args
 
 
 def main() -> None:
-    """Encodes a data set, or loads features, and ranks every patch against all others, or draws picture sheets."""
+    """Ranks every patch of a data set against all others, transfers keypoints between images, or draws sheets."""
     args, started = parse_arguments(), time.monotonic()
     if args.table:
         print(paper_tables("retrieval", args.output_dir))
         return
     device, log = setup(args)
 
+    # Keypoint transfer and principal components look at whole images
+    if args.dataset in PAIR_DATASETS or args.pca:
+        pairs = dataset = None
+        if args.pca:
+            dataset = open_images(args.dataset, args.data_path, args.num_images or 6, args.seed,
+                                  args.image_size, args.skip_bad_images)
+        else:
+            pairs = load_pairs(args.dataset, args.data_path, args.image_size, args.split, args.num_pairs, args.seed,
+                               args.num_images)
+        encoder = load_encoder(args, device, log, projector=False)
+        if args.pca:
+            path, found = pca_run(encoder, dataset, run_slug(args.model), args.pca, args.precision, args.output_dir)
+            log(f"principal components of {len(dataset)} images in {path}")
+            line = start_line("pca", args, encoder) | found
+        else:
+            layers = choose_layers(args.layers, encoder.depth)
+            line = start_line("transfer", args, encoder) | transfer(
+                encoder, pairs, layers, args.norm, args.match, args.batch_size, args.workers, args.precision,
+                args.pictures, args.output_dir / f"{run_slug(args.model)}_{args.dataset}", log)
+            log(run_title(line))
+        log.open(args.output_dir)
+        append_result(args.output_dir, line | {"seconds": time.monotonic() - started})
+        return
+
     # Features: from files, or encoded here
     if args.load_features:
         sources = [load_features(path) for path in args.load_features]
     else:
         dataset = open_retrieval(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
-                               args.seed, args.skip_bad_images)
+                                 args.seed, args.skip_bad_images, args.image_size)
         # The paper's table has a projected column wherever the official full file has a projector.
         official = args.weights == "official" and args.model in WITH_PROJECTOR
         projector = "projected" in args.features if args.features else official or None

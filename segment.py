@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from datasets.segmentation import PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_segmentation
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
-from models import METHODS, Encoder, load_encoder
+from models import METHODS, Encoder, choose_layers, load_encoder
 from models.knn_segmentation import NEIGHBOURS, KNNSegmenter, fill_memory
 from models.probes import BatchNorm
 from models.segmentation_head import LinearHead, upsampled_cross_entropy
@@ -48,8 +48,6 @@ from utils.run import (
 )
 from utils.storage import atomic_write
 
-# The blocks after which features are taken, as shares of the depth: 3 5 7 11 of 12 blocks, 7 11 15 23 of 24.
-DEPTH_SHARES = (4 / 12, 6 / 12, 8 / 12, 1)
 # The study decays the bias too, but not in its configurations of these methods.
 NO_BIAS_DECAY = ("mae", "beit", "cae")
 # Logits of one pass over sliding windows, in bytes.
@@ -490,17 +488,6 @@ def open_training(dataset: str, data_path: Path | None, names: Sequence[str], se
     count = max(1, len(split) // 10)
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed)).tolist()
     return split.subset(sorted(order[count:])), split.subset(sorted(order[:count]))
-
-
-def choose_layers(words: Sequence[str] | None, depth: int) -> list[int]:
-    """Blocks by number, "last", "last4", or None for the paper's shares of the depth. Raises UserError."""
-    if words is None:
-        return sorted({round(share * depth) - 1 for share in DEPTH_SHARES})
-    if list(words) in (["last"], ["last4"]):
-        return list(range(depth - (1 if words[0] == "last" else 4), depth))
-    if not all(word.isdigit() and int(word) < depth for word in words):
-        raise UserError(f"--layers {' '.join(words)}: this encoder has blocks 0 to {depth - 1}; or use last or last4")
-    return [int(word) for word in words]
 
 
 def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:

@@ -19,29 +19,30 @@ CLASSIFICATION_IMAGES = ("imagenet", "folder", "synthetic-species")
 
 
 def open_classification(name: str, data_path: Path | None, crop_scale: float = 0.5,
-                        skip_bad_images: bool = False) -> tuple[PatchDataset, PatchDataset]:
+                        skip_bad_images: bool = False, image_size: int = 224) -> tuple[PatchDataset, PatchDataset]:
     """(training set, test set). CLASSIFICATION_PARTS: Resize(256) and CenterCrop(224) for training, Resize(224) for
-    test. CLASSIFICATION_IMAGES: Resize(256) and CenterCrop(224) for both.
+    test. CLASSIFICATION_IMAGES: Resize(256) and CenterCrop(224) for both. Other image sizes in proportion.
 
     Test labels are indices into the classes of the training set. Raises UserError for a missing folder or another
     layout, an empty split, and a class that is in the test set and not in the training set.
     """
     check_data_path(name, data_path)
+    cropped = resize_center_crop(round(image_size * 256 / 224), image_size)
     folder = partial(load_image_folder, data_path)
     load, *test_splits = {
         "cub": (partial(load_cub, data_path), "test"), "coco": (partial(load_coco, data_path), "val"),
         "synthetic": (load_synthetic_patches, "test"), "synthetic-species": (load_synthetic_species, "test"),
         "imagenet": (folder, "val"), "folder": (folder, "val", "test")}[name]
-    test_split, test_transform = test_splits[0], resize_center_crop()
+    test_split, test_transform = test_splits[0], cropped
     if name in CLASSIFICATION_PARTS:
-        load, test_transform = partial(load, crop_scale=crop_scale), resize_square()
+        load, test_transform = partial(load, crop_scale=crop_scale), resize_square(image_size)
     elif load is folder:
         test_split = next((split for split in test_splits if (data_path / split).is_dir()), None)
         if test_split is None:
             raise UserError(f"{data_path} has no folder {' or '.join(test_splits)}; --data-path must be a folder with "
                             f"train/CLASS/*.JPEG and {' or '.join(f'{split}/CLASS/*.JPEG' for split in test_splits)}")
     train, test = (load(split, transform=transform, skip_bad_images=skip_bad_images)
-                   for split, transform in (("train", resize_center_crop()), (test_split, test_transform)))
+                   for split, transform in (("train", cropped), (test_split, test_transform)))
     check_classes(train, test)
     return train, test
 

@@ -48,16 +48,16 @@ def list_images(folder: str | Path, num_images: int | None = None, seed: int = 0
     return [paths[index] for index in sorted(chosen.tolist())]
 
 
-def grid_patches(image: Image.Image) -> torch.Tensor:
-    """The 49 patches of the paper's picture sheets (appendix A.5): short side to 256, central 224 x 224, enlarged to
-    896 x 896, in windows of 224 with stride 112. Bicubic (Pillow).
+def grid_patches(image: Image.Image, size: int = 224) -> torch.Tensor:
+    """The 49 patches of the paper's sheets (appendix A.5): the central 224 x 224 of the image at a short side of 256,
+    enlarged to 4 x size, in windows of size with stride size / 2. Bicubic, by Pillow.
 
-    image: PIL, RGB. Returns uint8 [49, 3, 224, 224], in the order of GRID_BOXES.
+    image: PIL, RGB. size: even. Returns uint8 [49, 3, size, size], in the order of GRID_BOXES.
     """
     bicubic = InterpolationMode.BICUBIC
-    image = F.resize(F.center_crop(F.resize(image, 256, bicubic), 224), 896, bicubic)
-    windows = F.pil_to_tensor(image).unfold(1, 224, 112).unfold(2, 224, 112)
-    return windows.permute(1, 2, 0, 3, 4).reshape(49, 3, 224, 224)
+    image = F.resize(F.center_crop(F.resize(image, 256, bicubic), 224), 4 * size, bicubic)
+    windows = F.pil_to_tensor(image).unfold(1, size, size // 2).unfold(2, size, size // 2)
+    return windows.permute(1, 2, 0, 3, 4).reshape(49, 3, size, size)
 
 
 def shown_image(path: str) -> Image.Image:
@@ -81,12 +81,14 @@ def query_image(path: str, position: int) -> Image.Image:
 class GridDataset(PatchDataset):
     """Images cut into their grid patches; the boxes are GRID_BOXES, in the 224 x 224 image, not in the original."""
 
+    image_size = 224
+
     def cut(self, image: Image.Image, boxes: Sequence[tuple] | None) -> torch.Tensor:
-        return grid_patches(image)
+        return grid_patches(image, self.image_size)
 
 
 def load_grid(root: str | Path, skip_bad_images: bool = False, num_images: int | None = None,
-              seed: int = 0) -> GridDataset:
+              seed: int = 0, image_size: int = 224) -> GridDataset:
     """The grid patches of the images that list_images gives, with class folders or without; all of one class, "patch".
 
     Raises UserError where there is no image.
@@ -96,4 +98,6 @@ def load_grid(root: str | Path, skip_bad_images: bool = False, num_images: int |
         raise UserError(f"no image ({', '.join(IMG_EXTENSIONS)}) below {root}; --data-path must be a folder of images")
     labels = [0] * len(GRID_BOXES)
     images = [PatchImage(path, GRID_BOXES, labels) for path in paths]
-    return GridDataset(images, ["patch"], skip_bad_images=skip_bad_images)
+    dataset = GridDataset(images, ["patch"], skip_bad_images=skip_bad_images)
+    dataset.image_size = image_size
+    return dataset

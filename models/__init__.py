@@ -2,7 +2,7 @@
 
 import argparse
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from .encoder import CheckpointError, Encoder
 
 METHODS = ("deit", "mocov3", "dino", "beit", "mae", "cae", "ibot")
 WITH_PROJECTOR = ("mocov3", "dino", "ibot")
+# The blocks after which the paper's segmentation takes features, as shares of the depth: 3 5 7 11 of 12.
+DEPTH_SHARES = (4 / 12, 6 / 12, 8 / 12, 1)
 
-__all__ = ["METHODS", "WITH_PROJECTOR", "CheckpointError", "Encoder", "build_model", "load_encoder"]
+__all__ = ["METHODS", "WITH_PROJECTOR", "CheckpointError", "Encoder", "build_model", "choose_layers", "load_encoder"]
 
 
 def build_model(name: str, weights: str = "official", num_heads: int | None = None, *, projector: bool | None = None,
@@ -67,6 +69,20 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
     if decoder and not getattr(encoder, "has_decoder", False):
         raise CheckpointError(f"{encoder.weights} has no decoder; MAE's mae_pretrain_vit_base_full.pth has one")
     return encoder
+
+
+def choose_layers(words: Sequence[str] | None, depth: int) -> list[int]:
+    """0-based blocks of an encoder of that depth: numbers, "last", "last4", "all", or None for the paper's shares of
+    the depth (7 11 15 23 of 24). Raises UserError."""
+    named = {"last": range(depth - 1, depth), "last4": range(max(0, depth - 4), depth), "all": range(depth)}
+    if words is None:
+        return sorted({round(share * depth) - 1 for share in DEPTH_SHARES})
+    if len(words) == 1 and words[0] in named:
+        return list(named[words[0]])
+    if not all(word.isdigit() and int(word) < depth for word in words):
+        raise UserError(f"--layers {' '.join(words)}: this encoder has blocks 0 to {depth - 1}; or use "
+                        f"{', '.join(named)}")
+    return [int(word) for word in words]
 
 
 def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[str], None], **options) -> Encoder:

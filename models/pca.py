@@ -7,11 +7,16 @@ a row, not between rows.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
+from utils.run import autocast
+from utils.storage import atomic_write
+
+from .encoder import Encoder
 
 
 def principal_components(features: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,3 +99,26 @@ def draw_sheet(images: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> Image.
             sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST),
                         (margin + column * (width + gap), top))
     return sheet
+
+
+@torch.inference_mode()
+def pca_run(encoder: Encoder, dataset, name: str, foreground: str, precision: str, folder: Path) -> tuple[Path, dict]:
+    """Colours the images of a data set of whole images, keeps the colours in folder/pca_NAME.pt, and draws
+    folder/pca.png with a row for each model whose file there is of the same images. Returns its path and what a results
+    line says. Raises UserError."""
+    images = next(dataset.batches(range(len(dataset)), dataset.num_patches, 0))[0]
+    with autocast(encoder.mean.device, precision):
+        batch = encoder.preprocess(images.to(encoder.mean.device))
+        tokens = torch.cat([encoder(part)[:, 1:] for part in batch.split(16)]).unflatten(1, encoder.grid(batch))
+    colours, mask, ratios = token_colours(tokens.float(), foreground)
+    key = {"images": [image.path for image in dataset.images], "size": list(images.shape), "foreground": foreground}
+    atomic_write(folder / f"pca_{name}.pt", lambda path: torch.save({**key, "colours": colours}, path))
+    rows = {}
+    for path in sorted(folder.glob("pca_*.pt")):
+        content = torch.load(path, weights_only=True)
+        if {part: content[part] for part in key} == key:
+            rows[path.stem.removeprefix("pca_")] = content["colours"]
+    sheet, path = draw_sheet(images, rows), folder / "pca.png"
+    atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    return path, {"num_images": len(images), "foreground": foreground, "explained_variance": ratios,
+                  "foreground_share": mask.double().mean().item(), "rows": list(rows)}

@@ -392,7 +392,7 @@ def test_both_probes_in_one_run(finished, monkeypatch, lip, tmp_path):
     (None, 12, [3, 5, 7, 11]), (None, 24, [7, 11, 15, 23]), (["last"], 12, [11]), (["last4"], 24, [20, 21, 22, 23]),
     (["2", "0"], 4, [2, 0])])
 def test_layers_by_share_of_depth(words, depth, layers):
-    assert segment.choose_layers(words, depth) == layers
+    assert models.choose_layers(words, depth) == layers
 
 
 def worker(rank, world, port, lines):
@@ -533,7 +533,7 @@ def test_the_authors_metrics_take_a_label_equal_to_the_class_count(monkeypatch, 
     (("--cache", "gpu"), "no GPU"),
     (("--lr", "1e30"), "the loss is"),
     (("--probe", "knn", "--memory-size", "4"), "--memory-size 4 is less than one patch"),
-    (("--layers", "first"), "use last or last4"),
+    (("--layers", "first"), "use last, last4"),
 ])
 def test_mistakes_are_one_line(monkeypatch, capsys, lip, tmp_path, more, words):
     data = tmp_path if more == ("--dataset", "ade20k") else lip

@@ -60,19 +60,22 @@ def plot(path: Path, width: float, height: float) -> Iterator:
             raise UserError(f"{path} cannot be written ({error.strerror or error}); name another file") from None
 
 
-def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]], chosen: tuple[str, int]) -> None:
-    """Plots curves by name, in percent, one value per epoch. chosen: the name of a curve and its epoch, from 1."""
+def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]], chosen: tuple[str, int] | None = None,
+                first: int = 1, xlabel: str = "epoch", ylabel: str = "accuracy, percent") -> None:
+    """Plots curves by name, one value per epoch or layer, counted from first. chosen: a curve's name and its epoch."""
     # Room for a legend of any length.
     with plot(path, COLUMN, max(28 / 15, 0.7 + 0.125 * len(curves))) as figure:
         figure.suptitle(textwrap.fill(title, 60), x=0.01, ha="left", fontsize=7)
-        axes = figure.add_subplot(xlabel="epoch", ylabel="accuracy, percent")
+        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         axes.grid(axis="y")
         axes.xaxis.get_major_locator().set_params(integer=True)
         for number, (name, values) in enumerate(curves.items()):
-            axes.plot(range(1, len(values) + 1), values, label=name, color=COLOURS[number % 10], markersize=3,
+            axes.plot(range(first, len(values) + first), values, label=name, color=COLOURS[number % 10], markersize=3,
                       linestyle=("-", "--", ":")[number // 10 % 3], marker="." if len(values) < 30 else "")
-        name, epoch = chosen
-        axes.plot(epoch, curves[name][epoch - 1], "o", markersize=6, fillstyle="none", color="black", label="chosen")
+        if chosen:
+            name, epoch = chosen
+            axes.plot(epoch, curves[name][epoch - first], "o", markersize=6, fillstyle="none", color="black",
+                      label="chosen")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 

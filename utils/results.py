@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,11 @@ def revision() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def run_slug(name: str) -> str:
+    """A run's name as the beginning of file names: timm/vit_tiny -> timm-vit_tiny."""
+    return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def args_to_json(args: Namespace) -> dict:

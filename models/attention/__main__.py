@@ -37,14 +37,12 @@ processes, beyond rounding. The queries of receptive fields are the same patches
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from datasets.imagenet import list_images
-from datasets.patches import PatchDataset, PatchImage, resize_center_crop
-from datasets.synthetic import draw_image, image_seeds
+from datasets.patches import PatchDataset
+from datasets.retrieval import open_images
 from utils import UserError
 from utils.distributed import is_main, shard, world_size
 from utils.drawing import require_matplotlib
@@ -112,23 +110,6 @@ def add_decoder(encoder: Encoder, images: torch.Tensor, latent: torch.Tensor | N
             for name, magnitude in (("receptive_field", patch_norms(pixels, encoder.patch_size)),
                                     ("receptive_field_tokens", tokens)):
                 add_centred(sums.fields[name], magnitude, 1 - mask, query, sums.grid)
-
-
-def load_images(root: Path | None, name: str, size: int, num_images: int, seed: int, skip_bad_images: bool,
-                ) -> PatchDataset:
-    """Whole images, size x size: a seeded sample of those below root, or drawn ones. Raises UserError."""
-    if name == "synthetic":
-        paths, options = image_seeds("test", num_images, seed), {"load": draw_image}
-    elif root is None:
-        raise UserError("--data-path is missing: give a folder of images, or --dataset synthetic, which needs none")
-    else:
-        paths, options = list_images(root), {"skip_bad_images": skip_bad_images}
-        if not paths:
-            raise UserError(f"no image below {root}; --data-path must be a folder of images")
-        chosen = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[:num_images]
-        paths = [paths[index] for index in sorted(chosen.tolist())]
-    images = [PatchImage(path, None, [0]) for path in paths]
-    return PatchDataset(images, ["image"], resize_center_crop(round(size * 256 / 224), size), **options)
 
 
 def sum_attention(encoder: Encoder, dataset: PatchDataset, grid: tuple[int, int], ratios: Sequence[float],
@@ -223,7 +204,7 @@ def main() -> None:
     log(check_memory(encoder, len(ratios), count, device))
 
     # Sums over the images
-    dataset = load_images(args.data_path, args.dataset, size, args.num_images, args.seed, args.skip_bad_images)
+    dataset = open_images(args.dataset, args.data_path, args.num_images, args.seed, size, args.skip_bad_images)
     sums = sum_attention(encoder, dataset, grid, ratios, args.queries, args.batch_size, args.workers, args.precision,
                          args.seed, device)
 
