@@ -171,16 +171,6 @@ def pck(right: torch.Tensor, pair: torch.Tensor, groups: Mapping[str, Sequence[s
     return result
 
 
-def choose_blocks(words: Sequence[str], depth: int) -> list[int]:
-    """Blocks by number, from 0, "last", or "all", in ascending order. Raises UserError."""
-    named = {"last": [depth - 1], "all": range(depth), **{str(block): [block] for block in range(depth)}}
-    try:
-        return sorted({block for word in words for block in named[word]})
-    except KeyError as error:
-        raise UserError(f"--layers {error.args[0]}: this encoder has blocks 0 to {depth - 1}; or use last or all"
-                        ) from None
-
-
 @torch.inference_mode()
 def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, match: str, batch_size: int, workers: int,
                  precision: str, log: Callable[[str], None]) -> tuple[dict, torch.Tensor]:
@@ -189,18 +179,20 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     Each process has a contiguous share of the pairs, which are sorted by category, and encodes what images the share
     needs, each once: only the images of a category that is cut apart are encoded by several. Tokens are held for a
     category at a time, on the encoder's device; where all layers do not fit, in several passes over the images.
-    layers: 0-based blocks, ascending. norm: apply the encoder's final norm. batch_size: over all processes, in images
-    of 224 x 224; of larger ones proportionally fewer.
+    layers: 0-based blocks. norm: apply the encoder's final norm. batch_size: over all processes, in images of 224 x
+    224; of larger ones proportionally fewer.
 
     Returns the metrics of a results line and the predictions of the last layer, float64 [n, 2] in pixels. The metrics
     are pck's of the last layer, by_layer where there are several, what a random cell (chance) and the source's own
     coordinates (same_place) give, and the protocol in words. Raises UserError.
     """
     device, size, patch = next(encoder.parameters()).device, pairs.image_size, encoder.patch_size
-    grid = (size // patch, size // patch)
+    layers, grid = sorted(set(layers)), (size // patch, size // patch)
     if size % patch:
         raise UserError(f"--image-size {size} is not divisible by the patch size {patch}; "
                         f"use {max(1, round(size / patch)) * patch}")
+    if not layers or layers[0] < 0 or layers[-1] >= encoder.depth:
+        raise UserError(f"--layers {' '.join(map(str, layers))}: this encoder has blocks 0 to {encoder.depth - 1}")
     share = shard(len(pairs.pairs))
     mine = (pairs.pair >= share.start) & (pairs.pair < share.stop)
     points_of = [(mine & (pairs.category[pairs.pair] == category)).nonzero()[:, 0]

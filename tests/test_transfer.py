@@ -17,7 +17,6 @@ from datasets.synthetic import draw_figure
 from models import build_model, transfer
 from models.transfer import (
     chance,
-    choose_blocks,
     draw_pairs,
     draw_transfer,
     match_points,
@@ -145,7 +144,7 @@ def test_a_whole_run_equals_a_slow_loop(match):
     pairs = load_synthetic_pairs(96, 30, num_images=14)
     encoder = PixelEncoder()
     norm = match == "cell"
-    metrics, predicted = run(encoder, pairs, layers=(0, 2), match=match, norm=norm)
+    metrics, predicted = run(encoder, pairs, layers=(2, 0), match=match, norm=norm)
     assert encoder.encoded == len(pairs.images) <= 14  # each once, for both blocks
     right, total, per_pair = 0, 0, []
     for pair in pairs.pairs:
@@ -242,16 +241,10 @@ def test_layers_that_do_not_fit_take_passes(monkeypatch):
         run(encoder, pairs)
 
 
-def test_blocks_by_name_and_number():
-    assert choose_blocks(["last"], 12) == [11] and choose_blocks(["all"], 3) == [0, 1, 2]
-    assert choose_blocks(["last", "7", "3", "7"], 12) == [3, 7, 11]
-    for word in ("12", "-1", "first", "1.5"):
-        with pytest.raises(UserError, match=f"--layers {word}: this encoder has blocks 0 to 11"):
-            choose_blocks(["0", word], 12)
-
-
 def test_mistakes_of_a_run():
     pairs = load_synthetic_pairs(64, 3, num_images=8)
+    with pytest.raises(UserError, match="blocks 0 to 2"):
+        run(PixelEncoder(), pairs, layers=(3,))
     with pytest.raises(UserError, match="not divisible by the patch size 24; use 72"):
         run(PixelEncoder(patch_size=24), pairs)
     broken = PixelEncoder()
