@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from utils import UserError
 
 from . import check_data_path
-from .cub import read_rows
+from .cub import check_complete, read_rows
 from .patches import BAD_IMAGE, PatchDataset, PatchImage, reason
 from .synthetic import OBJECT_NAMES, compose, draw_image, image_seeds
 
@@ -191,24 +191,23 @@ def load_cub_pairs(root: str | Path, image_size: int, num_pairs: int, seed: int 
                             f"{', '.join(columns)}, images/CLASS/*.jpg}}")
     names, split, boxes, parts = ([row[1:] for row in read_rows(root / name, **kinds)]
                                   for name, kinds in columns.items())
-    test, boxes = {image for image, training in split if not training}, {image: box for image, *box in boxes}
+    names, split, boxes = dict(names), dict(split), {image: box for image, *box in boxes}
+    for name, found in (("train_test_split.txt", split), ("bounding_boxes.txt", boxes)):
+        check_complete(root / name, names, found)
     points, by_species = {}, {}
     for image, part, x, y, visible in parts:
         if visible == 1:
             points.setdefault(image, {})[part] = (x, y)
-    for image, name in names:
-        if image in test and image in points:
+    for image, name in names.items():
+        if not split[image] and image in points:
             by_species.setdefault(name.split("/")[0], []).append(image)
     candidates = [(species, source, target) for species, images in by_species.items()
                   for source, target in permutations(images, 2) if points[source].keys() & points[target].keys()]
-    names, pairs = dict(names), []
+    pairs = []
     for species, source, target in draw(candidates, num_pairs, seed):
-        label = f"{names[source]} to {names[target]}"
-        if target not in boxes:
-            raise UserError(f"pair {label}: {root / 'bounding_boxes.txt'} has no line of image {target}; "
-                            "unpack the data set again")
         shared, (x, y, width, height) = sorted(points[source].keys() & points[target].keys()), boxes[target]
-        pairs.append(Pair(label, species, *(str(root / "images" / names[image]) for image in (source, target)),
+        pairs.append(Pair(f"{names[source]} to {names[target]}", species,
+                          *(str(root / "images" / names[image]) for image in (source, target)),
                           *([points[image][part] for part in shared] for image in (source, target)),
                           (x, y, x + width, y + height), {}))
     return PairDataset(pairs, image_size)
