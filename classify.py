@@ -181,6 +181,7 @@ def memory_peak(device: torch.device) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises UserError for values that cannot be."""
     parser = OneLineParser(__doc__)
     add_common_arguments(parser, METHODS, CLASSIFICATION_PARTS + CLASSIFICATION_IMAGES, batch_size=None)
     group = parser.add_argument_group("probing")
@@ -410,8 +411,8 @@ def main() -> None:
         return
 
     # Probes, new or as the checkpoint of a stopped run left them
-    num_train = int((~held_out).sum())
-    recipes = RECIPES["images" if args.dataset in CLASSIFICATION_IMAGES else "parts"]
+    num_train, whole_images = int((~held_out).sum()), args.dataset in CLASSIFICATION_IMAGES
+    recipes = RECIPES["images" if whole_images else "parts"]
     probes = make_probes([kind for kind in args.probe if kind != "knn"], recipes, args.batch_size, args.lr,
                          range(args.seed, args.seed + args.seeds), args.epochs, num_train, encoder,
                          len(train.classes), log)
@@ -422,7 +423,7 @@ def main() -> None:
     done = load_checkpoint(checkpoint, settings, probes, log) if args.resume else 0
 
     # Features
-    augmented = args.dataset in CLASSIFICATION_IMAGES and not args.no_augment
+    augmented = whole_images and not args.no_augment
     training, holding, choosing, testing = encode_subsets(encode, train, test, held_out, args.probe, augmented)
     log.open(args.output_dir)
     line |= {"num_train": len(training.ids), "num_held_out": len(holding.ids), "num_test": len(testing.ids),

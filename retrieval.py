@@ -1,13 +1,15 @@
-"""Part retrieval with a frozen encoder: average precision of every patch as a query, and picture sheets.
+"""Parts found by similarity alone: retrieval of part patches, keypoint transfer between images, picture sheets.
 
     python retrieval.py --model ibot --weights random                     nothing downloaded: synthetic data, control
     python retrieval.py --model ibot --dataset cub --data-path CUB_200_2011
     torchrun --nproc-per-node 8 retrieval.py --model dino --dataset coco --data-path coco
     python retrieval.py --model mae --dataset imagenet --data-path imagenet/val --queries 10     picture sheets
+    python retrieval.py --model ibot --dataset spair --data-path SPair-71k --image-size 768      keypoint transfer
     python retrieval.py --table                                           the paper's table 3 beside our results
 
-Protocol: paper, section 4.2 and table 3 (left); pictures: figures 2, 4, 7 and 8. Final normalised tokens, no training,
-cosine similarity; "encoded" is the better of the class token and the mean of the patch tokens.
+Protocol of retrieval: paper, section 4.2 and table 3 (left); sheets: figures 2, 4, 7 and 8. Final normalised tokens, no
+training, cosine similarity; "encoded" is the better of the class token and the mean of the patch tokens. Keypoint
+transfer and principal components are not in the paper: models/transfer.py and models/pca.py say how they are measured.
 """
 
 import argparse
@@ -72,7 +74,7 @@ def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: 
         return result
     # Rows sorted by class: the positives of a query are one slice of its similarities.
     order = labels.argsort(stable=True)
-    place = order.argsort()
+    position = order.argsort()
     order = order.to(device)
 
     # One block of columns that stays on the device where it fits, else blocks brought in anew for every chunk of
@@ -90,7 +92,7 @@ def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: 
         start = int((labels < label).sum())
         stop = start + int((labels == label).sum())
         for chunk in (labels[queries] == label).nonzero()[:, 0].split(rows_per_chunk(len(features), device)):
-            at = place[queries[chunk]].to(device)
+            at = position[queries[chunk]].to(device)
             similarity = torch.empty(len(chunk), len(features), device=device)
             blocks = held or ((part.to(device, torch.float32) / norms)[order] for part in parts)
             for number, block in enumerate(blocks):
@@ -174,7 +176,7 @@ def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[s
     """Encodes this process's share of the images, each decoded once.
 
     features: of "cls", "avg", "projected". batch_size: patches, over all processes. Returns {feature: [n, D]}, float32
-    on the device, and the ids [n] of the patches, rising; patches of skipped images are absent.
+    on the device, and the ids [n] of the patches, ascending; patches of skipped images are absent.
     """
     share = shard(len(dataset))
     total = int(dataset.first_id[share.stop] - dataset.first_id[share.start])
@@ -239,7 +241,7 @@ def check_memory(num_patches: int, width: int, device: torch.device) -> str:
 
 
 def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None, seed: int, device: torch.device,
-            log: Log) -> dict:
+                      log: Log) -> dict:
     """AP and mAP of every feature of a source, all processes together; returns the metrics of a results line."""
     log(f"{run_title(source)}, {source['precision']}")
     ids = gather_rows(source["ids"].to(device)).cpu()
@@ -259,7 +261,7 @@ def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None
             ap = average_precision(gather_rows(rows.to(device)), labels, queries=mine, exclude_query=exclude_query)
         except ValueError as error:
             raise UserError(f"{source['model']} at {source['precision']}, {name}: {error}; "
-                            "take --precision fp32") from None
+                            "use --precision fp32") from None
         ap = gather_rows(ap.to(device) if device.type == "cuda" else ap).cpu()
         metrics[f"ap_{name}"], metrics[f"map_{name}"] = mean_average_precision(ap, labels[queries])
         line = f"{name:>10}  AP {metrics[f'ap_{name}']:6.2f}  mAP {metrics[f'map_{name}']:6.2f}"
@@ -420,26 +422,24 @@ def main() -> None:
         return
     device, log = setup(args)
 
-    # Keypoint transfer and principal components look at whole images
-    if args.dataset in PAIR_DATASETS or args.pca:
-        pairs = dataset = None
-        if args.pca:
-            dataset = open_images(args.dataset, args.data_path, args.num_images or 6, args.seed,
-                                  args.image_size, args.skip_bad_images)
-        else:
-            pairs = load_pairs(args.dataset, args.data_path, args.image_size, args.split, args.num_pairs, args.seed,
-                               args.num_images)
+    # Whole images: keypoint transfer, or principal components
+    if args.dataset in PAIR_DATASETS:
+        pairs = load_pairs(args.dataset, args.data_path, args.image_size, args.split, args.num_pairs, args.seed,
+                           args.num_images)
         encoder = load_encoder(args, device, log, projector=False)
-        if args.pca:
-            path, found = pca_run(encoder, dataset, run_slug(args.name), args.pca, args.precision, args.output_dir)
-            log(f"principal components of {len(dataset)} images in {path}")
-            line = start_line("pca", args, encoder) | found
-        else:
-            layers = choose_layers(args.layers, encoder.depth)
-            line = start_line("transfer", args, encoder) | transfer(
-                encoder, pairs, layers, args.norm, args.match, args.batch_size, args.workers, args.precision,
-                args.pictures, args.output_dir / f"{run_slug(args.name)}_{args.dataset}", log)
-            log(run_title(line))
+        line = start_line("transfer", args, encoder)
+        log(run_title(line))
+        line |= transfer(encoder, pairs, choose_layers(args.layers, encoder.depth), args.norm, args.match,
+                         args.batch_size, args.workers, args.precision, args.pictures,
+                         args.output_dir / f"{run_slug(args.name)}_{args.dataset}", log)
+    elif args.pca:
+        images = open_images(args.dataset, args.data_path, args.num_images or 6, args.seed, args.image_size,
+                             args.skip_bad_images)
+        encoder = load_encoder(args, device, log, projector=False)
+        path, found = pca_run(encoder, images, run_slug(args.name), args.pca, args.precision, args.output_dir)
+        line = start_line("pca", args, encoder) | found
+        log(f"principal components of {len(images)} images in {path}")
+    if args.dataset in PAIR_DATASETS or args.pca:
         log.open(args.output_dir)
         append_result(args.output_dir, line | {"seconds": time.monotonic() - started})
         return

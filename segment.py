@@ -7,8 +7,8 @@
     python segment.py --table --figure6 figure6.png                       tables 2, 4, 5, 6 and figure 6
 
 Protocol: paper, sections 4.1 and 4.2, appendix A.4; numbers as in its authors' configurations. Every sample is a
-pure function of seed, iteration and place in the batch, so neither the number of processes nor a kill changes what is
-trained on.
+pure function of seed, iteration and position in the batch, so neither the number of processes nor a kill changes what
+is trained on. --probe knn fills a memory with patches instead of training a head (models/knn_segmentation.py).
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets.segmentation import PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_segmentation
+from datasets.segmentation import PARTIMAGENET_NOTE, PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_segmentation
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from models import METHODS, Encoder, choose_layers, load_encoder
@@ -47,6 +47,7 @@ WINDOW_BYTES = {"cuda": 8 << 30, "cpu": 512 << 20}
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line. Raises UserError for values that cannot be."""
     parser = OneLineParser(__doc__, prog="segment.py")
     add_common_arguments(parser, METHODS, tuple(PROTOCOLS), batch_size=16)
     group = parser.add_argument_group("probes")
@@ -286,11 +287,11 @@ def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
 def main() -> None:
     """Trains or loads a linear head, or fills a memory of patches, tests, and writes a results line for each probe."""
     args, started = parse_arguments(), time.monotonic()
+    if args.table:
+        print(paper_tables("segment", args.output_dir))
+    if args.figure6:
+        draw_figure6(args.figure6, figure6_panels(args.output_dir))
     if args.table or args.figure6:
-        if args.table:
-            print(paper_tables("segment", args.output_dir))
-        if args.figure6:
-            draw_figure6(args.figure6, figure6_panels(args.output_dir))
         return
     device, log = setup(args)
     if args.batch_size < world_size():
@@ -301,6 +302,8 @@ def main() -> None:
     names, train_split, held_out = test_split.names, None, None
     if not args.evaluate:
         train_split, held_out = open_training(args.dataset, args.data_path, names, args.select, args.seed)
+    if args.dataset.startswith("partimagenet"):
+        log(PARTIMAGENET_NOTE)
     encoder = load_encoder(args, device, log, projector=False)
     if args.crop_size % encoder.patch_size:
         raise UserError(f"--crop-size {args.crop_size} is not divisible by the patch size {encoder.patch_size}")
