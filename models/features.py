@@ -1,8 +1,7 @@
-"""Final tokens of a data set, each image decoded and encoded once: on the GPU, in host memory, or in a mapped file.
+"""Final tokens of a datasets.patches.PatchDataset, each image encoded once: on the GPU, in memory, or in a mapped file.
 
-Every process holds the features of its own contiguous share of the images. Tokens are kept layer-normalised, as
-attentive heads use them, in the type of the run's precision (float32, bfloat16, float16); class tokens as the encoder
-gives them. A data set here is what datasets.patches.PatchDataset is.
+Every process holds the features of its own contiguous share of the images, in the type of the run's precision: tokens
+layer-normalised, as attentive heads use them, class tokens as the encoder gives them.
 """
 
 import fcntl
@@ -13,9 +12,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import timm
 import torch
@@ -32,9 +32,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Batch(NamedTuple):
-    """This process's part of a global batch: tokens[rows], or all tokens where rows is None, and their labels.
+    """This process's part of a global batch: tokens[rows] (all where rows is None) and their labels.
 
-    tokens [M, N, D]: normalised; or raw class tokens [M, 1, D], for heads that use no others.
+    tokens: normalised [M, N, D], or class tokens as they are [M, 1, D], for heads that use no others.
     """
     tokens: torch.Tensor
     rows: torch.Tensor | None
@@ -49,10 +49,10 @@ class Encoded(NamedTuple):
 
 @dataclass
 class Features:
-    """This process's rows: of the patches with ids first_id, first_id + 1, and so on.
+    """The rows of this process: of the patches with ids first_id, first_id + 1, and so on.
 
-    labels int64 [n] and cls [n, D] lie on the device, tokens [n, N, D], or None, where they have room. missing: ids, of
-    all processes, without features because their image could not be decoded.
+    labels int64 [n] and cls [n, D] lie on the device, tokens ([n, N, D] or None) where they have room. missing: ids of
+    all processes whose image could not be decoded.
     """
 
     first_id: int
@@ -62,15 +62,13 @@ class Features:
     missing: torch.Tensor
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Those of the ids that this process holds, as sorted row numbers, on the CPU."""
+        """Sorted row numbers, on the CPU, of those ids that this process holds."""
         rows = ids - self.first_id
         return rows[(rows >= 0) & (rows < len(self.labels))].sort().values
 
     def batches(self, steps: Sequence[torch.Tensor], with_tokens: bool) -> Iterator[Batch]:
-        """This process's part of each global batch of ids; with_tokens: all tokens, else the class token.
-
-        Tokens that lie elsewhere are fetched by a thread, one step ahead.
-        """
+        """This process's part of each global batch of ids; with_tokens: all tokens, else the class token. Tokens that
+        do not lie on the device are copied there by a thread, one step ahead."""
         device = self.labels.device
         if not with_tokens or self.tokens.device == device:
             tokens = self.tokens if with_tokens else self.cls[:, None]
@@ -94,11 +92,10 @@ class Features:
         # CUDA's current device is a thread's own.
         with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
             ahead = thread.submit(fetch, steps[0])
-            for index in range(len(steps)):
-                batch = ahead.result()
-                if index + 1 < len(steps):
-                    ahead = thread.submit(fetch, steps[index + 1])
-                yield batch
+            for ids in steps[1:]:
+                batch, ahead = ahead, thread.submit(fetch, ids)
+                yield batch.result()
+            yield ahead.result()
 
 
 def decoded_ids(dataset, features: Features) -> torch.Tensor:
@@ -124,41 +121,36 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
     """Features of a data set whose transform is deterministic, from one pass over its images, or from a kept cache.
 
     label: the data set's name in messages. with_tokens: all tokens, else the class token only. tier: where tokens live
-    (utils.storage.allocate). folder: for a mapped file. keep: folder of kept caches, or None.
-    Raises UserError where there is no room anywhere, or no finite feature.
+    (utils.storage.allocate). folder: of a mapped file. keep: folder of kept caches, or None.
+    Raises UserError where there is no room anywhere, or a feature is not finite.
     """
-    device = next(encoder.parameters()).device
-    images = shard(len(dataset))
+    device, dtype, width = next(encoder.parameters()).device, DTYPES[precision], encoder.embed_dim
+    images, length = shard(len(dataset)), 1 + (image_size // encoder.patch_size) ** 2
     start, stop = int(dataset.first_id[images.start]), int(dataset.first_id[images.stop])
-    shapes = {"cls": ((encoder.embed_dim,), DTYPES[precision]), "decoded": ((), torch.uint8)}
-    length = 1 + (image_size // encoder.patch_size) ** 2
+    arrays = {"cls": torch.zeros(stop - start, width, dtype=dtype, device=device),
+              "decoded": torch.zeros(stop - start, dtype=torch.uint8, device=device)}
+    full = {"cls": ((dataset.num_patches, width), dtype), "decoded": ((dataset.num_patches,), torch.uint8)}
     if with_tokens:
-        shapes["tokens"] = ((length, encoder.embed_dim), DTYPES[precision])
+        full["tokens"] = ((dataset.num_patches, length, width), dtype)
 
     kept = None
     if keep:
-        name = fingerprint(encoder, dataset, precision, with_tokens)[:20]
-        path = keep / f"{name}-{'tokens' if with_tokens else 'cls'}"
-        kept = FeatureCache.open(path, shapes, dataset.num_patches, log)
-    arrays = {name: torch.zeros(stop - start, *shape, dtype=dtype, device=device)
-              for name, (shape, dtype) in shapes.items() if name != "tokens"}
+        name = f"{fingerprint(encoder, dataset, precision, with_tokens)[:20]}-{'tokens' if with_tokens else 'cls'}"
+        kept = FeatureCache.open(keep / name, full, slice(start, stop), log)
     if with_tokens:
-        shape, dtype = (stop - start, *shapes["tokens"][0]), DTYPES[precision]
-        what = f"{label}: tokens of {dataset.num_patches} patches, {length} x {encoder.embed_dim} {precision} each"
+        shape = (stop - start, length, width)
         arrays["tokens"] = allocate(
-            shape, dtype, device, tier,
-            lambda: kept.arrays["tokens"][start:stop] if kept else temporary_file(folder, shape, dtype), what,
+            shape, dtype, device, tier, lambda: kept.arrays["tokens"] if kept else temporary_file(folder, shape, dtype),
+            f"{label}: tokens of {dataset.num_patches} patches, {length} x {width} {precision} each",
             "use a larger disk with --cache-dir, more processes, or --probe linear knn, which need no tokens", log)
 
     if kept and kept.complete:
         log(f"{label}: features come from the cache {kept.path}")
-        for name, array in arrays.items():
-            if array.data_ptr() != kept.arrays[name][start:stop].data_ptr():
-                array.copy_(kept.arrays[name][start:stop])
+        copy_arrays(kept.arrays, arrays)
     else:
         encode_into(arrays, encoder, dataset, images, start, label, precision, workers)
         if kept:
-            kept.write(arrays, start, stop)
+            kept.write(arrays)
 
     if any_process(not arrays["cls"][arrays["decoded"] == 1].isfinite().all()):
         raise UserError(f"{label}: the encoder gave features that are not finite at --precision {precision}; "
@@ -193,24 +185,38 @@ def encode_batch_size(device: torch.device) -> int:
     return 256 if device.type == "cuda" else 16
 
 
+def copy_arrays(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    """Fills the target's arrays, except those that are the source's own memory."""
+    for name, array in target.items():
+        if array.data_ptr() != source[name].data_ptr():
+            array.copy_(source[name])
+
+
+@dataclass
 class FeatureCache:
     """A folder with a file for each array, over the patches of all processes, that a later run can use.
 
-    It is written under the name PATH.partial and renamed when it is complete. arrays: name -> mapped tensor.
+    It is written as PATH.partial and renamed when it is complete. arrays: mapped, this process's rows. lock: an open
+    file, of the main process while the cache is written.
     """
 
-    def __init__(self, path: Path, complete: bool, arrays: dict[str, torch.Tensor], lock=None):
-        self.path, self.complete, self.arrays, self.lock = path, complete, arrays, lock
+    path: Path
+    complete: bool
+    arrays: dict[str, torch.Tensor]
+    lock: TextIO | None
 
     @classmethod
-    def open(cls, path: Path, shapes: dict, num_rows: int, log: Callable[[str], None]) -> "FeatureCache | None":
-        """The cache at path, complete or to be written; None, and it is said why, where it cannot be written."""
+    def open(cls, path: Path, full: dict, rows: slice, log: Callable[[str], None]) -> "FeatureCache | None":
+        """The cache at path, complete or to be written; None, with the reason in the log, where it cannot be written.
+
+        full: name -> (shape over all processes, dtype). rows: this process's."""
         partial, lock, problem, complete = path.with_name(path.name + ".partial"), None, "", False
-        full = {name: ((num_rows, *shape), dtype) for name, (shape, dtype) in shapes.items()}
         if is_main():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                complete = cls.is_complete(path, full)
+                with suppress(OSError, ValueError, KeyError):
+                    sizes = json.loads((path / "complete.json").read_text())
+                    complete = all(sizes[name] == (path / name).stat().st_size for name in full)
                 if not complete:
                     lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115  held until it is complete
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,7 +236,7 @@ class FeatureCache:
         source, arrays = path if complete else partial, {}
         try:
             if not problem:
-                arrays = {name: map_file(source / name, shape, dtype, writable=not complete)
+                arrays = {name: map_file(source / name, shape, dtype, writable=not complete)[rows]
                           for name, (shape, dtype) in full.items()}
         except RuntimeError:
             problem = f"{source} is not seen by every process"
@@ -239,19 +245,9 @@ class FeatureCache:
             return None
         return cls(path, complete, arrays, lock)
 
-    @staticmethod
-    def is_complete(path: Path, full: dict) -> bool:
-        try:
-            sizes = json.loads((path / "complete.json").read_text())
-            return all(sizes[name] == (path / name).stat().st_size for name in full)
-        except (OSError, ValueError, KeyError):
-            return False
-
-    def write(self, arrays: dict[str, torch.Tensor], start: int, stop: int) -> None:
-        """Called by every process with its rows start to stop; the cache is complete when it returns."""
-        for name, array in arrays.items():
-            if array.data_ptr() != self.arrays[name][start:stop].data_ptr():
-                self.arrays[name][start:stop].copy_(array)
+    def write(self, arrays: dict[str, torch.Tensor]) -> None:
+        """Called by every process with its rows; the cache is complete when it returns."""
+        copy_arrays(arrays, self.arrays)
         barrier()
         if is_main():
             partial = self.path.with_name(self.path.name + ".partial")
@@ -267,7 +263,7 @@ class FeatureCache:
 
 
 def source_files(*objects: object) -> set[str]:
-    """The files of this repository in which the classes of these objects, and functions among them, are written."""
+    """The files of this repository that define these functions and the classes of these objects."""
     kinds = [kind for one in objects for kind in (one, *type(one).__mro__)]
     modules = {sys.modules.get(getattr(kind, "__module__", None)) for kind in kinds}
     root = str(Path(__file__).parents[1])
