@@ -1,9 +1,9 @@
 """A network of the user's own as an encoder: --model path/to/file.py:function, where function(weights) -> nn.Module.
 
 Its forward maps normalised images [B, 3, H, W] to final tokens [B, 1 + N, D], class token first, patches row by row; or
-to [B, N, D] where its attribute class_token is False, and the mean of the patch tokens then stands in the first place.
-Attributes it may have: patch_size (else 224 / sqrt(N)), mean and std of its input (else ImageNet's), num_heads (else
-D / 64, of the attentive probe), blocks, or a get_intermediate_layers of the form in models/encoder.py, for segment.py.
+to [B, N, D] where its attribute class_token is False, and their mean then replaces the class token. Attributes it may
+have: patch_size (else 224 / sqrt(N)), mean and std of its input (else ImageNet's), num_heads (else D / 64, of the
+attentive probe), blocks, or a get_intermediate_layers of the form in models/encoder.py, for segment.py.
 """
 
 import importlib.util
@@ -15,8 +15,6 @@ import torch.nn as nn
 
 from .encoder import CheckpointError, Encoder
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
 
 class OwnEncoder(Encoder):
     """The interface of Encoder around any module. Raises CheckpointError where its tokens are not as promised."""
@@ -24,7 +22,7 @@ class OwnEncoder(Encoder):
     def __init__(self, network: nn.Module):
         nn.Module.__init__(self)
         self.network, self.projector = network, None
-        for name, default in IMAGENET.items():
+        for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.as_tensor(getattr(network, name, default), dtype=torch.float32)
             self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
         self.cls_from = "class token" if getattr(network, "class_token", True) else "mean"
@@ -82,8 +80,7 @@ class OwnEncoder(Encoder):
 
 
 def load_own(name: str, weights: str) -> OwnEncoder:
-    """name: path/to/file.py:function. Raises CheckpointError for a file that does not exist or raises, and for a
-    function that returns no module."""
+    """name: path/to/file.py:function. Raises CheckpointError for any error of that file."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise CheckpointError(f"--model {name}: {path} does not exist")
