@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Of a batch of images: class tokens [B, D] as the encoder gives them, all tokens [B, 1 + N, D] normalised."""
+    """Class tokens [B, D] as the encoder gives them, and all tokens [B, 1 + N, D], normalised."""
     cls: torch.Tensor
     tokens: torch.Tensor
 
@@ -70,10 +70,9 @@ class Features:
         """This process's part of each global batch of ids; with_tokens: all tokens, else the class token. Tokens that
         do not lie on the device are copied there by a thread, one step ahead."""
         device = self.labels.device
-        if not with_tokens or self.tokens.device == device:
-            tokens = self.tokens if with_tokens else self.cls[:, None]
-            for ids in steps:
-                rows = self.rows(ids)
+        tokens = self.tokens if with_tokens else self.cls[:, None]
+        if tokens.device == device:
+            for rows in map(self.rows, steps):
                 if len(rows) and len(rows) == rows[-1] - rows[0] + 1:
                     # Neighbours, as in every test batch, need not be gathered.
                     part = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -85,8 +84,8 @@ class Features:
 
         def fetch(ids):
             rows = self.rows(ids)
-            staged = torch.empty(len(rows), *self.tokens.shape[1:], dtype=self.tokens.dtype, pin_memory=True)
-            torch.index_select(self.tokens, 0, rows, out=staged)
+            staged = torch.empty(len(rows), *tokens.shape[1:], dtype=tokens.dtype, pin_memory=True)
+            torch.index_select(tokens, 0, rows, out=staged)
             return Batch(staged.to(device, non_blocking=True), None, self.labels[rows.to(device)])
 
         # CUDA's current device is a thread's own.
@@ -109,7 +108,7 @@ def decoded_ids(dataset, features: Features) -> torch.Tensor:
 
 @torch.inference_mode()
 def encode_tokens(encoder: Encoder, images: torch.Tensor, precision: str) -> Encoded:
-    """uint8 [B, 3, H, W] on the encoder's device -> class tokens and normalised tokens in the precision's type."""
+    """uint8 [B, 3, H, W] on the encoder's device -> tokens in the precision's type."""
     with autocast(images.device, precision):
         tokens = encoder(encoder.preprocess(images))
     # Normalised before the cast: afterwards an error of the mean would stay.
@@ -127,21 +126,20 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
     device, dtype, width = next(encoder.parameters()).device, DTYPES[precision], encoder.embed_dim
     images, length = shard(len(dataset)), 1 + (image_size // encoder.patch_size) ** 2
     start, stop = int(dataset.first_id[images.start]), int(dataset.first_id[images.stop])
+    shape, total = (stop - start, length, width), dataset.num_patches
     arrays = {"cls": torch.zeros(stop - start, width, dtype=dtype, device=device),
               "decoded": torch.zeros(stop - start, dtype=torch.uint8, device=device)}
-    full = {"cls": ((dataset.num_patches, width), dtype), "decoded": ((dataset.num_patches,), torch.uint8)}
-    if with_tokens:
-        full["tokens"] = ((dataset.num_patches, length, width), dtype)
 
     kept = None
     if keep:
+        full = {"cls": ((total, width), dtype), "decoded": ((total,), torch.uint8)}
+        full |= {"tokens": ((total, length, width), dtype)} if with_tokens else {}
         name = f"{fingerprint(encoder, dataset, precision, with_tokens)[:20]}-{'tokens' if with_tokens else 'cls'}"
         kept = FeatureCache.open(keep / name, full, slice(start, stop), log)
     if with_tokens:
-        shape = (stop - start, length, width)
         arrays["tokens"] = allocate(
             shape, dtype, device, tier, lambda: kept.arrays["tokens"] if kept else temporary_file(folder, shape, dtype),
-            f"{label}: tokens of {dataset.num_patches} patches, {length} x {width} {precision} each",
+            f"{label}: tokens of {total} patches, {length} x {width} {precision} each",
             "use a larger disk with --cache-dir, more processes, or --probe linear knn, which need no tokens", log)
 
     if kept and kept.complete:
@@ -163,19 +161,19 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
 
 def encode_into(arrays: dict[str, torch.Tensor], encoder: Encoder, dataset, images: range, first_id: int, label: str,
                 precision: str, workers: int) -> None:
-    """One pass over the images: fills the arrays (row = id - first_id) and sets decoded to 1."""
+    """One pass over the images: fills the arrays, whose first row is that of first_id, and sets decoded to 1."""
     device = arrays["cls"].device
     progress = Progress(len(arrays["cls"]), f"encoding {label}", "patches")
     for patches, ids in dataset.batches(images, encode_batch_size(device), workers, pin_memory=device.type == "cuda"):
         encoded = encode_tokens(encoder, patches.to(device, non_blocking=True), precision)
         values = encoded._asdict() | {"decoded": torch.ones(len(ids), dtype=torch.uint8, device=device)}
-        # Rows are consecutive but for images that could not be decoded.
-        breaks = (ids.diff() != 1).nonzero().flatten() + 1
-        for run in torch.arange(len(ids)).tensor_split(breaks):
-            part = slice(int(run[0]), int(run[-1]) + 1)
-            row = int(ids[part.start]) - first_id
+        # Ids are consecutive but for images that could not be decoded.
+        start = 0
+        for run in ids.tensor_split((ids.diff() != 1).nonzero().flatten() + 1):
+            row = int(run[0]) - first_id
             for name, array in arrays.items():
-                array[row:row + len(run)].copy_(values[name][part], non_blocking=True)
+                array[row:row + len(run)].copy_(values[name][start:start + len(run)], non_blocking=True)
+            start += len(run)
         progress.update(len(ids))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -194,12 +192,10 @@ def copy_arrays(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]
 
 @dataclass
 class FeatureCache:
-    """A folder with a file for each array, over the patches of all processes, that a later run can use.
+    """A folder with a file for each array, written as PATH.partial and renamed when it is complete.
 
-    It is written as PATH.partial and renamed when it is complete. arrays: mapped, this process's rows. lock: an open
-    file, of the main process while the cache is written.
+    arrays: mapped, this process's rows. lock: an open file, of the main process while the cache is written.
     """
-
     path: Path
     complete: bool
     arrays: dict[str, torch.Tensor]
@@ -250,11 +246,11 @@ class FeatureCache:
         copy_arrays(arrays, self.arrays)
         barrier()
         if is_main():
-            partial = self.path.with_name(self.path.name + ".partial")
+            partial, sizes = self.path.with_name(self.path.name + ".partial"), {}
             for name in self.arrays:
                 with open(partial / name, "rb+") as file:
                     os.fsync(file.fileno())
-            sizes = {name: (partial / name).stat().st_size for name in self.arrays}
+                    sizes[name] = os.stat(file.fileno()).st_size
             atomic_write(partial / "complete.json", lambda path: path.write_text(json.dumps(sizes)))
             os.replace(partial, self.path)
             Path(self.lock.name).unlink(missing_ok=True)
@@ -271,8 +267,8 @@ def source_files(*objects: object) -> set[str]:
 
 
 def fingerprint(encoder: Encoder, dataset, precision: str, with_tokens: bool) -> str:
-    """SHA-256 of all that the features depend on: weights, buffers and heads, images (path, size, time of change,
-    boxes, labels), transform, precision, device type, versions, and the code of the encoder and of the data set."""
+    """SHA-256 of all that the features depend on: weights, heads, images (path, size, time of change, boxes, labels),
+    transform, precision, device type, versions, and the code of the encoder and of the data set."""
     digest = hashlib.sha256()
     device = next(encoder.parameters()).device.type
     for value in (precision, device, torch.__version__, timm.__version__, with_tokens, dataset.transform,

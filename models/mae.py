@@ -32,7 +32,7 @@ DECODER = r"mask_token|decoder_.*"
 
 
 class Decoder(nn.Module):
-    """MAE's decoder: maps tokens of visible patches and mask tokens to the pixels of every patch."""
+    """MAE's decoder: encoded visible patches -> pixels of every patch (see MAEEncoder.decode)."""
 
     def __init__(self, encoder_dim: int, grid: int, patch_size: int, width: int = 512, depth: int = 8,
                  num_heads: int = 16):
@@ -67,8 +67,7 @@ class MAEEncoder(Encoder):
         super().__init__(vit, bicubic_to_size)
         self.decoder = decoder
         self.shuffle = torch.Generator().manual_seed(0) if shuffle_patches else None
-        self.requires_grad_(False)
-        self.eval()
+        self.eval().requires_grad_(False)
 
     @property
     def has_decoder(self) -> bool:

@@ -8,6 +8,7 @@ attentive probe), blocks, or a get_intermediate_layers of the form in models/enc
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -58,23 +59,19 @@ class OwnEncoder(Encoder):
         """As Encoder's: from the network's own method, or by hooks on its blocks, whose last N tokens are the patches'.
         norm needs the network's own method, or its attribute norm."""
         if hasattr(self.network, "get_intermediate_layers"):
-            # In ascending order: DINOv2's and timm's give the blocks in the order in which they run.
+            # DINOv2's and timm's give the blocks in the order in which they run.
             ordered = sorted(set(n))
             layers = self.network.get_intermediate_layers(images, n=ordered, reshape=reshape, norm=norm)
             return [layers[ordered.index(index)] for index in n]
         if not self.depth or not all(0 <= index < self.depth for index in n):
             raise IndexError(f"blocks {list(n)} were asked for; this network has {self.depth} in its attribute blocks")
-        height, width = self.grid(images)
-        found, hooks = {}, []
-        for index in set(n):
-            def keep(module, inputs, output, index=index):
-                found[index] = (output[0] if isinstance(output, tuple) else output)[:, -height * width:]
-            hooks.append(self.network.blocks[index].register_forward_hook(keep))
-        try:
+        (height, width), found = self.grid(images), {}
+        with ExitStack() as hooks:
+            for index in set(n):
+                def keep(module, inputs, output, index=index):
+                    found[index] = (output[0] if isinstance(output, tuple) else output)[:, -height * width:]
+                hooks.enter_context(self.network.blocks[index].register_forward_hook(keep))
             self.network(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
         layers = [self.network.norm(found[index]) if norm else found[index] for index in n]
         return [layer.transpose(1, 2).unflatten(2, (height, width)) for layer in layers] if reshape else layers
 

@@ -59,8 +59,7 @@ class Probe:
         logits = self.heads.classify(tokens, rows).flatten(0, 1)
         count = all_reduce(torch.tensor([len(labels)], device=labels.device))
         # A sum over heads: each head's gradient is that of its own mean loss.
-        loss = F.cross_entropy(logits, labels.repeat(len(self.rates)), reduction="sum") / count
-        loss.backward()
+        (F.cross_entropy(logits, labels.repeat(len(self.rates)), reduction="sum") / count).backward()
         if world_size() > 1:
             gradients = [parameter.grad for parameter in self.heads.parameters()]
             vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)

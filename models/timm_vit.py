@@ -39,7 +39,7 @@ class TimmEncoder(Encoder):
     def fit(self, images: torch.Tensor) -> None:
         """Sets a model that has one input size at a time to the size of these images."""
         size = tuple(images.shape[-2:])
-        self.grid(images)
+        self.grid(images)  # raises ValueError
         if self.dynamic or size == self.size:
             return
         with torch.inference_mode(False), torch.no_grad():
@@ -49,9 +49,6 @@ class TimmEncoder(Encoder):
             self.vit.set_input_size(img_size=size)
         self.vit.requires_grad_(False)
         self.size = size
-
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("a timm model embeds its input itself")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.fit(images)
@@ -68,13 +65,13 @@ class TimmEncoder(Encoder):
         if not all(0 <= index < self.depth for index in n):
             raise IndexError(f"blocks {list(n)} were asked for; this encoder has blocks 0 to {self.depth - 1}")
         self.fit(images)
-        layers = self.vit.forward_intermediates(images, indices=sorted(set(n)), norm=norm, stop_early=True,
-                                                output_fmt="NLC", intermediates_only=True)
-        layers = {index: self.late_norm(layer) if norm else layer
-                  for index, layer in zip(sorted(set(n)), layers, strict=True)}
+        ordered = sorted(set(n))
+        layers = self.vit.forward_intermediates(images, indices=ordered, norm=norm, stop_early=True, output_fmt="NLC",
+                                                intermediates_only=True)
+        layers = [self.late_norm(layer) if norm else layer for layer in layers]
         if reshape:
-            layers = {index: layer.transpose(1, 2).unflatten(2, self.grid(images)) for index, layer in layers.items()}
-        return [layers[index] for index in n]
+            layers = [layer.transpose(1, 2).unflatten(2, self.grid(images)) for layer in layers]
+        return [layers[ordered.index(index)] for index in n]
 
 
 def random(name: str, pretrained: bool = False) -> TimmEncoder:
@@ -131,7 +128,7 @@ def why_not_plain(vit: nn.Module) -> str:
 
 
 def suggestion(name: str, others: Sequence[str] = ()) -> str:
-    """"; did you mean ..." with names of timm, or others, near to a wrong one; "" where there is none."""
+    """"; did you mean ..." with similar names of timm or others; "" where there is none."""
     known = [*others, *(f"timm/{one}" for one in timm.list_models("*vit*") + timm.list_models("*beit*"))]
     # Small models first.
     within = sorted((one for one in known if name in one), key=lambda one: ("small" not in one, len(one)))[:3]

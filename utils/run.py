@@ -184,10 +184,9 @@ class Progress:
         if not is_main() or self.total == 0:
             return
         share, elapsed = self.done / self.total, now - self.start
+        due = share >= self.next_share and now - self.last > 10 or share >= 1 and elapsed > 10
         if self.terminal:
             due = now - self.last > 0.2 or share >= 1
-        else:
-            due = share >= self.next_share and now - self.last > 10 or (share >= 1 and elapsed > 10)
         if not due:
             return
         self.last, self.next_share = now, share + 0.1

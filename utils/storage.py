@@ -19,14 +19,11 @@ def free_memory(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
+    with suppress(OSError, IndexError):
+        available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        available = min(available, max(limit, 0))
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        available = min(available, max(limit - used, 0))
     return available
 
 
@@ -83,22 +80,21 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tie
              pin: bool = True) -> torch.Tensor:
     """An uninitialised array on the GPU, in host memory or in a file, the same tier on every process.
 
-    tier: tried first ("gpu", "cpu", "disk"), then the others in this order. The choice and its reasons are logged
-    before memory is taken. on_disk: makes the array in a file, or raises OSError. what: the array in messages. reserve:
-    bytes to leave free, by tier. advice: for the UserError where it fits nowhere. pin: page-locked where there is a
-    GPU, for copies that do not wait.
+    tier: tried first; the others follow as in TIERS ("auto": TIERS alone). The choice and its reasons are logged before
+    memory is taken. on_disk: makes the array in a file, or raises OSError. what: the array in messages. reserve: bytes
+    to leave free, by tier. advice: for the UserError where it fits nowhere. pin: page-locked where there is a GPU.
     """
     need = torch.Size(shape).numel() * dtype.itemsize
     share = f" in each of {world_size()} processes" if world_size() > 1 else ""
-    tiers = sorted(TIERS[device.type != "cuda":], key=lambda one: one != tier)
+    what = f"{what}: {need / 1e9:.2f} GB{share}"
     pinned, reasons = pin and device.type == "cuda", []
     names = {"gpu": "on the GPU", "cpu": "in pinned host memory" if pinned else "in memory", "disk": "in a mapped file"}
-    for one in tiers:
+    for one in sorted(TIERS[device.type != "cuda":], key=lambda one: one != tier):
         room, free = (True, 0) if one == "disk" else has_room(need, one, device, (reserve or {}).get(one, 0), pinned)
         if not room:
             reasons.append(f"only {free / 1e9:.2f} GB are free {names[one]}")
             continue
-        log("; ".join([f"{what}: {need / 1e9:.2f} GB{share}, {names[one]}", *reasons]))
+        log("; ".join([f"{what}, {names[one]}", *reasons]))
         array, reason = None, "another process was refused"
         try:
             array = on_disk() if one == "disk" else torch.empty(
@@ -110,4 +106,4 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tie
         if not any_process(array is None):
             return array
         reasons.append(reason)
-    raise UserError(f"{what}: {need / 1e9:.2f} GB{share} fit nowhere: {', '.join(reasons)}; {advice}")
+    raise UserError(f"{what} fit nowhere: {', '.join(reasons)}; {advice}")
