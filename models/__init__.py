@@ -116,9 +116,9 @@ def _from_file(name: str, method, path: Path, num_heads: int | None, weights_key
     except CheckpointError as error:
         if str(path) in str(error):
             raise
-        places = [place for place in state_dicts(checkpoint) if place]
-        hint = f"; it has weights at {', '.join(places)}, which --weights-key can name" if places else ""
-        raise CheckpointError(f"{path} is not a file of {name}: {error}{'' if weights_key else hint}") from None
+        places = ", ".join(filter(None, state_dicts(checkpoint)))
+        hint = f"; it has weights at {places}, which --weights-key can name" if places and not weights_key else ""
+        raise CheckpointError(f"{path} is not a file of {name}: {error}{hint}") from None
 
 
 def _weights_file(name: str, weights: str, method, full: bool) -> Path:

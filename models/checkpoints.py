@@ -79,8 +79,8 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
 def download(url: str, part: Path, advice: str) -> None:
     """Downloads to the file part, continuing what an earlier try left there; shows progress on standard error.
 
-    Unlike torch.hub.download_url_to_file, it continues, and raises CheckpointError for a file that ends early (part
-    stays, to be continued), as for a server that fails. advice: what the user can do without the server.
+    Raises CheckpointError for a server that fails and for a file that ends early, which torch.hub's function accepts.
+    advice: what the user can do without the server.
     """
     with open(part, "ab") as file:
         headers = {"User-Agent": "torch.hub"} | ({"Range": f"bytes={file.tell()}-"} if file.tell() else {})

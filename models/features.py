@@ -117,7 +117,7 @@ def encode_tokens(encoder: Encoder, images: torch.Tensor, precision: str) -> Enc
 
 def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, precision: str, workers: int, tier: str,
                     folder: Path, keep: Path | None, log: Callable[[str], None], image_size: int = 224) -> Features:
-    """Features of a data set whose transform is deterministic, from one pass over its images, or from a kept cache.
+    """Features of a data set whose transform is deterministic, from one pass over its images or from a kept cache.
 
     label: the data set's name in messages. with_tokens: all tokens, else the class token only. tier: where tokens live
     (utils.storage.allocate). folder: of a mapped file. keep: folder of kept caches, or None.
@@ -203,9 +203,8 @@ class FeatureCache:
 
     @classmethod
     def open(cls, path: Path, full: dict, rows: slice, log: Callable[[str], None]) -> "FeatureCache | None":
-        """The cache at path, complete or to be written; None, with the reason in the log, where it cannot be written.
-
-        full: name -> (shape over all processes, dtype). rows: this process's."""
+        """The cache at path, complete or to be written; None, with a line in the log, where it cannot be written. full:
+        name -> (shape over all processes, dtype). rows: this process's."""
         partial, lock, problem, complete = path.with_name(path.name + ".partial"), None, "", False
         if is_main():
             try:
@@ -260,8 +259,8 @@ class FeatureCache:
 
 def source_files(*objects: object) -> set[str]:
     """The files of this repository that define these functions and the classes of these objects."""
-    kinds = [kind for one in objects for kind in (one, *type(one).__mro__)]
-    modules = {sys.modules.get(getattr(kind, "__module__", None)) for kind in kinds}
+    modules = {sys.modules.get(getattr(kind, "__module__", None)) for one in objects
+               for kind in (one, *type(one).__mro__)}
     root = str(Path(__file__).parents[1])
     return {path for module in modules if (path := getattr(module, "__file__", None) or "").startswith(root)}
 

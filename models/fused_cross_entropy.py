@@ -69,13 +69,11 @@ def fused_loss_and_gradient(logits: torch.Tensor, label: torch.Tensor, ignore_in
         SCALE=scale, CLASSES=block, PIXELS=min(64, 2048 // block), num_warps=4)
     # Outside the image the neighbour is the edge itself.
     gradient = logits.new_zeros(batch, height + 2, width + 2, classes)
-    for down in range(2):
-        for right in range(2):
-            gradient[:, down:down + height + 1, right:right + width + 1] += corners[:, :, :, down, right]
-    gradient[:, 1] += gradient[:, 0]
-    gradient[:, height] += gradient[:, height + 1]
-    gradient[:, :, 1] += gradient[:, :, 0]
-    gradient[:, :, width] += gradient[:, :, width + 1]
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        gradient[:, down:down + height + 1, right:right + width + 1] += corners[:, :, :, down, right]
+    for axis, last in ((1, height), (2, width)):
+        gradient.select(axis, 1).add_(gradient.select(axis, 0))
+        gradient.select(axis, last).add_(gradient.select(axis, last + 1))
     return losses.sum(), gradient[:, 1:-1, 1:-1].permute(0, 3, 1, 2).contiguous()
 
 

@@ -65,7 +65,7 @@ class LinearHeads(nn.Module):
 
     def __init__(self, count: int, width: int, num_classes: int, batch_norm: bool = False):
         super().__init__()
-        self.norm = BatchNorm(count, width, eps=1e-6) if batch_norm else None
+        self.norm = BatchNorm(count, width, eps=1e-6) if batch_norm else nn.Identity()
         self.weight = nn.Parameter(torch.zeros(count, num_classes, width))
         self.bias = nn.Parameter(torch.zeros(count, num_classes))
 
@@ -80,9 +80,7 @@ class LinearHeads(nn.Module):
     def classify(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of tokens[rows], of all where rows is None."""
         x = (tokens[:, 0] if rows is None else tokens[rows, 0]).to(self.weight.dtype)[None]
-        if self.norm is not None:
-            x = self.norm(x)
-        return x @ self.weight.transpose(1, 2) + self.bias[:, None]
+        return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
 
 
 class AttentiveHeads(nn.Module):
@@ -192,7 +190,7 @@ def row_chunks(tokens: torch.Tensor, rows: torch.Tensor | None,
     # Bytes of a copy in float32: about a GPU's level-2 cache, or a CPU core's.
     limit = 64 << 20 if tokens.is_cuda else 3 << 20
     size = max(1, min(batch, limit // max(1, 4 * tokens.shape[1:].numel())))
-    # Allocated once: a fresh piece of memory for every chunk costs a CPU more than the arithmetic.
+    # Allocated once: new memory for every chunk costs a CPU more than the arithmetic.
     chosen = None if rows is None else tokens.new_empty(size, *tokens.shape[1:])
     converted = None if tokens.dtype == dtype else tokens.new_empty(size, *tokens.shape[1:], dtype=dtype)
     for start in range(0, batch, size):

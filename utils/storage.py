@@ -1,4 +1,4 @@
-"""Where bytes go: files that are written whole, and large arrays on the GPU, in host memory or in mapped files."""
+"""Files that are written whole, and large arrays on the GPU, in host memory or in mapped files."""
 
 import os
 from collections.abc import Callable, Sequence
