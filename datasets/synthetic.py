@@ -71,8 +71,8 @@ def draw_figure(seed: int, size: tuple[int, int] | None = None, num_figures: int
     # i + 1 where shapes[i] is seen, 0 for the background.
     shape_map = fill(scene.size, scene.spans, range(1, len(scene.shapes) + 1))
     labels = [(shape.part, scene.species[shape.figure] if shape.part else 0) for shape in scene.shapes]
-    parts, objects = np.array([(0, 0), *labels], np.uint8).T
-    return Picture(paint(seed, scene, shape_map), scene.keypoints, parts[shape_map], objects[shape_map])
+    masks = np.take(np.array([(0, 0), *labels], np.uint8).T, shape_map, axis=1)
+    return Picture(paint(seed, scene, shape_map), scene.keypoints, *masks)
 
 
 def draw_image(seed: int, num_figures: int | None = None) -> Image.Image:
@@ -166,19 +166,21 @@ def scan(size: tuple[int, int], polygons) -> np.ndarray:
     begin to end - 1 of the row.
     """
     width, height = size
-    edges = np.array([edge for polygon in polygons for edge in zip(polygon, polygon[1:] + polygon[:1], strict=True)])
-    edges = np.rint(SUBPIXELS * edges.view(float)).astype(np.int64)  # [n, 4]: x and y where it begins and where it ends
+    # The edges, int64 [2, n]: where they begin and where they end.
+    edges = np.array([[vertex for polygon in polygons for vertex in polygon],
+                      [vertex for polygon in polygons for vertex in polygon[1:] + polygon[:1]]])
+    x, y = (np.rint(SUBPIXELS * part).astype(np.int64) for part in (edges.real, edges.imag))
     owner = np.repeat(np.arange(len(polygons)), [len(polygon) for polygon in polygons])
     # An edge crosses the centre lines of the rows first to last - 1; the line of row r is at SUBPIXELS * r + half.
     half = SUBPIXELS // 2
-    first, last = np.clip((np.sort(edges[:, 1::2]) + half - 1) // SUBPIXELS, 0, height).T
+    first, last = np.clip((np.sort(y, axis=0) + half - 1) // SUBPIXELS, 0, height)
     crossings = last - first
     row = np.arange(crossings.sum()) - np.repeat(np.cumsum(crossings) - crossings - first, crossings)
     line = np.repeat(owner, crossings) * height + row
-    x, y, x1, y1 = np.repeat(edges, crossings, axis=0).T
-    across = (x - half) * (y1 - y) + (SUBPIXELS * row + half - y) * (x1 - x)
-    column = np.clip(-(-across // (SUBPIXELS * (y1 - y))), 0, width)
-    key = np.sort((line * (width + 1) + column) * 2 + (y1 > y))
+    (x, x1), (y, y1) = np.repeat(x, crossings, axis=1), np.repeat(y, crossings, axis=1)
+    rise = y1 - y
+    column = np.clip(-(-((x - half) * rise + (SUBPIXELS * row + half - y) * (x1 - x)) // (SUBPIXELS * rise)), 0, width)
+    key = np.sort((line * (width + 1) + column) * 2 + (rise > 0))
     inside = np.cumsum(key % 2 * 2 - 1) != 0
     before = np.roll(inside, 1)
     line, begin = np.divmod(key[inside & ~before] // 2, width + 1)
