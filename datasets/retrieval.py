@@ -16,13 +16,11 @@ RETRIEVAL_DATASETS = ("cub", "coco", "imagenet", "synthetic")
 
 
 def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
-                   num_images: int | None, seed: int, skip_bad_images: bool,
-                   image_size: int = 224) -> PatchDataset:
+                   num_images: int | None, seed: int, skip_bad_images: bool, image_size: int = 224) -> PatchDataset:
     """The patches of one of RETRIEVAL_DATASETS: all of CUB, COCO's training set, the grid of any images, or synthetic.
 
-    keypoints: numbers (synthetic: names), ["all"], or None for the paper's. num_images: of imagenet, a sample drawn by
-    the seed (default all); of synthetic, drawn by the seed (default 60). Raises UserError for an unknown keypoint and
-    for files that are missing or wrong.
+    keypoints: numbers (synthetic: names), ["all"], or None for the paper's. num_images: drawn by the seed, of imagenet
+    (default all) and synthetic (60). Raises UserError for an unknown keypoint, and files that are missing or wrong.
     """
     check_data_path(name, data_path)
     options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images, "transform": resize_square(image_size)}
@@ -44,8 +42,8 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
 
 def open_images(name: str, data_path: Path | None, num_images: int, seed: int, image_size: int,
                 skip_bad_images: bool = False) -> PatchDataset:
-    """Whole images, the central image_size x image_size at a short side of 256 / 224 of that: of "imagenet", a sample
-    of those below data_path drawn by the seed; of "synthetic", of its test split. Raises UserError without any."""
+    """Whole images, the central image_size x image_size at a short side of 256 / 224 of that: "imagenet", a sample of
+    those below data_path drawn by the seed, or "synthetic", its test split. Raises UserError where there is none."""
     check_data_path(name, data_path)
     if name == "synthetic":
         paths, options = image_seeds("test", num_images, seed), {"load": draw_image}
