@@ -418,7 +418,7 @@ def main() -> None:
     """Ranks every patch of a data set against all others, transfers keypoints between images, or draws sheets."""
     args, started = parse_arguments(), time.monotonic()
     if args.table:
-        print(paper_tables("retrieval", args.output_dir))
+        print("\n\n".join(filter(None, (paper_tables(task, args.output_dir) for task in ("retrieval", "transfer")))))
         return
     device, log = setup(args)
 

@@ -67,6 +67,8 @@ PARTIMAGENET_LAYOUTS = {
     "partimagenet-object": (("images/{0}", "annotations/{0}_whole"),),
     "partimagenet-part": (("images/{0}", "annotations/{0}"),),
 }
+PARTIMAGENET_NOTE = ("all images of PartImageNet are ImageNet training images: an encoder trained on ImageNet has seen "
+                     "those of the test split too")
 LONG_NAMES = {"train": "training", "val": "validation"}
 
 

@@ -33,7 +33,7 @@ def transfer_keypoints(source: torch.Tensor, target: torch.Tensor, points: torch
 
     source [D, h, w] and target [D, H, W]: tokens that cover the whole image. points [n, 2]: (x, y) in the source, from
     0 to 1; beyond the outermost centres of cells tokens are constant. match: "cell", the centre of the most similar
-    cell, or "soft-argmax", the mean of the centres in a window around it, weighted by softmax(similarity / temperature).
+    cell, or "soft-argmax", the mean of the centres around it, weighted by softmax(similarity / temperature).
     Returns [n, 2], from 0 to 1 in the target. Raises ValueError for another match.
     """
     source, target = (F.normalize(tokens.float(), dim=0).permute(1, 2, 0) for tokens in (source, target))

@@ -105,7 +105,8 @@ def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[f
     most = max(7, *map(len, panels.values()))
     with plot(path, PAGE * max(1, most / 10), 1.9 * len(panels) + 0.2) as figure:
         for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-            axes.set(title=title, ylabel="mIoU, percent", ylim=(0, 100), xlim=(-0.6, most - 0.4))
+            axes.set(title=title, ylabel="percent" if ":" in title else "mIoU, percent", ylim=(0, 100),
+                     xlim=(-0.6, most - 0.4))
             axes.grid(axis="y")
             for kind, (label, colour) in enumerate(kinds.items()):
                 bars = [(row + 0.2 * kind - 0.3, values[kind]) for row, (_, values) in enumerate(rows)

@@ -18,9 +18,14 @@ PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
 # Patches that the published rule leaves of the whole data set, where it is known; the table marks other numbers.
 FULL_PATCHES = {"cub": 30543}
 # Object and part data sets of each panel. Panels are shown where the paper or we have results.
-FIGURE6 = {"ADE20K": ("ade20k-object", "ade20k-part"), "Pascal": ("pascal-object", "pascal-part"),
-           "PartImageNet, ImageNet's training images (not in the paper)": ("partimagenet-object", "partimagenet-part"),
-           "Synthetic data (not in the paper)": ("synthetic-object", "synthetic-part")}
+# Title: task, columns of its tables for objects ("" for none) and for parts.
+FIGURE6 = {title: ("segment", f"{data}-object mIoU", f"{data}-part mIoU") for title, data in {
+    "ADE20K": "ade20k", "Pascal": "pascal",
+    "PartImageNet, ImageNet's training images (not in the paper)": "partimagenet",
+    "Synthetic data (not in the paper)": "synthetic"}.items()}
+FIGURE6 |= {f"Part retrieval, {data}: AP": ("retrieval", "", f"{data} encoded") for data in ("cub", "coco")}
+FIGURE6 |= {f"Keypoint transfer, {data}: PCK@0.1": ("transfer", "", data)
+            for data in ("spair", "cub-pairs", "synthetic-pairs")}
 
 
 def revision() -> str:
@@ -153,7 +158,18 @@ def segment_entry(result: dict) -> Entry:
         result["args"]["authors_defects"] and "authors' defects"))
 
 
-ENTRIES = {"retrieval": retrieval_entry, "classify": classify_entry, "segment": segment_entry}
+def transfer_entry(result: dict) -> Entry:
+    args, layers = result["args"], result["args"]["layers"]
+    return Entry({result["dataset"]: result["pck_image"]["0.1"]}, (
+        f"{args['image_size']} pixels", layers != ["last"] and f"blocks {' '.join(layers)}",
+        not args["norm"] and "without norm", args["match"] != "cell" and args["match"],
+        args["split"] != "test" and args["split"]),
+        f"{result['dataset']}: {result['num_pairs']:,} pairs, a random cell "
+        f"{result['chance']['pck_image']['0.1']:.1f}, the same place {result['same_place']['pck_image']['0.1']:.1f}")
+
+
+ENTRIES = {"retrieval": retrieval_entry, "classify": classify_entry, "segment": segment_entry,
+           "transfer": transfer_entry}
 
 
 def latest_entries(task: str, folder: Path) -> tuple[dict[tuple[str, str, str], Entry], int]:
@@ -210,17 +226,19 @@ def show(value: float | str | None) -> str:
 
 
 def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]]]]:
-    """{title: [(row, [mIoU of objects published, ours, of parts published, ours]), ...]} of FIGURE6, in percent, None
-    where there is none: what utils.drawing.draw_figure6 draws. Raises UserError without results."""
-    ours, _ = latest_entries("segment", folder)
-    paper = {column: published for table in PAPER["segment"].values() for column, published in table.items()}
+    """{title: [(row, [objects published, ours, parts published, ours]), ...]} of FIGURE6, in percent, None where there
+    is none: what utils.drawing.draw_figure6 draws. Raises UserError without results."""
+    ours = {task: latest_entries(task, folder)[0] for task in ("segment", "retrieval", "transfer")}
     panels = {}
-    for title, datasets in FIGURE6.items():
-        columns = {f"{dataset} mIoU": paper[f"{dataset} mIoU"] for dataset in datasets}
-        for model, marks in rows_of(columns, ours):
+    for title, (task, *names) in FIGURE6.items():
+        paper = {column: published for table in PAPER[task].values() for column, published in table.items()}
+        columns = {name: paper.get(name, {}) for name in names}
+        rows = rows_of(columns, ours[task])
+        # Beside the paper's figure only what we have.
+        for model, marks in rows if "" not in names or any(row[2] in names for row in ours[task]) else ():
             values = []
             for column, published in columns.items():
-                entry = ours.get((model, marks, column), Entry({}))
+                entry = ours[task].get((model, marks, column), Entry({}))
                 values += [None if marks else published.get(model), entry.figures.get(column)]
             name = PAPER["models"].get(model, model) + (f"\n({marks})" if marks else "")
             panels.setdefault(title, []).append((name, values))
