@@ -97,17 +97,17 @@ def compose(seed: int, size: tuple[int, int] | None = None, num_figures: int | N
         if shape.at is not None:
             name, where = PART_NAMES[shape.part - 1], point(shape, shape.at, 0)
             x, y = math.floor(where.real), math.floor(where.imag)
-            visible = owner[(row == y) & (begin <= x) & (x < end)][-1:].tolist() == [number]
+            painted = owner[(row == y) & (begin <= x) & (x < end)]
+            visible = painted[-1:].tolist() == [number]  # the last shape painted there, if there is one
             keypoints.append(Keypoint(RENAMED.get(name, name), x, y, visible, shape.part, shape.figure))
     return Scene(size, species, shapes, spans, keypoints)
 
 
 def place(dice, size, species, figure):
-    """The shapes of one figure in pixels: turned, squeezed, perhaps mirrored, and moved to its place in the picture.
-
-    Two figures are smaller and stand side by side."""
+    """The shapes of one figure in pixels: built, turned, squeezed, perhaps mirrored, enlarged and moved to its place.
+    Two figures are smaller than one and side by side."""
     alone = len(species) == 1
-    extent = min(size) * (dice(0.7, 1.0) if alone else dice(0.6, 0.8))  # longer side of bounding box
+    extent = min(size) * (dice(0.7, 1.0) if alone else dice(0.6, 0.8))  # the longer side of its bounding box
     column = 0.5 if alone else 0.3 + 0.4 * figure
     centre = complex(size[0] * (column + dice(-0.1, 0.1)), size[1] * dice(0.4, 0.6))
     body = SPECIES[OBJECT_NAMES[species[figure] - 1]](dice)
@@ -118,9 +118,9 @@ def place(dice, size, species, figure):
     scale = extent / max(max(xs) - min(xs), max(ys) - min(ys))
     shift = centre - scale * complex(max(xs) + min(xs), max(ys) + min(ys)) / 2
     # At least 1.3 pixels to each side: no part of a tube may fall between the pixels.
-    return [shape._replace(figure=figure, sections=[
-        (shift + scale * c, max(scale, 1.3 / math.sqrt(squared(n))) * n) for c, n in sections])
-        for shape, sections in zip(body, turned, strict=True)]
+    moved = [[(shift + scale * c, max(scale, 1.3 / math.sqrt(squared(n))) * n) for c, n in sections]
+             for sections in turned]
+    return [shape._replace(sections=sections, figure=figure) for shape, sections in zip(body, moved, strict=True)]
 
 
 def clutter(dice, size):
@@ -166,7 +166,7 @@ def scan(size: tuple[int, int], polygons) -> np.ndarray:
     begin to end - 1 of the row.
     """
     width, height = size
-    # The edges, int64 [2, n]: where they begin and where they end.
+    # Where the edges begin and where they end: x and y are int64 [2, n].
     edges = np.array([[vertex for polygon in polygons for vertex in polygon],
                       [vertex for polygon in polygons for vertex in polygon[1:] + polygon[:1]]])
     x, y = (np.rint(SUBPIXELS * part).astype(np.int64) for part in (edges.real, edges.imag))
@@ -231,7 +231,6 @@ def paint(seed: int, scene: Scene, shape_map: np.ndarray) -> Image.Image:
     colours, contour = np.zeros((3, 3, 256), np.uint8), np.zeros(256, bool)
     polygons, values = [], []
     for label, shape in enumerate(scene.shapes, 1):
-        part = shape.figure, shape.part
         if not shape.part:
             style, period, contour[label] = dice.pick(STYLES), dice(6, 18), dice.random() < 0.5
             pair = [near(dice, dice.pick(dice.pick(palettes)), 25) if dice.random() < 0.5 else colour(dice)
@@ -240,11 +239,11 @@ def paint(seed: int, scene: Scene, shape_map: np.ndarray) -> Image.Image:
             style, period, pair = "pupil", 1, (colour(dice), colour(dice))
         else:
             style, period, contour[label] = manners[shape.figure]
-            if part not in pairs:
-                pairs[part] = [near(dice, dice.pick(palettes[shape.figure]), 25) for _ in range(2)]
-            pair = pairs[part]
-        rows = (*pair, [channel // 3 for channel in pair[0]])
-        colours[:, :, label] = np.array(rows).T * (7 if shape.far else 10) // 10
+            pair = pairs.get((shape.figure, shape.part)) or [
+                near(dice, dice.pick(palettes[shape.figure]), 25) for _ in range(2)]
+            pairs[shape.figure, shape.part] = pair
+        dark = [channel // 3 for channel in pair[0]]
+        colours[:, :, label] = np.array([*pair, dark]).T * (7 if shape.far else 10) // 10
         patterns = texture(shape, style, period, dice)
         polygons += patterns
         values += [label] * len(patterns)
@@ -262,9 +261,8 @@ def paint(seed: int, scene: Scene, shape_map: np.ndarray) -> Image.Image:
     np.copyto(planes, background, where=shape_map == 0)
     light = cells(dice, 1, scene.size, (3, 3), 85, 165, Image.BILINEAR).astype(np.uint16)
     strength = dice.whole(2, 40)
-    grain = np.frombuffer(dice.randbytes(shape_map.size), np.uint8).reshape(shape_map.shape)
-    grain = grain.astype(np.uint16) * strength >> 8
-    planes = (planes * light >> 7) + grain
+    grain = np.frombuffer(dice.randbytes(shape_map.size), np.uint8).reshape(shape_map.shape).astype(np.uint16)
+    planes = (planes * light >> 7) + (grain * strength >> 8)
     planes = (planes.clip(strength // 2, 255 + strength // 2) - strength // 2).astype(np.uint8)
     return Image.merge("RGB", [Image.fromarray(plane) for plane in planes])
 

@@ -41,6 +41,7 @@ def squared(vector):
 
 
 def step(start, angle, length):
+    """The point that lies length away from start in the direction of angle."""
     return start + cmath.rect(length, math.radians(angle))
 
 
@@ -94,6 +95,7 @@ def eye(path, radius):
 
 
 def spread(first, last, count):
+    """Numbers from first to last at equal distances."""
     return [first + (last - first) * i / (count - 1) for i in range(count)]
 
 
