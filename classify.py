@@ -59,8 +59,8 @@ from utils.storage import atomic_write
 NEIGHBOURS = (10, 20, 100, 200)
 CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out tenth of the training images"}
 # Arguments that may differ when a run is resumed: they do not change what it computes.
-FREE_ON_RESUME = ("output_dir", "debug", "workers", "device", "cache", "cache_dir", "resume", "checkpoint_seconds", "save_plots",
-                  "table")
+FREE_ON_RESUME = ("output_dir", "debug", "workers", "device", "cache", "cache_dir", "resume", "checkpoint_seconds",
+                  "save_plots", "table")
 
 
 @torch.no_grad()
