@@ -138,8 +138,7 @@ def draw(candidates: Sequence, count: int | None, seed: int) -> list:
 
 
 def draw_matches(points: Mapping, categories: Mapping, count: int, seed: int) -> Iterator[tuple]:
-    """Ordered pairs of images of one category that share a keypoint, drawn: source, target, the shared points of each.
-
+    """Ordered pairs of images of one category that share keypoints, drawn: (source, target, the shared points in each).
     points: by image, (x, y) of its visible keypoints by name. categories: of the images to pair."""
     members = {}
     for image, category in categories.items():

@@ -90,30 +90,18 @@ def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tenso
     return found[:, order.argsort().to(device)]
 
 
-def encode_groups(encoder: Encoder, pairs, groups: Sequence[Sequence[int]], layers: Sequence[int], norm: bool,
-                  batch_size: int, workers: int, precision: str) -> Iterator[torch.Tensor]:
-    """For each group of image numbers, the images' L2-normalised patch tokens after the 0-based blocks layers,
-    [L, n, h, w, D], on the encoder's device, in the type of the precision. One loader serves all groups."""
-    device, side = next(encoder.parameters()).device, pairs.image_size // encoder.patch_size
-    shape, dtype = (side, side, encoder.embed_dim), DTYPES[precision]
-    numbers = [number for group in groups for number in group]
-    progress = Progress(len(numbers) * world_size(), "encoding", "images")
-
-    def encoded():
-        for images, _ in pairs.images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda"):
-            with autocast(device, precision):
-                maps = encoder.get_intermediate_layers(encoder.preprocess(images.to(device, non_blocking=True)),
-                                                       n=layers, norm=norm)
-            progress.update(len(images) * world_size())
-            yield from torch.stack([F.normalize(tokens.float(), dim=1).permute(0, 2, 3, 1).to(dtype)
-                                    for tokens in maps], dim=1)
-
-    images = encoded()
-    for group in groups:
-        tokens = torch.empty(len(layers), len(group), *shape, dtype=dtype, device=device)
-        for place, image in enumerate(islice(images, len(group))):
-            tokens[:, place] = image
-        yield tokens
+def encode(encoder: Encoder, pairs, numbers: Sequence[int], layers: Sequence[int], norm: bool, batch_size: int,
+           workers: int, precision: str) -> Iterator[torch.Tensor]:
+    """The L2-normalised patch tokens of each image of these numbers after the 0-based blocks layers, [L, h, w, D], on
+    the encoder's device, in the type of the precision."""
+    device, progress = next(encoder.parameters()).device, Progress(len(numbers) * world_size(), "encoding", "images")
+    for images, _ in pairs.images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda"):
+        with autocast(device, precision):
+            maps = encoder.get_intermediate_layers(encoder.preprocess(images.to(device, non_blocking=True)), n=layers,
+                                                   norm=norm)
+        progress.update(len(images) * world_size())
+        yield from torch.stack([F.normalize(tokens.float(), dim=1).permute(0, 2, 3, 1).to(DTYPES[precision])
+                                for tokens in maps], dim=1)
 
 
 def within(predicted: torch.Tensor, points: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
@@ -201,11 +189,16 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
 
     per_batch = max(1, batch_size * 224**2 // (size**2 * world_size()))
     found = torch.empty(mine.stop - mine.start, len(layers), 2, dtype=torch.float64, device=device)
+    numbers = [number for group in groups for number in group.tolist()]
     for columns in passes:
-        held = encode_groups(encoder, pairs, [group.tolist() for group in groups], layers[columns], norm, per_batch,
-                             workers, precision)
-        for (*ends, at), group, tokens, part in zip(points, groups, held, found.split(counts), strict=True):
-            rows = (torch.searchsorted(group, images) for images in ends)
+        # One loader serves all categories.
+        images = encode(encoder, pairs, numbers, layers[columns], norm, per_batch, workers, precision)
+        for (*ends, at), group, part in zip(points, groups, found.split(counts), strict=True):
+            tokens = torch.empty(len(layers[columns]), len(group), *grid, encoder.embed_dim, dtype=DTYPES[precision],
+                                 device=device)
+            for place, image in enumerate(islice(images, len(group))):
+                tokens[:, place] = image
+            rows = (torch.searchsorted(group, end) for end in ends)
             part[:, columns] = match_points(tokens, *rows, at, match).transpose(0, 1)
     by_chance = chance(*(rows[mine].to(device) for rows in (pairs.target_points, sizes, side)), grid)
     predicted, by_chance = gather_rows(found).cpu() * sizes[:, None], gather_rows(by_chance).cpu()
