@@ -132,8 +132,8 @@ def draw_fields(path: Path, rows: Sequence[Sequence[tuple[str, dict, str]]], col
                 image = axes.imshow(np.clip(field / largest, 1e-3, 1), norm=LogNorm(1e-3, 1), cmap=colours)
                 pixels, patches = ([result[f"{name}_radius{share}_{unit}"] for share in (50, 90)]
                                    for unit in ("pixels", "patches"))
-                axes.set_title(f"{textwrap.fill(title, 28)}\n50%: {pixels[0]:.0f}, 90%: {pixels[1]:.0f} pixels",
-                               fontsize=6)
+                radii = "50%: {:.0f}, 90%: {:.0f} pixels".format(*pixels)
+                axes.set_title(f"{textwrap.fill(title, 28)}\n{radii}", fontsize=6)
                 for radius in patches:
                     axes.add_patch(Circle((middle, middle), radius, fill=False, color="#0050ff"))
         figure.colorbar(image, ax=grid, location="bottom", aspect=40, shrink=0.8, pad=0.03 / len(rows),
