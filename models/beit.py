@@ -3,7 +3,7 @@
 * the study's authors' file: relative position bias shared by all blocks, no absolute position embedding, LayerScale;
 * the public beit_base_patch16_224_pt1k_800ep.pth: absolute position embedding, no relative bias, no LayerScale.
 
-Both hold the weights under `model`, with biases on query and value but not key, and an `lm_head`.
+Both files hold the weights under `model`, with biases on query and value but not key, and an `lm_head`.
 """
 
 from functools import lru_cache
@@ -47,9 +47,10 @@ class BEiTEncoder(Encoder):
         table = self.vit.rel_pos_bias.relative_position_bias_table
         key = (height, width, table.device, table.dtype)
         if self._bias_key != key:
+            native = native_grid(self.vit)
             # A cached inference tensor could not be used by a later call that needs gradients.
             with torch.inference_mode(False):
-                table = resize_relative_table(table, (native_grid(self.vit),) * 2, (height, width))
+                table = resize_relative_table(table, (native, native), (height, width))
                 index = gen_relative_position_index((height, width)).to(table.device)
                 self._bias_key, self._bias = key, table[index].permute(2, 0, 1)[None].contiguous()
         return self._bias
@@ -96,14 +97,23 @@ def geometric_spline(old: int, new: int) -> np.ndarray:
 
 def cubic_spline(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """The matrix [wanted, known] of cubic spline interpolation with not-a-knot ends, from values at the known points
-    (ascending, at least four) to those at the wanted points; in the basis 1, x, x^2, x^3, |x - knot|^3."""
-    scale = np.abs(known).max()
-
-    def basis(points):
-        x = points[:, None] / scale
-        return np.concatenate([x ** np.arange(4), np.abs(x - known[2:-2] / scale) ** 3], axis=1)
-
-    return np.linalg.solve(basis(known).T, basis(wanted).T).T
+    (ascending, at least four) to those at the wanted points."""
+    count, steps = len(known), np.diff(known)
+    # Unknowns: the second derivatives. First derivatives are continuous at all inner points, third derivatives at the
+    # second and the last but one.
+    left, right = np.zeros((count, count)), np.zeros((count, count))
+    for i in range(1, count - 1):
+        left[i, i - 1:i + 2] = steps[i - 1] / 6, (steps[i - 1] + steps[i]) / 3, steps[i] / 6
+        right[i, i - 1:i + 2] = 1 / steps[i - 1], -1 / steps[i - 1] - 1 / steps[i], 1 / steps[i]
+    left[0, :3] = -1 / steps[0], 1 / steps[0] + 1 / steps[1], -1 / steps[1]
+    left[-1, -3:] = -1 / steps[-2], 1 / steps[-2] + 1 / steps[-1], -1 / steps[-1]
+    curvature, values = np.linalg.solve(left, right), np.eye(count)
+    start = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, count - 2)
+    step = steps[start][:, None]
+    after = (wanted - known[start])[:, None] / step
+    before = 1 - after
+    bend = (before**3 - before) * curvature[start] + (after**3 - after) * curvature[start + 1]
+    return before * values[start] + after * values[start + 1] + bend * step**2 / 6
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
