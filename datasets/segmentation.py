@@ -1,8 +1,8 @@
 """The segmentation data sets by name: protocol, class names, folders, label maps. segmentation_store.py caches them.
 
 A split has names, num_classes, len(), name(i), subset(indices), sizes(workers) -> [(height, width)] and load(i) ->
-(uint8 [H, W, 3], uint8 [H, W]): the image and its label map, in which 0 ("other") became 255 and the rest one less
-(appendix A.4); of PartImageNet, whose classes count from 0, the last label ("background") became 255.
+(uint8 [H, W, 3], uint8 [H, W]): the image and its label map by reduce_label (appendix A.4); the ignored label is
+"other", 0, or of PartImageNet "background", the last.
 """
 
 from collections import deque
@@ -193,7 +193,7 @@ def pair_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """The opened image. What Pillow raises at opening, or at decoding within the context, becomes a UserError."""
+    """The opened image. What Pillow raises, at opening or within the context, becomes a UserError."""
     failure = "read as an image"
     try:
         with Image.open(path) as image:

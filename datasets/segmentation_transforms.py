@@ -102,11 +102,9 @@ class Taps(NamedTuple):
 
 
 def linear_taps(index: torch.Tensor, out_size: torch.Tensor, in_size: torch.Tensor, across: bool) -> Taps:
-    """Bilinear interpolation along one axis, as OpenCV 4 does it for 8 bits (resize, INTER_LINEAR).
-
-    index: int64 [B, n] of output rows or columns; out_size, in_size: [B]. across: of columns, where a tap outside the
-    image gives the edge full weight; taps of rows are clamped and keep their weights.
-    """
+    """Bilinear interpolation along one axis, as OpenCV 4 does it for 8 bits (resize, INTER_LINEAR). index: output rows
+    or columns, int64 [B, n]; out_size, in_size: [B]. across: of columns, where a tap outside the image gives the edge
+    full weight; taps of rows are clamped and keep their weights."""
     position = ((index + 0.5) * _steps(out_size, in_size) - 0.5).float()
     lower, last = position.floor().long(), (in_size - 1)[:, None]
     weight = position - lower
@@ -145,10 +143,8 @@ def resized_pixels(batch: Packed, rows: Taps, columns: Taps) -> torch.Tensor:
 
     def weighted(row, weight):
         index = row - first
-        if len(lines) == 1:
-            chosen = lines.index_select(2, index[0])
-        else:
-            chosen = lines.gather(2, index[:, None, :, None].expand(-1, 3, -1, lines.shape[3]))
+        chosen = (lines.index_select(2, index[0]) if len(lines) == 1 else
+                  lines.gather(2, index[:, None, :, None].expand(-1, 3, -1, lines.shape[3])))
         return chosen.mul_(weight[:, None, :, None]).bitwise_right_shift_(16)
 
     mixed = weighted(rows.lower, rows.lower_weight)
@@ -176,11 +172,8 @@ def accept_crops(labels: torch.Tensor, max_share: float = 0.75) -> torch.Tensor:
 
 
 def choose_crops(cut, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first crop that is accepted; after ten failures the eleventh, unchecked.
-
-    cut: maps sample numbers [n] and their offsets [n, 2] to labels [n, h, w]. offsets: [B, 11, 2].
-    Returns the index of the chosen crop, int64 [B], and its labels [B, h, w].
-    """
+    """The first crop that is accepted; after ten failures the eleventh, unchecked: its index int64 [B] and its labels
+    [B, h, w]. cut: maps sample numbers [n] and their offsets [n, 2] to labels [n, h, w]. offsets: [B, 11, 2]."""
     remaining = torch.arange(len(offsets), device=offsets.device)
     chosen = torch.zeros_like(remaining)
     labels = cut(remaining, offsets[:, 0])
@@ -235,9 +228,7 @@ def choose_crop_region(batch: Packed, augmentations: list[Augmentation], out_siz
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device; a copy to CUDA does not block the host."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @cache
@@ -257,8 +248,8 @@ def rgb_to_hsv(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     spread = torch.minimum(red, green)
     spread = torch.sub(value, torch.minimum(spread, blue, out=spread), out=spread)
     saturation = take(per_value, value).mul_(spread).add_(2048).bitwise_right_shift_(12)
-    # Bit operations choose among the three numerators, several times faster than where(): a mask is all ones where red
-    # (green) is not the largest, and a ^ ((a ^ b) & mask) is b there and a elsewhere.
+    # Several times faster than where(): a mask is all ones where red (green) is not the largest, and
+    # a ^ ((a ^ b) & mask) is b there and a elsewhere.
     not_red, not_green = (red - value).bitwise_right_shift_(31), (green - value).bitwise_right_shift_(31)
     numerator, if_green = green - blue, (blue - red).add_(spread, alpha=2)
     if_blue = (red - green).add_(spread, alpha=4)
@@ -297,8 +288,7 @@ def _make_hsv_factors() -> torch.Tensor:
     by_sector = torch.stack([torch.stack(colours) for colours in (
         (full, rising, low), (falling, full, low), (low, full, rising),
         (low, falling, full), (rising, low, full), (full, low, falling))])
-    chosen = by_sector.gather(0, sector.view(1, 1, 180, 1).expand(1, 3, 180, 256))[0]
-    return chosen.reshape(3, -1)
+    return by_sector.gather(0, sector.view(1, 1, 180, 1).expand(1, 3, 180, 256)).view(3, -1)
 
 
 def photometric_distortion(images: torch.Tensor, augmentations: list[Augmentation]) -> torch.Tensor:

@@ -39,17 +39,14 @@ def prepare_lip(source: Path, target: Path, workers: int) -> None:
     """LIP, in any of its layouts: the labels stay, only the folders change."""
     images, labels = (first_folder(source, [folder.format("train") for folder in folders], LIP_TREE).parent
                       for folders in zip(*LAYOUTS[2:], strict=True))
-    pairs = {split: pair_by_name(images / f"{split}_images", labels / f"{split}_segmentations")
-             for split in ("train", "val")}
+    pairs = {split: pair_by_name(images / f"{split}_images", labels / f"{split}_segmentations") for split in LONG_NAMES}
     unchanged = np.arange(len(CLASS_NAMES["lip"]) + 1, dtype=np.uint8)
     prepare("lip", target, pairs, CLASS_NAMES["lip"], partial(read_and_renumber, table=unchanged), workers)
 
 
 def prepare_ade20k_object(source: Path, target: Path, workers: int, classes: Path | None) -> None:
-    """Some of the 150 classes of ADEChallengeData2016, renumbered; the others become 0.
-
-    classes: a file of names (first synonyms of objectInfo150.txt) in label order (default: the paper's 59).
-    """
+    """Some of the 150 classes of ADEChallengeData2016, renumbered; the others become 0. classes: a file of names (first
+    synonyms of objectInfo150.txt) in label order (default: the paper's 59)."""
     names = read_names(classes) if classes else CLASS_NAMES["ade20k-object"]
     unknown = [name for name in names if name not in ADE20K_150]
     if unknown:
@@ -74,11 +71,8 @@ def read_and_renumber(path: Path, table: np.ndarray) -> np.ndarray:
 
 
 def prepare_pascal(source: Path, target: Path, workers: int, lists: Path | None, parts: bool) -> None:
-    """Pascal-Part, which annotates the 10,103 training and validation images of VOC 2010.
-
-    source: VOCdevkit/VOC2010 with Pascal-Part's Annotations_Part unpacked into it. lists: a folder with train.txt and
-    val.txt (default: VOC's ImageSets/Main, 4,998 and 5,105 names).
-    """
+    """Pascal-Part, unpacked into VOCdevkit/VOC2010, whose 10,103 training and validation images it annotates. lists: a
+    folder with train.txt and val.txt (default: VOC's ImageSets/Main, 4,998 and 5,105 names)."""
     import_loadmat()
 
     def find(folder: str) -> Path:
@@ -86,7 +80,7 @@ def prepare_pascal(source: Path, target: Path, workers: int, lists: Path | None,
 
     annotations, images = find("Annotations_Part"), find("JPEGImages")
     names, pairs = {}, {}
-    for split in ("train", "val"):
+    for split in LONG_NAMES:
         path = (lists or find("ImageSets/Main")) / f"{split}.txt"
         if not path.is_file():
             raise UserError(f"{path} does not exist; it is a list of image names of VOC 2010's ImageSets/Main; "
@@ -98,15 +92,14 @@ def prepare_pascal(source: Path, target: Path, workers: int, lists: Path | None,
     unlisted = {path.stem for path in annotations.glob("*.mat")} - names["train"] - names["val"]
     dataset = "pascal-part" if parts else "pascal-object"
     prepare(dataset, target, pairs, CLASS_NAMES[dataset], partial(read_pascal, parts=parts), workers,
-            left_out={"annotated, but neither in train.txt nor in val.txt": len(unlisted)})
+            left_out=len(unlisted), left_out_reason="annotated, but neither in train.txt nor in val.txt")
 
 
 def read_pascal(path: Path, parts: bool) -> np.ndarray:
     """The parts or the objects of one Pascal-Part file, uint8 [height, width], labels of PASCAL_PART_193 or _OBJECT_16.
 
-    Painted as by the devkit's mat2map.m: objects in the order of the file, later over earlier, and so the parts of an
-    object. Parts have a map of their own, which later objects do not clear. Objects of a class without parts cover
-    earlier objects with 0. Raises ValueError for an unknown class or part.
+    Painted as by the devkit's mat2map.m: objects and their parts in the order of the file, later over earlier. Later
+    objects do not clear parts; objects of a class without parts cover objects with 0. ValueError for an unknown name.
     """
     objects = import_loadmat()(path)["anno"][0, 0]["objects"].ravel()
     labels = np.zeros(objects[0]["mask"].shape, dtype=np.uint8)

@@ -42,11 +42,8 @@ def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def part_instances(segmentation: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Object and part of every part instance in an image.
-
-    Returns instance [height, width], 0 = none, i = row i - 1 of pairs, and pairs [N, 2]: object index (0 where no
-    object is under the part) and part index. Raises ValueError where the two files differ in size.
-    """
+    """The part instances in an image: instance [height, width], 0 = none, i = row i - 1 of pairs, and pairs [N, 2]:
+    object index (0 where no object is under the part), part index. ValueError where the files differ in size."""
     parts_file = segmentation.with_name(segmentation.name.replace("_seg.png", "_parts_1.png"))
     if not parts_file.is_file():
         with Image.open(segmentation) as image:
@@ -58,8 +55,8 @@ def part_instances(segmentation: Path) -> tuple[np.ndarray, np.ndarray]:
     inside = parts > 0
     keys, rows = np.unique(parts[inside].astype(np.int64) * 256 + codes[inside], return_inverse=True)
     candidates, columns = np.unique(objects[inside], return_inverse=True)
-    shape = (len(keys), len(candidates))
-    votes = np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]).reshape(shape)
+    votes = np.bincount(rows * len(candidates) + columns, minlength=len(keys) * len(candidates))
+    votes = votes.reshape(len(keys), len(candidates))
     votes[:, candidates == 0] = 0
     instance = np.zeros(parts.shape, dtype=np.int32)
     instance[inside] = rows + 1
@@ -75,15 +72,13 @@ def read_parts(segmentation: Path, labels: dict[tuple[int, int], int]) -> np.nda
 
 def scan(segmentation: Path, with_names: bool) -> tuple[set[tuple[int, int]], dict[int, str]]:
     """The pairs in an image, and with_names the names of its classes, from its json."""
-    _, pairs = part_instances(segmentation)
-    path = segmentation.with_name(segmentation.name.replace("_seg.png", ".json"))
-    return {(parent, part) for parent, part in pairs.tolist() if parent}, names_from_json(path) if with_names else {}
-
-
-def names_from_json(path: Path) -> dict[int, str]:
-    objects = json.loads(path.read_bytes().decode("utf-8", errors="replace"))["annotation"]["object"]
+    pairs = {(parent, part) for parent, part in part_instances(segmentation)[1].tolist() if parent}
+    if not with_names:
+        return pairs, {}
+    text = segmentation.with_name(segmentation.name.replace("_seg.png", ".json")).read_bytes()
+    objects = json.loads(text.decode("utf-8", errors="replace"))["annotation"]["object"]
     # MATLAB wrote the files: a list of one is its element.
-    return {item["name_ndx"]: item["name"] for item in (objects if isinstance(objects, list) else [objects])}
+    return pairs, {item["name_ndx"]: item["name"] for item in (objects if isinstance(objects, list) else [objects])}
 
 
 class IndexUnpickler(pickle.Unpickler):
@@ -108,24 +103,23 @@ class IndexUnpickler(pickle.Unpickler):
 
 def read_index(release: Path) -> dict[int, str] | None:
     """Names by class index from index_ade20k.pkl or .mat; None where there is neither. Raises UserError."""
-    path = release / "index_ade20k.pkl"
-    if path.is_file():
+    pkl, mat = release / "index_ade20k.pkl", release / "index_ade20k.mat"
+    if pkl.is_file():
         try:
-            with open(path, "rb") as file:
+            with open(pkl, "rb") as file:
                 names = IndexUnpickler(file).load()["objectnames"]
         except Exception as error:
-            raise UserError(f"{path} is damaged or holds more than plain data ({error}); remove it, then the names are "
+            raise UserError(f"{pkl} is damaged or holds more than plain data ({error}); remove it, then the names are "
                             "read from index_ade20k.mat or the json files") from None
         return {index: str(name) for index, name in enumerate(names, 1)}
-    path = release / "index_ade20k.mat"
-    if path.is_file():
-        loadmat = import_loadmat()
-        try:
-            cells = loadmat(path)["index"][0, 0]["objectnames"].ravel()
-        except Exception as error:
-            raise UserError(f"{path} is no index of ADE20K ({type(error).__name__}); unpack it again") from None
-        return {index: str(cell.item()) if cell.size else "" for index, cell in enumerate(cells, 1)}
-    return None
+    if not mat.is_file():
+        return None
+    loadmat = import_loadmat()
+    try:
+        cells = loadmat(mat)["index"][0, 0]["objectnames"].ravel()
+    except Exception as error:
+        raise UserError(f"{mat} is no index of ADE20K ({type(error).__name__}); unpack it again") from None
+    return {index: str(cell.item()) if cell.size else "" for index, cell in enumerate(cells, 1)}
 
 
 def find_segmentations(folder: Path) -> Iterable[Path]:
@@ -141,10 +135,8 @@ def first_synonym(name: str) -> str:
 
 def find_parts(root: Path, release: Path, pairs: dict[str, list[tuple[Path, Path]]], workers: int) -> list[dict]:
     """Every part of an object in the release, with names and numbers of images; written to root/parts.json, and read
-    from there where that is of the same release and as many images.
-
-    Raises UserError where an image cannot be read, because all images determine the class list.
-    """
+    from there where that is of the same release and as many images. Raises UserError where an image cannot be read,
+    because all images determine the class list."""
     report = root / "parts.json"
     numbers = {"release": release.name, **{split: len(listed) for split, listed in pairs.items()}}
     if report.is_file():
@@ -162,13 +154,13 @@ def find_parts(root: Path, release: Path, pairs: dict[str, list[tuple[Path, Path
     results, errors = attempt_all(partial(scan, with_names=names is None), [annotation for _, annotation in everything],
                                   workers, "looking for parts")
     raise_failures(root, everything, errors)
-    names, counts = dict(names or {}), {"train": Counter(), "val": Counter()}
+    names, train, val = dict(names or {}), Counter(), Counter()
     for number, (found, names_here) in enumerate(results):
-        counts["train" if number < len(pairs["train"]) else "val"].update(found)
+        (train if number < len(pairs["train"]) else val).update(found)
         names.update(names_here)
     parts = [{"object": names.get(parent, f"class {parent}"), "part": names.get(part, f"class {part}"),
-              "indices": [parent, part], "train": counts["train"][parent, part], "val": counts["val"][parent, part]}
-             for parent, part in sorted(set(counts["train"]) | set(counts["val"]))]
+              "indices": [parent, part], "train": train[parent, part], "val": val[parent, part]}
+             for parent, part in sorted(train | val)]
     lines = ",\n".join(json.dumps(part, ensure_ascii=False) for part in parts)
     write_text(report, json.dumps(numbers)[:-1] + f', "parts": [\n{lines}\n]}}\n')
     return parts
@@ -182,8 +174,7 @@ def name_parts(parts: list[dict]) -> list[str]:
 
 
 def prepare_ade20k_part(source: Path, target: Path, workers: int, classes: Path | None) -> None:
-    """The parts that occur in both splits. classes: a file with some names of an earlier run's names.txt, to keep only
-    those."""
+    """The parts that occur in both splits. classes: a file of some of an earlier run's names, to keep only those."""
     training = first_folder(source, [f"{release}images/{inner}training" for release in
                                      ("", "ADE20K_2016_07_26/", "ADE20K_2021_17_01/") for inner in ("", "ADE/")], TREE)
     images = training.parent
@@ -220,5 +211,5 @@ def prepare_ade20k_part(source: Path, target: Path, workers: int, classes: Path 
         if len(names) < len(named):
             print(f"  an 8-bit label map holds {MAX_CLASSES} classes: those in most training images are kept")
     labels = {tuple(named[name]["indices"]): label for label, name in enumerate(names, 1)}
-    prepare("ade20k-part", target, pairs, names, partial(read_parts, labels=labels), workers,
-            left_out={f"not among the {NUM_TRAIN} training images of 2016 by its number": left_out})
+    prepare("ade20k-part", target, pairs, names, partial(read_parts, labels=labels), workers, left_out=left_out,
+            left_out_reason=f"not among the {NUM_TRAIN} training images of 2016 by its number")

@@ -73,12 +73,13 @@ def attempt_all(function: Callable, items: Sequence, workers: int, label: str) -
     return [result for result, _ in outcomes], [error for _, error in outcomes]
 
 
-def raise_failures(root: Path, items: Sequence[tuple[Path, Path]], errors: Sequence[str]) -> None:
-    """Writes the lines "annotation, tab, error" to root/failed.txt and raises UserError; removes it if none failed."""
+def raise_failures(root: Path, items: Sequence[tuple[Path, ...]], errors: Sequence[str]) -> None:
+    """Writes the lines "annotation, tab, error" of (image, annotation, ...) to root/failed.txt and raises UserError;
+    removes the file if none failed."""
     report = root / "failed.txt"
-    report.unlink(missing_ok=True)
-    failed = [f"{annotation}\t{error}\n" for (_, annotation), error in zip(items, errors, strict=True) if error]
+    failed = [f"{annotation}\t{error}\n" for (_, annotation, *_), error in zip(items, errors, strict=True) if error]
     if not failed:
+        report.unlink(missing_ok=True)
         return
     write_text(report, "".join(failed))
     raise UserError(f"{len(failed)} of {len(items)} images could not be prepared, the first: {failed[0].strip()}; "
@@ -91,10 +92,10 @@ def write_text(path: Path, text: str) -> None:
 
 def prepare(dataset: str, target: Path, pairs: dict[str, list[tuple[Path, Path]]], names: Sequence[str],
             read_labels: Callable[[Path], np.ndarray], workers: int, layout: tuple[str, str] = LAYOUTS[0],
-            left_out: dict[str, int] | None = None) -> None:
+            left_out: int = 0, left_out_reason: str = "") -> None:
     """Converts all (image, annotation) pairs of the splits "train" and "val", and prints a report.
 
-    read_labels: annotation -> uint8 [height, width], 0 = other, k = names[k - 1]. left_out: number of images by reason.
+    read_labels: annotation -> uint8 [height, width], 0 = other, k = names[k - 1]. left_out: how many images.
     Raises UserError where the target holds maps of another class list and, after the report, if an image failed.
     """
     root, items, folders = target / ROOTS[dataset][0], [], []
@@ -119,10 +120,9 @@ def prepare(dataset: str, target: Path, pairs: dict[str, list[tuple[Path, Path]]
           f"{len(pairs['val'])} for validation")
     for outcome, count in sorted(Counter(outcome or "failed" for outcome in outcomes).items()):
         print(f"  {count} {outcome}")
-    for rule, count in (left_out or {}).items():
-        if count:
-            print(f"  {count} left out: {rule}")
-    raise_failures(root, [item[:2] for item in items], errors)
+    if left_out:
+        print(f"  {left_out} left out: {left_out_reason}")
+    raise_failures(root, items, errors)
 
 
 def prepare_one(item: tuple[Path, Path, Path, Path], read_labels: Callable[[Path], np.ndarray]) -> str:
