@@ -16,7 +16,7 @@ from .distributed import is_main, world_size
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
 # Patches that the published rule leaves of a whole data set; the table marks other numbers.
 FULL_PATCHES = {"cub": 30543}
-# Object and part data sets of each panel; panels without results are not shown.
+# Object and part data sets of each panel; panels without a number are not shown.
 FIGURE6 = {"ADE20K": ("ade20k-object", "ade20k-part"), "Pascal": ("pascal-object", "pascal-part"),
            "PartImageNet, ImageNet's training images (not in the paper)": ("partimagenet-object", "partimagenet-part"),
            "Synthetic data (not in the paper)": ("synthetic-object", "synthetic-part")}
@@ -116,11 +116,11 @@ def retrieval_entry(result: dict) -> Entry:
     if (not {"ap_cls", "ap_avg"} <= result.keys() or result["num_queries"] != count or result["crop_scale"] != 0.5
             or result["keypoints"] or result["authors_defects"] or result["args"]["exclude_query"]):
         return Entry({})
-    best, projected = result["best"], result.get("ap_projected")
+    best = result["best"]
     known = f" (the whole data set: {dataset} {whole:,})" if whole else ""
+    remark = "" if count == whole else f"{dataset}: on {count:,} patches{known}"
     return Entry({f"{dataset} encoded": result[f"ap_{best}"], f"{dataset} token": best,
-                  f"{dataset} projected": projected}, star="*",
-                 remark="" if count == whole else f"{dataset}: on {count:,} patches{known}")
+                  f"{dataset} projected": result.get("ap_projected")}, remark=remark, star="*")
 
 
 def classify_entry(result: dict) -> Entry:
