@@ -121,11 +121,11 @@ def retrieval_entry(result: dict) -> Entry:
     if (not {"ap_cls", "ap_avg"} <= result.keys() or result["num_queries"] != count or result["crop_scale"] != 0.5
             or result["keypoints"] or result["authors_defects"] or result["args"]["exclude_query"]):
         return Entry({})
-    best, projected = result["best"], result.get("ap_projected")
+    best = result["best"]
     known = f" (the whole data set: {dataset} {whole:,})" if whole else ""
+    remark = "" if count == whole else f"{dataset}: on {count:,} patches{known}"
     return Entry({f"{dataset} encoded": result[f"ap_{best}"], f"{dataset} token": best,
-                  f"{dataset} projected": projected}, star="*",
-                 remark="" if count == whole else f"{dataset}: on {count:,} patches{known}")
+                  f"{dataset} projected": result.get("ap_projected")}, remark=remark, star="*")
 
 
 def classify_entry(result: dict) -> Entry:

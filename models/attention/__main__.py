@@ -154,7 +154,6 @@ def check_memory(encoder: Encoder, num_ratios: int, num_patches: int, device: to
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
     parser = OneLineParser(__doc__, prog="python -m models.attention")
     add_common_arguments(parser, METHODS, ("imagenet", "synthetic"), batch_size=32)
     parser.set_defaults(model="mae", dataset="imagenet")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.drawing import COLOURS, COLUMN, PAGE, plot
-from utils.results import caveats, markdown_table
+from utils.results import caveats, markdown_table, with_marks
 
 
 def latest(results: Sequence[dict]) -> dict[tuple, dict]:
@@ -17,11 +17,10 @@ def latest(results: Sequence[dict]) -> dict[tuple, dict]:
     models = [model for model, _ in {(result["model"], result["weights"]) for result in results}]
     chosen = {}
     for result in results:
-        name, marks = result["model"], caveats(result)
+        name = result["model"]
         if models.count(name) > 1 and result["weights"] != "random":
             name += f" {'/'.join(Path(result['weights']).parts[-2:])}"
-        name += f" ({marks})" if marks else ""
-        chosen[name, result["part"], result["mask_ratio"]] = result
+        chosen[with_marks(name, caveats(result)), result["part"], result["mask_ratio"]] = result
     return chosen
 
 
@@ -46,10 +45,8 @@ def summary_table(results: Sequence[dict]) -> str:
 
 def write_plots(results: Sequence[dict], folder: Path) -> list[str]:
     """Writes the plots of the last result of each model, part and mask ratio; returns the files' names.
-
     attention_distance_encoders.png: a line per model. attention_distance_decoder.png (of a second model, _2, and so
-    on): a line per mask ratio, mask tokens and visible tokens apart. attention_fields.png: every receptive field.
-    """
+    on): a line per mask ratio, mask tokens and visible tokens apart. attention_fields.png: every receptive field."""
     chosen, names = latest(results), []
     encoders = {name: result for (name, part, _), result in chosen.items() if part == "encoder"}
     fields = [[(f"{name}, encoder", result, "receptive_field") for name, result in encoders.items()]]
