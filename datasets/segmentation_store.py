@@ -50,12 +50,13 @@ class PixelStore:
         self.stored = [min(size, rescale_size(*size, largest)) for size in self.sizes]
         counts = torch.tensor([height * width for height, width in self.stored])
         self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        self.filled = False
+        self.mapped = None
         self.pixels = allocate(
-            (int(self.starts[-1]),), torch.int32, device, tier, lambda: self._on_disk(folder),
+            (int(self.starts[-1]),), torch.int32, device, tier, folder, lambda: self._on_disk(folder),
             f"{len(split)} training images, decoded", "use a larger disk with --output-dir", log,
             reserve=RESERVED_BYTES, pin=False)
-        if not self.filled:
+        # A file has been filled; but where another process could not use it, all hold the images elsewhere.
+        if self.pixels is not self.mapped:
             self._fill(self.pixels)
 
     def _fill(self, pixels: torch.Tensor) -> None:
@@ -79,15 +80,17 @@ class PixelStore:
             listing += [self.split.kind]
         path = folder / f"pixels-{hashlib.sha256(repr(listing).encode()).hexdigest()[:16]}.int32"
 
+        shape = (int(self.starts[-1]),)
+
         def write(temporary):
-            create_file(temporary, (int(self.starts[-1]),), torch.int32)
-            self._fill(map_file(temporary, (int(self.starts[-1]),), torch.int32))
+            create_file(temporary, shape, torch.int32)
+            self._fill(map_file(temporary, shape, torch.int32))
 
         with local_main_first():
             if not path.exists():
                 atomic_write(path, write)
-        self.filled = True
-        return map_file(path, (int(self.starts[-1]),), torch.int32)
+        self.mapped = map_file(path, shape, torch.int32, writable=False)
+        return self.mapped
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Packed, list[tuple[int, int]]]:
         """Some images on the device, as the transforms take them, and their original sizes."""

@@ -115,8 +115,9 @@ def encode_tokens(encoder: Encoder, images: torch.Tensor, precision: str) -> Enc
     """uint8 [B, 3, H, W] on the encoder's device -> class tokens and normalised tokens in the precision's type."""
     with autocast(images.device, precision):
         tokens = encoder(encoder.preprocess(images))
-    # Normalised before the cast: afterwards an error of the mean would stay.
-    return Encoded(tokens[:, 0].to(DTYPES[precision]), normalise(tokens.float()).to(DTYPES[precision]))
+    # Class tokens are a copy: a view would keep all tokens of the batch alive. Normalised before the cast: afterwards
+    # an error of the mean would stay.
+    return Encoded(tokens[:, 0].to(DTYPES[precision], copy=True), normalise(tokens.float()).to(DTYPES[precision]))
 
 
 def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, precision: str, workers: int, tier: str,
@@ -125,7 +126,7 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
 
     label: the data set's name in messages. with_tokens: all tokens, else the class token only. tier: where tokens live
     (utils.storage.allocate). folder: for a mapped file. keep: folder of kept caches, or None.
-    Raises UserError where there is no room anywhere, or no finite feature.
+    Raises UserError where there is no room anywhere, and for features that are not finite.
     """
     device = next(encoder.parameters()).device
     images = shard(len(dataset))
@@ -146,7 +147,7 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
         shape, dtype = (stop - start, *shapes["tokens"][0]), DTYPES[precision]
         what = f"{label}: tokens of {dataset.num_patches} patches, {length} x {encoder.embed_dim} {precision} each"
         arrays["tokens"] = allocate(
-            shape, dtype, device, tier,
+            shape, dtype, device, tier, keep if kept else folder,
             lambda: kept.arrays["tokens"][start:stop] if kept else temporary_file(folder, shape, dtype), what,
             "use a larger disk with --cache-dir, more processes, or --probe linear knn, which need no tokens", log)
 
@@ -156,13 +157,12 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
             if array.data_ptr() != kept.arrays[name][start:stop].data_ptr():
                 array.copy_(kept.arrays[name][start:stop])
     else:
-        encode_into(arrays, encoder, dataset, images, start, label, precision, workers)
+        finite = encode_into(arrays, encoder, dataset, images, start, label, precision, workers)
+        if any_process(not finite):
+            raise UserError(f"{label}: the encoder gave features that are not finite at --precision {precision}; "
+                            "use bf16 or fp32")
         if kept:
             kept.write(arrays, start, stop)
-
-    if any_process(not arrays["cls"][arrays["decoded"] == 1].isfinite().all()):
-        raise UserError(f"{label}: the encoder gave features that are not finite at --precision {precision}; "
-                        "use bf16 or fp32")
     missing = (gather_rows(arrays["decoded"]) == 0).nonzero().flatten().cpu()
     if len(missing):
         log(f"{label}: {len(missing)} patches are left out, their images could not be decoded")
@@ -170,13 +170,16 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
 
 
 def encode_into(arrays: dict[str, torch.Tensor], encoder: Encoder, dataset, images: range, first_id: int, label: str,
-                precision: str, workers: int) -> None:
-    """One pass over the images: fills the arrays (row = id - first_id) and sets decoded to 1."""
+                precision: str, workers: int) -> bool:
+    """One pass over the images: fills the arrays (row = id - first_id) and sets decoded to 1. Whether all is finite."""
     device = arrays["cls"].device
     progress = Progress(len(arrays["cls"]), f"encoding {label}", "patches")
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for patches, ids in dataset.batches(images, encode_batch_size(device), workers, pin_memory=device.type == "cuda"):
         encoded = encode_tokens(encoder, patches.to(device, non_blocking=True), precision)
         values = encoded._asdict() | {"decoded": torch.ones(len(ids), dtype=torch.uint8, device=device)}
+        for name in arrays:
+            finite &= values[name].isfinite().all()
         # Rows are consecutive but for images that could not be decoded.
         breaks = (ids.diff() != 1).nonzero().flatten() + 1
         for run in torch.arange(len(ids)).tensor_split(breaks):
@@ -187,6 +190,7 @@ def encode_into(arrays: dict[str, torch.Tensor], encoder: Encoder, dataset, imag
         progress.update(len(ids))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return bool(finite)
 
 
 def encode_batch_size(device: torch.device) -> int:
@@ -267,11 +271,20 @@ class FeatureCache:
 
 
 def source_files(*objects: object) -> set[str]:
-    """The files of this repository in which the classes of these objects, and functions among them, are written."""
-    kinds = [kind for one in objects for kind in (one, *type(one).__mro__)]
-    modules = {sys.modules.get(getattr(kind, "__module__", None)) for kind in kinds}
-    root = str(Path(__file__).parents[1])
-    return {path for module in modules if (path := getattr(module, "__file__", None) or "").startswith(root)}
+    """The files of this repository in which the classes of these objects, and functions among them, are written, and
+    those of the same folder whose classes or functions they use."""
+    root, files = str(Path(__file__).parents[1]), set()
+    # A partial function's own module is functools.
+    kinds = [kind for one in objects for kind in (getattr(one, "func", one), *type(one).__mro__)]
+    names = [getattr(kind, "__module__", None) for kind in kinds]
+    while names:
+        module = sys.modules.get(names.pop())
+        path = getattr(module, "__file__", None) or ""
+        if path.startswith(root) and path not in files:
+            files.add(path)
+            used = (str(getattr(value, "__module__", "")) for value in vars(module).values())
+            names += [name for name in used if name.startswith(f"{module.__package__}.")]
+    return files
 
 
 def fingerprint(encoder: Encoder, dataset, precision: str, with_tokens: bool) -> str:
@@ -280,7 +293,7 @@ def fingerprint(encoder: Encoder, dataset, precision: str, with_tokens: bool) ->
     digest = hashlib.sha256()
     device = next(encoder.parameters()).device.type
     for value in (precision, device, torch.__version__, timm.__version__, with_tokens, dataset.transform,
-                  dataset.classes, encoder.num_heads, encoder.method, getattr(encoder, "shuffle", None) is not None):
+                  dataset.classes, encoder, encoder.num_heads, getattr(encoder, "shuffle", None) is not None):
         digest.update(f"{value}\0".encode())
     for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers()):
         digest.update(name.encode() + str(tuple(tensor.shape)).encode())
