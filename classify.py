@@ -43,7 +43,7 @@ from utils.distributed import (
     world_size,
 )
 from utils.drawing import draw_confusion, draw_curves, require_matplotlib
-from utils.results import append_result, args_to_json, paper_tables, run_title, start_line
+from utils.results import append_result, args_to_json, paper_tables, run_slug, run_title, start_line
 from utils.run import (
     OneLineParser,
     Progress,
@@ -59,8 +59,8 @@ from utils.storage import atomic_write
 NEIGHBOURS = (10, 20, 100, 200)
 CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out tenth of the training images"}
 # Arguments that may differ when a run is resumed: they do not change what it computes.
-FREE_ON_RESUME = ("output_dir", "workers", "device", "cache", "cache_dir", "resume", "checkpoint_seconds", "save_plots",
-                  "table")
+FREE_ON_RESUME = ("output_dir", "debug", "workers", "device", "cache", "cache_dir", "resume", "checkpoint_seconds",
+                  "save_plots", "table")
 
 
 @torch.no_grad()
@@ -181,6 +181,7 @@ def memory_peak(device: torch.device) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises UserError for values that cannot be."""
     parser = OneLineParser(__doc__)
     add_common_arguments(parser, METHODS, CLASSIFICATION_PARTS + CLASSIFICATION_IMAGES, batch_size=None)
     group = parser.add_argument_group("probing")
@@ -198,6 +199,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--crop-scale", type=float, default=0.5,
                        help="side of a part patch / distance to the next keypoint (default: 0.5, the authors' code; "
                             "the paper's text: 1.0)")
+    group.add_argument("--image-size", type=positive_int, default=224, metavar="N",
+                       help="of what the encoder gets, patches or whole images (default: %(default)s)")
     group.add_argument("--no-augment", action="store_true",
                        help="images: train on the central crop, each image encoded once, in place of random crops")
     group.add_argument("--authors-defects", action="store_true",
@@ -388,12 +391,14 @@ def main() -> None:
     device, log = setup(args)
 
     # Data and encoder
-    train, test = open_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images)
+    train, test = open_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images,
+                                      args.image_size)
     held_out = hold_out(train, args.seed) if args.select == "held-out" else torch.zeros(train.num_patches).bool()
     options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
     encoder = load_encoder(args, device, log, projector=False, **options)
     encode = partial(encode_features, encoder, precision=args.precision, workers=args.workers, tier=args.cache,
-                     folder=args.cache_dir or args.output_dir, keep=args.cache_dir, log=log)
+                     folder=args.cache_dir or args.output_dir, keep=args.cache_dir, log=log,
+                     image_size=args.image_size)
     line = start_line("classify", args, encoder) | {"select": args.select, "classes": train.classes}
     log(f"{run_title(line)}: {train.num_patches} training and {test.num_patches} test patches of "
         f"{len(train.classes)} classes")
@@ -406,19 +411,19 @@ def main() -> None:
         return
 
     # Probes, new or as the checkpoint of a stopped run left them
-    num_train = int((~held_out).sum())
-    recipes = RECIPES["images" if args.dataset in CLASSIFICATION_IMAGES else "parts"]
+    num_train, whole_images = int((~held_out).sum()), args.dataset in CLASSIFICATION_IMAGES
+    recipes = RECIPES["images" if whole_images else "parts"]
     probes = make_probes([kind for kind in args.probe if kind != "knn"], recipes, args.batch_size, args.lr,
                          range(args.seed, args.seed + args.seeds), args.epochs, num_train, encoder,
                          len(train.classes), log)
     settings = {key: value for key, value in args_to_json(args).items() if key not in FREE_ON_RESUME}
     settings |= {"the weights' SHA-256": encoder.sha256, "the number of training patches": num_train}
-    prefix = args.output_dir / f"{args.model}_{args.dataset}".replace("/", "-")
+    prefix = args.output_dir / f"{run_slug(args.name)}_{args.dataset}"
     checkpoint = Path(f"{prefix}_checkpoint.pth")
     done = load_checkpoint(checkpoint, settings, probes, log) if args.resume else 0
 
     # Features
-    augmented = args.dataset in CLASSIFICATION_IMAGES and not args.no_augment
+    augmented = whole_images and not args.no_augment
     training, holding, choosing, testing = encode_subsets(encode, train, test, held_out, args.probe, augmented)
     log.open(args.output_dir)
     line |= {"num_train": len(training.ids), "num_held_out": len(holding.ids), "num_test": len(testing.ids),
@@ -427,7 +432,7 @@ def main() -> None:
 
     # Training
     if probes:
-        views = RandomViews(train, random_crop_flip(), args.seed) if augmented else None
+        views = RandomViews(train, random_crop_flip(args.image_size), args.seed) if augmented else None
         train_probes(probes, encoder, training, choosing, testing, views, range(done, args.epochs), args.seed,
                      args.precision, args.workers, args.authors_defects, partial(save_checkpoint, checkpoint, settings),
                      args.checkpoint_seconds, log)

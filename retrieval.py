@@ -1,16 +1,19 @@
-"""Part retrieval with a frozen encoder: average precision of every patch as a query, and picture sheets.
+"""Parts found by similarity alone: retrieval of part patches, keypoint transfer between images, picture sheets.
 
     python retrieval.py --model ibot --weights random                     nothing downloaded: synthetic data, control
     python retrieval.py --model ibot --dataset cub --data-path CUB_200_2011
     torchrun --nproc-per-node 8 retrieval.py --model dino --dataset coco --data-path coco
     python retrieval.py --model mae --dataset imagenet --data-path imagenet/val --queries 10     picture sheets
+    python retrieval.py --model ibot --dataset spair --data-path SPair-71k --image-size 768      keypoint transfer
     python retrieval.py --table                                           the paper's table 3 beside our results
 
-Protocol: paper, section 4.2 and table 3 (left); pictures: figures 2, 4, 7 and 8. Final normalised tokens, no training,
-cosine similarity; "encoded" is the better of the class token and the mean of the patch tokens.
+Protocol of retrieval: paper, section 4.2 and table 3 (left); sheets: figures 2, 4, 7 and 8. Final normalised tokens, no
+training, cosine similarity; "encoded" is the better of the class token and the mean of the patch tokens. Keypoint
+transfer and principal components are not in the paper: models/transfer.py and models/pca.py say how they are measured.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +24,17 @@ import numpy as np
 import torch
 
 from datasets.imagenet import GRID_BOXES, query_image, shown_patch
+from datasets.pairs import PAIR_DATASETS, PairDataset, load_pairs
 from datasets.patches import PatchDataset
-from datasets.retrieval import RETRIEVAL_DATASETS, open_retrieval
-from models import METHODS, WITH_PROJECTOR, Encoder, load_encoder
+from datasets.retrieval import RETRIEVAL_DATASETS, open_images, open_retrieval
+from models import METHODS, WITH_PROJECTOR, Encoder, choose_layers, load_encoder
+from models.pca import pca_run
+from models.transfer import ALPHAS, draw_pairs, transfer_run
+from models.transfer import transfer_keypoints as transfer_keypoints
 from utils import UserError
 from utils.distributed import all_reduce, gather_rows, is_main, shard, world_size
-from utils.drawing import draw_sheet
-from utils.results import append_result, args_to_json, paper_tables, run_title
+from utils.drawing import draw_curves, draw_sheet, require_matplotlib
+from utils.results import append_result, args_to_json, paper_tables, run_slug, run_title, start_line
 from utils.run import (
     Log,
     OneLineParser,
@@ -36,14 +43,15 @@ from utils.run import (
     autocast,
     exit_with_one_line_errors,
     load_saved,
+    non_negative_int,
     positive_int,
     setup,
 )
 from utils.storage import atomic_write, free_memory
 
 # The arguments that features are made with, and all that a source of features (and its file) holds.
-PROTOCOL = ("model", "dataset", "precision", "crop_scale", "keypoints", "authors_defects")
-FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "weights", "sha256", *PROTOCOL)
+PROTOCOL = ("name", "model", "dataset", "precision", "crop_scale", "image_size", "keypoints", "authors_defects")
+FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "weights", "sha256", "cls_from", *PROTOCOL)
 
 
 def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: torch.Tensor | None = None,
@@ -66,7 +74,7 @@ def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: 
         return result
     # Rows sorted by class: the positives of a query are one slice of its similarities.
     order = labels.argsort(stable=True)
-    place = order.argsort()
+    position = order.argsort()
     order = order.to(device)
 
     # One block of columns that stays on the device where it fits, else blocks brought in anew for every chunk of
@@ -84,7 +92,7 @@ def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: 
         start = int((labels < label).sum())
         stop = start + int((labels == label).sum())
         for chunk in (labels[queries] == label).nonzero()[:, 0].split(rows_per_chunk(len(features), device)):
-            at = place[queries[chunk]].to(device)
+            at = position[queries[chunk]].to(device)
             similarity = torch.empty(len(chunk), len(features), device=device)
             blocks = held or ((part.to(device, torch.float32) / norms)[order] for part in parts)
             for number, block in enumerate(blocks):
@@ -168,7 +176,7 @@ def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[s
     """Encodes this process's share of the images, each decoded once.
 
     features: of "cls", "avg", "projected". batch_size: patches, over all processes. Returns {feature: [n, D]}, float32
-    on the device, and the ids [n] of the patches, rising; patches of skipped images are absent.
+    on the device, and the ids [n] of the patches, ascending; patches of skipped images are absent.
     """
     share = shard(len(dataset))
     total = int(dataset.first_id[share.stop] - dataset.first_id[share.start])
@@ -233,7 +241,7 @@ def check_memory(num_patches: int, width: int, device: torch.device) -> str:
 
 
 def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None, seed: int, device: torch.device,
-            log: Log) -> dict:
+                      log: Log) -> dict:
     """AP and mAP of every feature of a source, all processes together; returns the metrics of a results line."""
     log(f"{run_title(source)}, {source['precision']}")
     ids = gather_rows(source["ids"].to(device)).cpu()
@@ -253,7 +261,7 @@ def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None
             ap = average_precision(gather_rows(rows.to(device)), labels, queries=mine, exclude_query=exclude_query)
         except ValueError as error:
             raise UserError(f"{source['model']} at {source['precision']}, {name}: {error}; "
-                            "take --precision fp32") from None
+                            "use --precision fp32") from None
         ap = gather_rows(ap.to(device) if device.type == "cuda" else ap).cpu()
         metrics[f"ap_{name}"], metrics[f"map_{name}"] = mean_average_precision(ap, labels[queries])
         line = f"{name:>10}  AP {metrics[f'ap_{name}']:6.2f}  mAP {metrics[f'map_{name}']:6.2f}"
@@ -326,7 +334,7 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
         rows = []
         for source, features in zip(sources, found, strict=True):
             mark = " (random weights)" if source["weights"] == "random" else ""
-            rows.append((source["model"] + mark, [
+            rows.append((source["name"] + mark, [
                 (name, [shown_patch(paths[patch // per_image], patch % per_image) for patch in nearest[number]])
                 for name, nearest in features.items()]))
         files.append(f"sheet_{number:03}_{Path(path).stem}_{position}.png")
@@ -334,11 +342,32 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
     return files
 
 
+def transfer(encoder: Encoder, pairs: PairDataset, layers: Sequence[int], norm: bool, match: str, batch_size: int,
+             workers: int, precision: str, num_pictures: int, prefix: Path, log: Log) -> dict:
+    """Keypoint transfer (models/transfer.py): returns the metrics of a results line, and writes the list of pairs, a
+    sheet of some of them and, for all layers, PCK by layer, as files that begin with prefix."""
+    metrics, predicted = transfer_run(encoder, pairs, layers, norm, match, batch_size, workers, precision, log)
+    if is_main():
+        rows = json.dumps(pairs.rows())
+        atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(rows))
+        if num_pictures:
+            sheet = draw_pairs(pairs, predicted, num_pictures)
+            atomic_write(Path(f"{prefix}_pairs.png"), lambda path: sheet.save(path, format="PNG"))
+        if len(layers) == encoder.depth > 1:
+            curves = {f"PCK@{alpha}": [found["pck_image"][str(alpha)] for found in metrics["by_layer"].values()]
+                      for alpha in ALPHAS}
+            draw_curves(Path(f"{prefix}_layers.png"), prefix.name, curves, first=0, xlabel="block",
+                        ylabel="PCK per image, percent")
+    return metrics
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises UserError for values that cannot be."""
     parser = OneLineParser(__doc__)
-    add_common_arguments(parser, METHODS, RETRIEVAL_DATASETS, batch_size=256)
+    add_common_arguments(parser, METHODS, RETRIEVAL_DATASETS + PAIR_DATASETS, batch_size=256)
     group = parser.add_argument_group("retrieval")
+    group.add_argument("--image-size", type=positive_int, default=224, metavar="N",
+                       help="of what the encoder gets, patches or whole images (default: %(default)s)")
     group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
                        help="(default: cls and avg, and projected where the checkpoint has a projector)")
     group.add_argument("--crop-scale", type=float, default=0.5,
@@ -354,7 +383,21 @@ def parse_arguments() -> argparse.Namespace:
                        help="of imagenet (drawn by the seed; default: all) or synthetic (default: 60)")
     group.add_argument("--skip-bad-images", action="store_true", help="count undecodable images instead of stopping")
     group.add_argument("--authors-defects", action="store_true", help="MAE: shuffled tokens; DINO: the student")
+    group = parser.add_argument_group(f"keypoint transfer (--dataset {', '.join(PAIR_DATASETS)})")
+    group.add_argument("--split", choices=("trn", "val", "test"), default="test", help="of spair (default: test)")
+    group.add_argument("--num-pairs", type=positive_int, metavar="N",
+                       help="drawn by the seed (default: all of spair; 10,000 of the others)")
+    group.add_argument("--layers", nargs="+", default=["last"], metavar="BLOCK",
+                       help="blocks, counted from 0; last, last4 or all (default: last)")
+    group.add_argument("--norm", action=argparse.BooleanOptionalAction, default=True,
+                       help="the encoder's final norm on the tokens (default: yes)")
+    group.add_argument("--match", choices=("cell", "soft-argmax"), default="cell",
+                       help="the prediction: centre of the most similar cell, or a mean around it (default: cell)")
+    group.add_argument("--pictures", type=non_negative_int, default=0, metavar="N", help="draw N pairs on a sheet")
     group = parser.add_argument_group("picture sheets (--dataset imagenet: any folder of images)")
+    group.add_argument("--pca", choices=("first", "none"), nargs="?", const="first",
+                       help="principal components of patch tokens as colours; the foreground by the first component, "
+                            "or none. A row per model, of all runs with the same images in --output-dir")
     group.add_argument("--queries", type=positive_int, default=10, metavar="N",
                        help="query patches, drawn by the seed (default: %(default)s)")
     group.add_argument("--query", nargs="+", default=[], metavar="PATH:POSITION", help="these instead")
@@ -364,23 +407,49 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.save_features and not args.save_features.parent.is_dir():
         raise UserError(f"--save-features {args.save_features}: the folder does not exist; make it first")
+    if args.dataset in PAIR_DATASETS and args.layers == ["all"]:
+        require_matplotlib()
+    if args.pca and args.dataset != "imagenet":
+        raise UserError(f"--pca draws a folder of images: use --dataset imagenet --data-path DIR, not {args.dataset}")
     return args
 
 
 def main() -> None:
-    """Encodes a data set, or loads features, and ranks every patch against all others, or draws picture sheets."""
+    """Ranks every patch of a data set against all others, transfers keypoints between images, or draws sheets."""
     args, started = parse_arguments(), time.monotonic()
     if args.table:
-        print(paper_tables("retrieval", args.output_dir))
+        print("\n\n".join(filter(None, (paper_tables(task, args.output_dir) for task in ("retrieval", "transfer")))))
         return
     device, log = setup(args)
+
+    # Whole images: keypoint transfer, or principal components
+    if args.dataset in PAIR_DATASETS:
+        pairs = load_pairs(args.dataset, args.data_path, args.image_size, args.split, args.num_pairs, args.seed,
+                           args.num_images)
+        encoder = load_encoder(args, device, log, projector=False)
+        line = start_line("transfer", args, encoder)
+        log(run_title(line))
+        line |= transfer(encoder, pairs, choose_layers(args.layers, encoder.depth), args.norm, args.match,
+                         args.batch_size, args.workers, args.precision, args.pictures,
+                         args.output_dir / f"{run_slug(args.name)}_{args.dataset}", log)
+    elif args.pca:
+        images = open_images(args.dataset, args.data_path, args.num_images or 6, args.seed, args.image_size,
+                             args.skip_bad_images)
+        encoder = load_encoder(args, device, log, projector=False)
+        path, found = pca_run(encoder, images, run_slug(args.name), args.pca, args.precision, args.output_dir)
+        line = start_line("pca", args, encoder) | found
+        log(f"principal components of {len(images)} images in {path}")
+    if args.dataset in PAIR_DATASETS or args.pca:
+        log.open(args.output_dir)
+        append_result(args.output_dir, line | {"seconds": time.monotonic() - started})
+        return
 
     # Features: from files, or encoded here
     if args.load_features:
         sources = [load_features(path) for path in args.load_features]
     else:
         dataset = open_retrieval(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
-                               args.seed, args.skip_bad_images)
+                                 args.seed, args.skip_bad_images, args.image_size)
         # The paper's table has a projected column wherever the official full file has a projector.
         official = args.weights == "official" and args.model in WITH_PROJECTOR
         projector = "projected" in args.features if args.features else official or None
@@ -392,7 +461,7 @@ def main() -> None:
         features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device)
         paths = [image.path for image in dataset.images] if args.dataset == "imagenet" else []
         sources = [{"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
-                    "paths": paths, "weights": encoder.weights, "sha256": encoder.sha256,
+                    "paths": paths, "weights": encoder.weights, "sha256": encoder.sha256, "cls_from": encoder.cls_from,
                     **{name: vars(args)[name] for name in PROTOCOL}}]
     if args.save_features:
         save_features(args.save_features, sources[0], device)
@@ -411,7 +480,7 @@ def main() -> None:
 
     # Results, of what the features were made with: they may come from files
     for source, result in zip(sources, results, strict=False):
-        made_with = {name: source[name] for name in ("weights", "sha256", *PROTOCOL)}
+        made_with = {name: source[name] for name in ("weights", "sha256", "cls_from", *PROTOCOL)}
         append_result(args.output_dir, {**made_with, "world_size": world_size(), "seed": args.seed,
                                         "args": args_to_json(args), "seconds": time.monotonic() - started, **result})
 

@@ -7,12 +7,11 @@
     python segment.py --table --figure6 figure6.png                       tables 2, 4, 5, 6 and figure 6
 
 Protocol: paper, sections 4.1 and 4.2, appendix A.4; numbers as in its authors' configurations. Every sample is a
-pure function of seed, iteration and place in the batch, so neither the number of processes nor a kill changes what is
-trained on.
+pure function of seed, iteration and position in the batch, so neither the number of processes nor a kill changes what
+is trained on. --probe knn fills a memory with patches instead of training a head (models/knn_segmentation.py).
 """
 
 import argparse
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -23,45 +22,32 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets.segmentation import PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_segmentation
+from datasets.segmentation import PARTIMAGENET_NOTE, PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_segmentation
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
-from models import METHODS, Encoder, load_encoder
+from models import METHODS, Encoder, choose_layers, load_encoder
 from models.knn_segmentation import NEIGHBOURS, KNNSegmenter, fill_memory
-from models.probes import BatchNorm
-from models.segmentation_head import LinearHead, upsampled_cross_entropy
+from models.segmentation_probe import SETTINGS, Segmenter, linear_probe, load_segmenter, summary
 from utils import UserError
-from utils.distributed import all_reduce, is_main, shard, world_size
+from utils.distributed import all_reduce, shard, world_size
 from utils.drawing import draw_figure6, save_picture
-from utils.results import append_result, figure6_panels, paper_tables, run_title, start_line
+from utils.results import append_result, figure6_panels, paper_tables, run_slug, run_title, start_line
 from utils.run import (
     OneLineParser,
     Progress,
     add_common_arguments,
-    autocast,
-    check_same_run,
     exit_with_one_line_errors,
-    load_saved,
     non_negative_int,
     positive_int,
     setup,
 )
-from utils.storage import atomic_write
 
-# The blocks after which features are taken, as shares of the depth: 3 5 7 11 of 12 blocks, 7 11 15 23 of 24.
-DEPTH_SHARES = (4 / 12, 6 / 12, 8 / 12, 1)
-# The study decays the bias too, but not in its configurations of these methods.
-NO_BIAS_DECAY = ("mae", "beit", "cae")
 # Logits of one pass over sliding windows, in bytes.
 WINDOW_BYTES = {"cuda": 8 << 30, "cpu": 512 << 20}
-# What a checkpoint must agree on with the run that resumes it.
-HEAD_INPUT = ("layers", "norm", "batch_norm")
-SETTINGS = ("model", "dataset", *HEAD_INPUT, "select", "iterations", "batch_size", "lr", "weight_decay",
-            "warmup_iterations", "base_scale", "crop_size", "seed", "precision")
-CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the training images"}
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line. Raises UserError for values that cannot be."""
     parser = OneLineParser(__doc__, prog="segment.py")
     add_common_arguments(parser, METHODS, tuple(PROTOCOLS), batch_size=16)
     group = parser.add_argument_group("probes")
@@ -125,89 +111,6 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} is negative; use a whole number from 0")
     return args
-
-
-class Segmenter(nn.Module):
-    """Frozen encoder and trainable head: normalised images [B, 3, h, w] -> logits float32 [B, K, h, w], any h and w.
-
-    norm: the encoder's final norm on every block's tokens; batch_norm: their channels normalised over all processes'
-    batches, without affine parameters, which the head's own weights make needless.
-    """
-
-    def __init__(self, encoder: Encoder, head: LinearHead, layers: Sequence[int], precision: str, norm: bool = False,
-                 batch_norm: bool = False):
-        super().__init__()
-        self.encoder, self.head, self.layers, self.precision, self.norm = encoder, head, layers, precision, norm
-        self.batch_norm = BatchNorm(1, len(layers) * encoder.embed_dim, eps=1e-5) if batch_norm else None
-
-    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """[B, 3, h, w], divisible by the patch size -> the head's input, a list of [B, D, h/p, w/p]; no gradients."""
-        with torch.inference_mode(), autocast(images.device, self.precision):
-            blocks = self.encoder.get_intermediate_layers(images, n=self.layers, reshape=True, norm=self.norm)
-        if self.batch_norm is None:
-            return blocks
-        tokens = torch.cat(blocks, dim=1).float().movedim(1, -1)
-        with torch.no_grad():
-            return [self.batch_norm(tokens.flatten(0, 2)[None])[0].view_as(tokens).movedim(-1, 1)]
-
-    def patch_logits(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, h, w], divisible by the patch size -> [B, K, h/p, w/p]; gradients reach the head only."""
-        return self.head(self.features(images))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[2:]
-        patch = self.encoder.patch_size
-        # As training pads: zeros, after normalisation, to the right and below.
-        padded = F.pad(images, (0, -width % patch, 0, -height % patch))
-        logits = F.interpolate(self.patch_logits(padded), size=padded.shape[2:], mode="bilinear", align_corners=False)
-        return logits[:, :, :height, :width]
-
-
-def linear_learning_rate(iteration: int, lr: float, total: int, warmup: int, warmup_ratio: float = 1e-6) -> float:
-    """Linear to 0 over total iterations, times a linear rise from warmup_ratio over the first warmup ones."""
-    regular = lr * (1 - iteration / total)
-    return regular * (1 - (1 - iteration / warmup) * (1 - warmup_ratio)) if iteration < warmup else regular
-
-
-def train(segmenter: Segmenter, heads: Sequence[LinearHead], optimizer: torch.optim.Optimizer, batches: Iterator,
-          iterations: range, batch_size: int, warmup: int, save: Callable[[int], None], save_every: int,
-          test: Callable[[], dict], test_every: int | None, log: Callable[[str], None]) -> None:
-    """Trains all heads on the same features, from iterations.start to the end of the schedule, iterations.stop.
-
-    The optimiser's groups hold their base learning rate as initial_lr. save(iterations done) is called every save_every
-    iterations and at the end, test() every test_every before the end. Raises UserError when a loss is not finite.
-    """
-    progress, losses = Progress(len(iterations), "training", "iterations"), []
-    segmenter.train()
-    for iteration, (images, labels) in zip(iterations, batches, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = linear_learning_rate(iteration, group["initial_lr"], iterations.stop, warmup)
-        optimizer.zero_grad()
-        features, pixels = segmenter.features(images), batch_size * labels.shape[1] * labels.shape[2]
-        for head in heads:
-            loss = upsampled_cross_entropy(head(features), labels, total_pixels=pixels)
-            loss.backward()
-            losses.append(loss.detach())
-        # The loss is divided by the pixels of the global batch, so that the processes' gradients add up.
-        for head in heads:
-            for parameter in head.parameters():
-                all_reduce(parameter.grad)
-        optimizer.step()
-        done = iteration + 1
-        if len(losses) == 50 * len(heads) or done == iterations.stop:
-            means = all_reduce(torch.stack(losses).view(-1, len(heads)).mean(0)).tolist()
-            log(f"iteration {done}/{iterations.stop}: loss {' '.join(f'{mean:.4f}' for mean in means)}, "
-                f"lr {optimizer.param_groups[0]['lr']:.2e}")
-            if not np.isfinite(means).all():
-                raise UserError(f"the loss is {means[int(np.isfinite(means).argmin())]} near iteration {done}; "
-                                "lower --lr, or use --precision fp32")
-            losses = []
-        progress.update()
-        if done % save_every == 0 or done == iterations.stop:
-            save(done)
-        if test_every and done % test_every == 0 and done < iterations.stop:
-            log(f"after iteration {done}: {summary(test())}")
-            segmenter.train()
 
 
 def window_boxes(height: int, width: int, crop_size: int, stride: int) -> list[tuple[int, int, int, int]]:
@@ -292,11 +195,6 @@ def segmentation_metrics(confusion: torch.Tensor, num_classes: int | None = None
             "aAcc": (100 * correct.sum().double() / labelled.sum()).item(), "iou_per_class": iou, "acc_per_class": acc}
 
 
-def summary(metrics: dict) -> str:
-    return (f"mIoU {metrics['mIoU']:.2f}, mAcc {metrics['mAcc']:.2f}, aAcc {metrics['aAcc']:.2f} "
-            f"({metrics['num_images']} images)")
-
-
 class RepeatsSmallWindows:
     """The authors' sliding windows: one smaller than the crop gets the logits of the window before it (zeros at first).
 
@@ -351,120 +249,6 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
     return metrics | {"num_images": len(split)}
 
 
-def make_heads(width: int, num_classes: int, rates: Sequence[float], decays: Sequence[float], decay_bias: bool,
-               seed: int, device: torch.device) -> tuple[nn.ModuleList, torch.optim.Optimizer]:
-    """A new head for every pair of a learning rate and a weight decay, all with the same weights, and one optimiser for
-    them (appendix A.4)."""
-    heads, groups = nn.ModuleList(), []
-    for lr in rates:
-        for decay in decays:
-            head = LinearHead(width, num_classes, torch.Generator().manual_seed(seed)).to(device)
-            heads.append(head)
-            for parameter, amount in ((head.weight, decay), (head.bias, decay * decay_bias)):
-                groups.append({"params": [parameter], "lr": lr, "initial_lr": lr, "weight_decay": amount})
-    return heads, torch.optim.AdamW(groups, fused=device.type == "cuda")
-
-
-def choose_head(segmenter: Segmenter, heads: Sequence[LinearHead], pairs: Sequence[tuple[float, float]],
-                test: Callable[[], dict], log: Callable[[str], None]) -> dict:
-    """Gives the segmenter the head of the best mIoU. pairs: (learning rate, weight decay) of each head. Returns those
-    of the chosen one and, where there are several, the mIoU of each, for the results line."""
-    scores = [0.0]
-    if len(heads) > 1:
-        scores = []
-        for segmenter.head, (lr, decay) in zip(heads, pairs, strict=True):
-            metrics = test()
-            scores.append(float(np.nan_to_num(metrics["mIoU"])))
-            log(f"learning rate {lr:g}, weight decay {decay:g}: {summary(metrics)}")
-    best = int(np.argmax(scores))
-    segmenter.head = heads[best]
-    grid = [{"lr": lr, "weight_decay": decay, "mIoU": score} for (lr, decay), score in zip(pairs, scores, strict=True)]
-    return dict(zip(("lr", "weight_decay"), pairs[best], strict=True)) | ({"heads": grid} if len(heads) > 1 else {})
-
-
-def save_checkpoint(path: Path, segmenter: Segmenter, heads: nn.ModuleList, optimizer: torch.optim.Optimizer,
-                    info: dict, iteration: int) -> None:
-    """Written whole by the main process; "head" is the segmenter's. Raises UserError where it cannot be written; the
-    previous file is then as it was."""
-    if not is_main():
-        return
-    content = {"head": segmenter.head.state_dict(), "heads": heads.state_dict(),
-               "optimizer": optimizer.state_dict(), "iteration": iteration, **info}
-    if segmenter.batch_norm is not None:
-        content["batch_norm"] = segmenter.batch_norm.state_dict()
-    try:
-        atomic_write(path, lambda temporary: torch.save(content, temporary))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"checkpoint {path} could not be written ({error}); what was there before is unchanged; make "
-                        "room and go on with --resume") from None
-
-
-def load_checkpoint(path: Path, option: str) -> dict:
-    """What save_checkpoint wrote. option: what names the file in messages. Raises UserError."""
-    keys = ("head", "heads", "optimizer", "iteration", "settings", "class_names")
-    return load_saved(path, "a checkpoint of segment.py", keys, option)
-
-
-def load_segmenter(path: Path, encoder: Encoder, fixed: dict, dataset: str, num_classes: int,
-                   precision: str) -> tuple[Segmenter, dict]:
-    """The head of a checkpoint, for --evaluate: what linear_probe returns. fixed: the settings that must be the
-    checkpoint's. Raises UserError where they are not, or where the head is for another number of classes."""
-    checkpoint = load_checkpoint(path, "--evaluate ")
-    count, settings = len(checkpoint["head"]["bias"]), checkpoint["settings"]
-    if count != num_classes:
-        raise UserError(f"{path} is a head for {count} classes; {dataset} has {num_classes}")
-    check_same_run(path, settings, fixed, "--evaluate")
-    head = LinearHead(len(settings["layers"]) * encoder.embed_dim, count)
-    segmenter = Segmenter(encoder, head, settings["layers"], precision, settings["norm"], settings["batch_norm"])
-    restore(checkpoint, segmenter)
-    about = {"probe": "linear", "iterations": checkpoint["iteration"]} | {name: settings[name] for name in HEAD_INPUT}
-    return segmenter.to(encoder.mean.device), about
-
-
-def restore(checkpoint: dict, segmenter: Segmenter) -> None:
-    segmenter.head.load_state_dict(checkpoint["head"])
-    if segmenter.batch_norm is not None:
-        segmenter.batch_norm.load_state_dict(checkpoint["batch_norm"])
-
-
-def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: Sequence[str], settings: dict,
-                 test: Callable[[Segmenter], dict], choose: Callable[[Segmenter], dict], path: Path, resume: bool,
-                 save_every: int, test_every: int | None, log: Callable[[str], None]) -> tuple[Segmenter, dict]:
-    """Trains a head for every pair of a learning rate and a weight decay, and chooses one.
-
-    batches: training batches of a range of iterations. settings: by the names in SETTINGS. test, choose: segmenter ->
-    metrics, of the test images and of those that choose. path: of the checkpoint. Returns a segmenter with the chosen
-    head, and what a results line says of it. Raises UserError.
-    """
-    device, rates, decays = encoder.mean.device, settings["lr"], settings["weight_decay"]
-    heads, optimizer = make_heads(len(settings["layers"]) * encoder.embed_dim, len(names), rates, decays,
-                                  settings["model"] not in NO_BIAS_DECAY, settings["seed"], device)
-    segmenter = Segmenter(encoder, heads[0], settings["layers"], settings["precision"], settings["norm"],
-                          settings["batch_norm"]).to(device)
-    save = partial(save_checkpoint, path, segmenter, heads, optimizer,
-                   {"settings": settings, "class_names": list(names)})
-    done, total = 0, settings["iterations"]
-    if resume and path.exists():
-        checkpoint = load_checkpoint(path, "--resume: ")
-        check_same_run(path, checkpoint["settings"], settings)
-        restore(checkpoint, segmenter)
-        heads.load_state_dict(checkpoint["heads"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        done = checkpoint["iteration"]
-        log(f"resumed after iteration {done}")
-    elif resume:
-        log(f"{path} does not exist yet: from the beginning")
-    if done < total:
-        train(segmenter, heads, optimizer, batches(range(done, total)), range(done, total), settings["batch_size"],
-              settings["warmup_iterations"], save, save_every, partial(test, segmenter), test_every, log)
-    line = choose_head(segmenter, heads, list(itertools.product(rates, decays)), partial(choose, segmenter), log)
-    if len(heads) > 1:
-        log(f"learning rate {line['lr']:g}, weight decay {line['weight_decay']:g}, chosen on "
-            f"{CHOSEN_BY[settings['select']]}")
-        save(total)
-    return segmenter, line | {"probe": "linear", "iterations": total} | {name: settings[name] for name in HEAD_INPUT}
-
-
 def knn_probe(encoder: Encoder, batches: Callable[[range], Iterator], num_images: int, num_classes: int, settings: dict,
               memory_size: int, neighbours: int, passes: int, log: Callable[[str], None]) -> tuple[nn.Module, dict]:
     """Nearest neighbours among patches of the training images (models/knn_segmentation.py): what linear_probe returns.
@@ -492,17 +276,6 @@ def open_training(dataset: str, data_path: Path | None, names: Sequence[str], se
     return split.subset(sorted(order[count:])), split.subset(sorted(order[:count]))
 
 
-def choose_layers(words: Sequence[str] | None, depth: int) -> list[int]:
-    """Blocks by number, "last", "last4", or None for the paper's shares of the depth. Raises UserError."""
-    if words is None:
-        return sorted({round(share * depth) - 1 for share in DEPTH_SHARES})
-    if list(words) in (["last"], ["last4"]):
-        return list(range(depth - (1 if words[0] == "last" else 4), depth))
-    if not all(word.isdigit() and int(word) < depth for word in words):
-        raise UserError(f"--layers {' '.join(words)}: this encoder has blocks 0 to {depth - 1}; or use last or last4")
-    return [int(word) for word in words]
-
-
 def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
     """The metrics of a results line; JSON has no NaN, so that what is undefined becomes None."""
     def plain(value):
@@ -514,11 +287,11 @@ def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
 def main() -> None:
     """Trains or loads a linear head, or fills a memory of patches, tests, and writes a results line for each probe."""
     args, started = parse_arguments(), time.monotonic()
+    if args.table:
+        print(paper_tables("segment", args.output_dir))
+    if args.figure6:
+        draw_figure6(args.figure6, figure6_panels(args.output_dir))
     if args.table or args.figure6:
-        if args.table:
-            print(paper_tables("segment", args.output_dir))
-        if args.figure6:
-            draw_figure6(args.figure6, figure6_panels(args.output_dir))
         return
     device, log = setup(args)
     if args.batch_size < world_size():
@@ -529,6 +302,8 @@ def main() -> None:
     names, train_split, held_out = test_split.names, None, None
     if not args.evaluate:
         train_split, held_out = open_training(args.dataset, args.data_path, names, args.select, args.seed)
+    if args.dataset.startswith("partimagenet"):
+        log(PARTIMAGENET_NOTE)
     encoder = load_encoder(args, device, log, projector=False)
     if args.crop_size % encoder.patch_size:
         raise UserError(f"--crop-size {args.crop_size} is not divisible by the patch size {encoder.patch_size}")
@@ -553,7 +328,7 @@ def main() -> None:
 
     # Each probe: trained, loaded or filled, then tested
     for probe in args.probe:
-        prefix = f"{args.model}_{args.dataset}_{probe}".removesuffix("_linear").replace("/", "-")
+        prefix = run_slug(f"{args.name}_{args.dataset}_{probe}".removesuffix("_linear"))
         if args.evaluate:
             fixed = {name: settings[name] for name in ("model", "sha256")}
             segmenter, about = load_segmenter(args.evaluate, encoder, fixed, args.dataset, len(names), args.precision)

@@ -18,20 +18,16 @@ KEYPOINTS = (1, 11, 16)  # nose, right wrist, left ankle: the paper's three, in 
 def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int] = KEYPOINTS, crop_scale: float = 0.5,
               transform: Callable[[Image.Image], torch.Tensor] | None = None,
               skip_bad_images: bool = False) -> PatchDataset:
-    """Reads COCO 2017 and returns the part patches of its people (by the rule of select_keypoints).
+    """The part patches of the people of COCO 2017 (by the rule of select_keypoints).
 
-    root: a folder with annotations/person_keypoints_{split}2017.json, and the images in images/{split}2017 or
-    {split}2017. split: "train" (as in part retrieval) or "val". keypoints: numbers from 1 in the order of the file's
-    category (17 of them); class k is the k-th. Only visibility 2 counts, and only persons with at least two such
-    keypoints. All persons of an image are pooled, with the annotation's id as a third coordinate of distances.
-    Patches are in the order of the file's images, then of its annotations, then of keypoints.
-
-    Raises UserError for a folder of another layout, a malformed annotation file, an unknown keypoint, and where no
-    patch is left.
+    root: holds annotations/person_keypoints_{split}2017.json, and images/{split}2017 or {split}2017. split: "train" (as
+    in part retrieval) or "val". keypoints: numbers from 1 to 17, in the file's order; class k is the k-th. Only
+    visibility 2 counts, and only persons with at least two such keypoints. All persons of an image are pooled, with the
+    annotation's id as a third coordinate of distances. Order: the file's images, its annotations, then keypoints.
+    Raises UserError for another layout, a malformed file, an unknown keypoint, and where no patch is left.
     """
-    root = Path(root)
-    annotations = root / "annotations" / f"person_keypoints_{split}2017.json"
-    folders = [root / "images" / f"{split}2017", root / f"{split}2017"]
+    annotations = Path(root, "annotations", f"person_keypoints_{split}2017.json")
+    folders = [Path(root, "images", f"{split}2017"), Path(root, f"{split}2017")]
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None or not annotations.is_file():
         missing = annotations if folder else f"{folders[0]} (or {folders[1]})"
@@ -51,12 +47,9 @@ def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int] =
 
 
 def read_person_keypoints(path: Path) -> tuple[list[str], dict[int, str], list[tuple[int, int, array]]]:
-    """Reads a person keypoints file: (keypoint names, image id -> file name, persons in the file's order), a person
-    being (image id, annotation id, array of x, y, visibility of each keypoint).
-
-    The outlines, nine tenths of the file, are dropped while it is parsed. Raises UserError for a file that is not JSON
-    or not of this kind.
-    """
+    """(keypoint names, image id -> file name, persons in the file's order), a person being (image id, annotation id,
+    array of x, y, visibility of each keypoint). The outlines, nine tenths of the file, are dropped while it is parsed.
+    Raises UserError for a file that is not JSON or not of this kind."""
     def compact(entry: dict):
         if "image_id" in entry:
             return entry["image_id"], entry["id"], array("d", entry["keypoints"])

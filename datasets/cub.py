@@ -16,14 +16,11 @@ PARTS = (11, 12, 9, 14)  # right eye, right leg, left wing, tail: the paper's fo
 def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int] = PARTS, crop_scale: float = 0.5,
              transform: Callable[[Image.Image], torch.Tensor] | None = None,
              skip_bad_images: bool = False) -> PatchDataset:
-    """Reads the official folder CUB_200_2011 and returns its part patches (by the rule of select_keypoints).
+    """The part patches of the official folder CUB_200_2011 (by the rule of select_keypoints): 30,543 of 11,730 images.
 
-    split: "train", "test" (train_test_split.txt), or None for all images, as in part retrieval. parts: ids of
-    parts/parts.txt; class k is the k-th of them. Only visible parts count, in the distances too. Patches are in the
-    order of images.txt, within an image in the order of parts. The official files give 30,543 patches of 11,730 images.
-
-    Raises UserError for a folder of another layout, a malformed or contradictory line, an unknown part, and where no
-    patch is left.
+    split: "train", "test", or None for all images, as in part retrieval. parts: ids of parts/parts.txt; class k is the
+    k-th of them. Only visible parts count, in the distances too. Order: images.txt, within an image that of parts.
+    Raises UserError for another layout, a malformed or contradictory line, an unknown part, and where no patch is left.
     """
     images_txt, parts_txt, part_locs_txt, split_txt = files = [
         Path(root, name) for name in ("images.txt", "parts/parts.txt", "parts/part_locs.txt", "train_test_split.txt")]
@@ -60,18 +57,16 @@ def check_complete(path: Path, images: dict, found: dict) -> None:
 
 
 def read_rows(path: Path, **columns: type) -> Iterator[tuple]:
-    """Yields (line number, value, ...) for each line of a text file of columns separated by spaces; the last column may
-    contain spaces. columns: name = type. Skips empty lines. Raises UserError at a line that does not fit.
-    """
+    """Yields (line number, value, ...) of every line with text in a file of columns separated by spaces; the last may
+    contain spaces. columns: name = type. Raises UserError at a line that does not fit."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            line = line.strip()
-            if not line:
+            fields = line.strip().split(maxsplit=len(columns) - 1)
+            if not fields:
                 continue
-            fields = line.split(maxsplit=len(columns) - 1)
             try:
                 row = [kind(field) for kind, field in zip(columns.values(), fields, strict=True)]
             except ValueError:
-                raise UserError(f"{path}, line {number}: found {line[:60]!r} instead of '{' '.join(columns)}'; "
+                raise UserError(f"{path}, line {number}: found {line.strip()[:60]!r} instead of '{' '.join(columns)}'; "
                                 "unpack the data set again") from None
             yield number, *row

@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, has_file_allowed_extension, pil_loader
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from utils import UserError
 
-from .patches import PatchDataset, PatchImage
+from .patches import BICUBIC, PatchDataset, PatchImage
 
 # Boxes (left, upper, right, lower) of the grid in the 224 x 224 image, row by row: 56 x 56, stride 28.
 GRID_BOXES = tuple((x, y, x + 56, y + 56) for y in range(0, 169, 28) for x in range(0, 169, 28))
@@ -20,12 +19,12 @@ GRID_BOXES = tuple((x, y, x + 56, y + 56) for y in range(0, 169, 28) for x in ra
 
 def load_image_folder(root: str | Path, split: str, transform: Callable[[Image.Image], torch.Tensor],
                       skip_bad_images: bool = False) -> PatchDataset:
-    """Reads root/split/CLASS/**/IMAGE, torchvision's ImageFolder layout, with its order of classes and images.
+    """The whole images root/split/CLASS/**/IMAGE, one patch each, in the order of torchvision's ImageFolder.
 
-    transform: PIL image -> uint8 tensor [3, h, w]. Items are whole images, one patch each. The classes are the folders
-    of this split: labels of two splits agree only if their .classes are equal. Raises UserError for another layout.
+    transform: PIL image -> uint8 tensor [3, h, w]. The classes are the folders of this split: labels of two splits
+    agree only if their .classes are equal. Raises UserError for another layout.
     """
-    folder = Path(root) / split
+    folder = Path(root, split)
     try:
         found = ImageFolder(folder, allow_empty=True)
     except (FileNotFoundError, NotADirectoryError):
@@ -48,31 +47,30 @@ def list_images(folder: str | Path, num_images: int | None = None, seed: int = 0
     return [paths[index] for index in sorted(chosen.tolist())]
 
 
-def grid_patches(image: Image.Image) -> torch.Tensor:
-    """The 49 patches of the paper's picture sheets (appendix A.5): short side to 256, central 224 x 224, enlarged to
-    896 x 896, in windows of 224 with stride 112. Bicubic (Pillow).
+def central(image: Image.Image) -> Image.Image:
+    """The 224 x 224 image that GRID_BOXES divides: short side 256, bicubic, central crop."""
+    return F.center_crop(F.resize(image, 256, BICUBIC), 224)
 
-    image: PIL, RGB. Returns uint8 [49, 3, 224, 224], in the order of GRID_BOXES.
+
+def grid_patches(image: Image.Image, size: int = 224) -> torch.Tensor:
+    """The 49 patches of the paper's sheets (appendix A.5): the central image enlarged to 4 x size (bicubic, by Pillow),
+    in windows of size with stride size / 2.
+
+    image: PIL, RGB. size: even. Returns uint8 [49, 3, size, size], in the order of GRID_BOXES.
     """
-    bicubic = InterpolationMode.BICUBIC
-    image = F.resize(F.center_crop(F.resize(image, 256, bicubic), 224), 896, bicubic)
-    windows = F.pil_to_tensor(image).unfold(1, 224, 112).unfold(2, 224, 112)
-    return windows.permute(1, 2, 0, 3, 4).reshape(49, 3, 224, 224)
-
-
-def shown_image(path: str) -> Image.Image:
-    """The 224 x 224 image whose grid GRID_BOXES divides: short side 256, bicubic, central crop."""
-    return F.center_crop(F.resize(pil_loader(path), 256, InterpolationMode.BICUBIC), 224)
+    image = F.resize(central(image), 4 * size, BICUBIC)
+    windows = F.pil_to_tensor(image).unfold(1, size, size // 2).unfold(2, size, size // 2)
+    return windows.permute(1, 2, 0, 3, 4).reshape(49, 3, size, size)
 
 
 def shown_patch(path: str, position: int) -> Image.Image:
     """A grid patch, 56 x 56."""
-    return shown_image(path).crop(GRID_BOXES[position])
+    return central(pil_loader(path)).crop(GRID_BOXES[position])
 
 
 def query_image(path: str, position: int) -> Image.Image:
     """The query's image with a red box around its patch."""
-    image = shown_image(path)
+    image = central(pil_loader(path))
     left, upper, right, lower = GRID_BOXES[position]
     ImageDraw.Draw(image).rectangle((left, upper, right - 1, lower - 1), outline=(255, 0, 0), width=3)
     return image
@@ -81,19 +79,20 @@ def query_image(path: str, position: int) -> Image.Image:
 class GridDataset(PatchDataset):
     """Images cut into their grid patches; the boxes are GRID_BOXES, in the 224 x 224 image, not in the original."""
 
+    image_size = 224
+
     def cut(self, image: Image.Image, boxes: Sequence[tuple] | None) -> torch.Tensor:
-        return grid_patches(image)
+        return grid_patches(image, self.image_size)
 
 
 def load_grid(root: str | Path, skip_bad_images: bool = False, num_images: int | None = None,
-              seed: int = 0) -> GridDataset:
-    """The grid patches of the images that list_images gives, with class folders or without; all of one class, "patch".
-
-    Raises UserError where there is no image.
-    """
+              seed: int = 0, image_size: int = 224) -> GridDataset:
+    """The grid patches of the images that list_images gives, all of one class. Raises UserError where there is none."""
     paths = list_images(root, num_images, seed)
     if not paths:
         raise UserError(f"no image ({', '.join(IMG_EXTENSIONS)}) below {root}; --data-path must be a folder of images")
     labels = [0] * len(GRID_BOXES)
     images = [PatchImage(path, GRID_BOXES, labels) for path in paths]
-    return GridDataset(images, ["patch"], skip_bad_images=skip_bad_images)
+    dataset = GridDataset(images, ["patch"], skip_bad_images=skip_bad_images)
+    dataset.image_size = image_size
+    return dataset

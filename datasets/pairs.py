@@ -1,14 +1,13 @@
 """Pairs of images with matched keypoints: SPair-71k, pairs of CUB-200-2011 birds, pairs of synthetic figures.
 
-SPair-71k: Min et al. 2019 (arXiv:1908.10543; https://cvlab.postech.ac.kr/research/SPair-71k). CUB has no pairs of its
-own: those here are ours, drawn by a seed, and their results compare with nothing published.
+SPair-71k: Min et al. 2019 (arXiv:1908.10543; https://cvlab.postech.ac.kr/research/SPair-71k). The pairs of CUB are
+ours, drawn by a seed: their results compare with nothing published.
 """
 
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +20,13 @@ from torchvision.transforms import InterpolationMode
 
 from utils import UserError
 
-from .cub import read_rows
+from . import check_data_path
+from .cub import check_complete, read_rows
 from .patches import BAD_IMAGE, PatchDataset, PatchImage, reason
 from .synthetic import OBJECT_NAMES, compose, draw_image, image_seeds
 
 PAIR_DATASETS = ("spair", "cub-pairs", "synthetic-pairs")
-# Pairs drawn where a data set has no list of its own: about as many as the test split of SPair-71k has.
+# Drawn where a data set has no list of pairs: about as many as the test split of SPair-71k has.
 NUM_PAIRS = 10000
 # SPair-71k's annotations: by key of a pair's file, our name and what the values 0, 1, ... mean.
 LEVELS, WHICH = ("easy", "medium", "hard"), ("none", "source", "target", "both")
@@ -35,10 +35,10 @@ ATTRIBUTES = {"viewpoint_variation": ("viewpoint", LEVELS), "scale_variation": (
 
 
 class Pair(NamedTuple):
-    """Two images of one category; plain values, which JSON can hold. All coordinates are pixels of the original images.
+    """Two images of one category, as plain values for JSON; coordinates are pixels of the original images.
 
-    source, target: the images' paths (synthetic: seeds). source_points, target_points: the matched keypoints, (x, y),
-    in the same order. box: of the target's object, (x1, y1, x2, y2). attributes: by name, the level the pair has."""
+    source, target: the images' paths (synthetic: seeds). source_points, target_points: the matched keypoints, (x, y).
+    box: of the target's object, (x1, y1, x2, y2). attributes: by name, the pair's level."""
 
     name: str
     category: str
@@ -52,18 +52,16 @@ class Pair(NamedTuple):
 
 class PairDataset:
     """Pairs sorted by category, and their images, each once, squashed to image_size x image_size (bilinear,
-    antialiased); an image's number is its place in images.images, and the images of a category are neighbours.
+    antialiased). load: path -> PIL RGB image. size: path -> (width, height).
 
-    pairs: Pairs. image_size: of what the encoder gets. load: path -> PIL RGB image. size: path -> (width, height).
+    Attributes: pairs, image_size, images (a PatchDataset of whole images), categories (names), and as tensors: sizes
+    float64 [I, 2], (width, height) of the images; of the pairs, source and target (places in images), category, int64
+    [P], and box_side float64 [P], max(w, h) of the target's box; of all points, pair int64 [n], and source_points and
+    target_points, float64 [n, 2]. num_outside counts the points outside of their image in the source or the target;
+    they are kept, as published evaluations keep them.
 
-    Attributes: pairs, image_size, images (a PatchDataset of whole images), categories (names), and as tensors: of the
-    images, sizes float64 [I, 2], (width, height); of the pairs, source, target and category, int64 [P], and box_side
-    float64 [P], max(w, h) of the target's box; of the points of all pairs, pair int64 [n], which each belongs to, and
-    source_points and target_points, float64 [n, 2]. num_outside counts the points that lie outside of the source or of
-    the target; they are kept, as published evaluations keep them.
-
-    Raises UserError, naming the pair, for an image that is missing or cannot be read, a box of no size, and keypoints
-    that do not match or are none; and where there is no pair.
+    Raises UserError, naming the pair, for an image that cannot be read, a box of no size, and keypoints that do not
+    match or are none; and where there is no pair.
     """
 
     def __init__(self, pairs: Iterable[Pair], image_size: int, load: Callable | None = None,
@@ -71,17 +69,14 @@ class PairDataset:
         self.pairs, self.image_size = sorted(pairs, key=lambda pair: pair.category), image_size
         if not self.pairs:
             raise UserError("there is no pair of images that share keypoints; check the data set and the split")
-        self.categories = list(dict.fromkeys(pair.category for pair in self.pairs))
-        numbers, sizes = {}, []
+        sizes = {}
         for pair in self.pairs:
             for path in (pair.source, pair.target):
-                if path not in numbers:
-                    numbers[path] = len(numbers)
-                    try:
-                        sizes.append((size or image_size_of)(path))
-                    except BAD_IMAGE as error:
-                        raise UserError(f"pair {pair.name}: its image {path} cannot be read ({reason(error)}); "
-                                        "restore the file") from None
+                try:
+                    sizes[path] = sizes.get(path) or (size or image_size_of)(path)
+                except BAD_IMAGE as error:
+                    raise UserError(f"pair {pair.name}: its image {path} cannot be read ({reason(error)}); "
+                                    "restore the file") from None
             x1, y1, x2, y2 = pair.box
             if not (x2 > x1 and y2 > y1):
                 raise UserError(f"pair {pair.name}: the target's box {tuple(pair.box)} has no size; "
@@ -91,22 +86,18 @@ class PairDataset:
                                 f"{len(pair.target_points)} in the target; restore the annotation")
         squash = transforms.Compose([transforms.Resize((image_size, image_size), InterpolationMode.BILINEAR),
                                      transforms.PILToTensor()])
-        self.images = PatchDataset([PatchImage(path, None, [0]) for path in numbers], ["image"], squash,
+        self.images = PatchDataset([PatchImage(path, None, [0]) for path in sizes], ["image"], squash,
                                    load or load_image)
-        self.sizes = torch.tensor(sizes, dtype=torch.float64)
-        self.source = torch.tensor([numbers[pair.source] for pair in self.pairs])
-        self.target = torch.tensor([numbers[pair.target] for pair in self.pairs])
-        self.category = torch.tensor([self.categories.index(pair.category) for pair in self.pairs])
-        self.box_side = torch.tensor([max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in (pair.box for pair in self.pairs)],
-                                     dtype=torch.float64)
-        counts = torch.tensor([len(pair.source_points) for pair in self.pairs])
-        self.pair = torch.repeat_interleave(counts)
-        self.source_points, self.target_points = (
-            torch.tensor(np.concatenate(points), dtype=torch.float64)
-            for points in ([pair.source_points for pair in self.pairs], [pair.target_points for pair in self.pairs]))
-        outside = [((points < 0) | (points > self.sizes[image[self.pair]])).any(1)
-                   for points, image in ((self.source_points, self.source), (self.target_points, self.target))]
-        self.num_outside = int((outside[0] | outside[1]).sum())
+        _, categories, sources, targets, source_points, target_points, boxes, _ = zip(*self.pairs, strict=True)
+        self.categories, numbers = list(dict.fromkeys(categories)), {path: number for number, path in enumerate(sizes)}
+        self.category = torch.tensor([self.categories.index(category) for category in categories])
+        ends = torch.tensor([[numbers[path] for path in paths] for paths in (sources, targets)])
+        points = torch.tensor(np.stack([np.concatenate(source_points), np.concatenate(target_points)])).double()
+        (self.source, self.target), (self.source_points, self.target_points) = ends, points
+        self.pair = torch.repeat_interleave(torch.tensor([len(of_pair) for of_pair in source_points]))
+        boxes, self.sizes = (torch.tensor(rows, dtype=torch.float64) for rows in (boxes, list(sizes.values())))
+        self.box_side = (boxes[:, 2:] - boxes[:, :2]).amax(1)
+        self.num_outside = int(((points < 0) | (points > self.sizes[ends[:, self.pair]])).any(2).any(0).sum())
 
     def rows(self) -> list[dict]:
         """The list of pairs as plain values, one dictionary per pair, to be written beside the result."""
@@ -130,6 +121,7 @@ def load_pairs(name: str, root: Path | None, image_size: int, split: str = "test
     """The pairs of a data set of PAIR_DATASETS. split: spair has trn, val and test, the others test. num_pairs: that
     many, drawn by the seed (default: all of spair, NUM_PAIRS of the others). num_images: of synthetic-pairs. Raises
     UserError."""
+    check_data_path(name, root)
     if name == "spair":
         return load_spair(root, image_size, split, num_pairs, seed)
     if split != "test":
@@ -143,6 +135,19 @@ def draw(candidates: Sequence, count: int | None, seed: int) -> list:
     """That many of the candidates, drawn by the seed without replacement, in their order; all where count is None."""
     count = min(len(candidates), count or len(candidates))
     return [candidates[index] for index in sorted(random.Random(seed).sample(range(len(candidates)), count))]
+
+
+def draw_matches(points: Mapping, categories: Mapping, count: int, seed: int) -> Iterator[tuple]:
+    """Ordered pairs of images of one category that share keypoints, drawn: (source, target, the shared points in each).
+    points: by image, (x, y) of its visible keypoints by name. categories: of the images to pair."""
+    members = {}
+    for image, category in categories.items():
+        members.setdefault(category, []).append(image)
+    candidates = [(source, target) for source, category in categories.items() for target in members[category]
+                  if source != target and points[source].keys() & points[target].keys()]
+    for source, target in draw(candidates, count, seed):
+        shared = sorted(points[source].keys() & points[target].keys())
+        yield source, target, *([points[image][name] for name in shared] for image in (source, target))
 
 
 def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs: int | None = None,
@@ -162,12 +167,11 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
             path = annotations / f"{name.replace(':', '_')}.json"
         try:
             found = json.loads(path.read_text())
-            folder = root / "JPEGImages" / found["category"]
-            attributes = {ours: levels[found[key]] for key, (ours, levels) in ATTRIBUTES.items() if key in found}
+            images = [str(root / "JPEGImages" / found["category"] / found[key]) for key in ("src_imname", "trg_imname")]
             points = [[(float(x), float(y)) for x, y in found[key]] for key in ("src_kps", "trg_kps")]
             x1, y1, x2, y2 = map(float, found["trg_bndbox"])
-            pairs.append(Pair(name, found["category"], str(folder / found["src_imname"]),
-                              str(folder / found["trg_imname"]), *points, (x1, y1, x2, y2), attributes))
+            attributes = {ours: levels[found[key]] for key, (ours, levels) in ATTRIBUTES.items() if key in found}
+            pairs.append(Pair(name, found["category"], *images, *points, (x1, y1, x2, y2), attributes))
         except FileNotFoundError:
             raise UserError(f"pair {name}: its annotation {path} does not exist; unpack the data set again") from None
         except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -189,26 +193,17 @@ def load_cub_pairs(root: str | Path, image_size: int, num_pairs: int, seed: int 
                             f"{', '.join(columns)}, images/CLASS/*.jpg}}")
     names, split, boxes, parts = ([row[1:] for row in read_rows(root / name, **kinds)]
                                   for name, kinds in columns.items())
-    test, boxes = {image for image, training in split if not training}, {image: box for image, *box in boxes}
-    points, by_species = {}, {}
+    names, split, points = dict(names), dict(split), {}
+    boxes = {image: (x, y, x + width, y + height) for image, x, y, width, height in boxes}
+    for name, found in (("train_test_split.txt", split), ("bounding_boxes.txt", boxes)):
+        check_complete(root / name, names, found)
     for image, part, x, y, visible in parts:
         if visible == 1:
             points.setdefault(image, {})[part] = (x, y)
-    for image, name in names:
-        if image in test and image in points:
-            by_species.setdefault(name.split("/")[0], []).append(image)
-    candidates = [(species, source, target) for species, images in by_species.items()
-                  for source, target in permutations(images, 2) if points[source].keys() & points[target].keys()]
-    names, pairs = dict(names), []
-    for species, source, target in draw(candidates, num_pairs, seed):
-        label = f"{names[source]} to {names[target]}"
-        if target not in boxes:
-            raise UserError(f"pair {label}: {root / 'bounding_boxes.txt'} has no line of image {target}; "
-                            "unpack the data set again")
-        shared, (x, y, width, height) = sorted(points[source].keys() & points[target].keys()), boxes[target]
-        pairs.append(Pair(label, species, *(str(root / "images" / names[image]) for image in (source, target)),
-                          *([points[image][part] for part in shared] for image in (source, target)),
-                          (x, y, x + width, y + height), {}))
+    species = {image: name.split("/")[0] for image, name in names.items() if not split[image] and image in points}
+    pairs = [Pair(f"{names[source]} to {names[target]}", species[source],
+                  *(str(root / "images" / names[image]) for image in (source, target)), *matched, boxes[target], {})
+             for source, target, *matched in draw_matches(points, species, num_pairs, seed)]
     return PairDataset(pairs, image_size)
 
 
@@ -218,14 +213,11 @@ def load_synthetic_pairs(image_size: int, num_pairs: int, seed: int = 0, num_ima
     scenes = {number: compose(number, num_figures=1) for number in image_seeds("test", num_images, seed)}
     points = {number: {point.name: (point.x + 0.5, point.y + 0.5) for point in scene.keypoints if point.visible}
               for number, scene in scenes.items()}
-    candidates = [(source, target) for source, target in permutations(scenes, 2)
-                  if scenes[source].species == scenes[target].species and points[source].keys() & points[target].keys()]
+    species = {number: OBJECT_NAMES[scene.species[0] - 1] for number, scene in scenes.items()}
     pairs = []
-    for source, target in draw(candidates, num_pairs, seed):
-        spans, shared = scenes[target].spans, sorted(points[source].keys() & points[target].keys())
+    for source, target, *matched in draw_matches(points, species, num_pairs, seed):
+        spans = scenes[target].spans
         figure = np.array([shape.part > 0 for shape in scenes[target].shapes])[spans.owner]
         box = (spans.begin[figure].min(), spans.row[figure].min(), spans.end[figure].max(), spans.row[figure].max() + 1)
-        pairs.append(Pair(f"{source} to {target}", OBJECT_NAMES[scenes[target].species[0] - 1], source, target,
-                          [points[source][name] for name in shared], [points[target][name] for name in shared],
-                          tuple(map(int, box)), {}))
+        pairs.append(Pair(f"{source} to {target}", species[source], source, target, *matched, tuple(map(int, box)), {}))
     return PairDataset(pairs, image_size, partial(draw_image, num_figures=1), lambda number: scenes[number].size)

@@ -16,12 +16,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
-from torchvision.transforms import InterpolationMode
 
 from utils import UserError
 
 # What Pillow raises on a file that is missing, truncated, not an image, or far too large.
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+BICUBIC = transforms.InterpolationMode.BICUBIC
 # Workers send groups of about this many patches: the cost of a transfer hardly depends on its size.
 PATCHES_PER_GROUP = 16
 
@@ -33,7 +33,6 @@ def select_keypoints(points, crop_scale: float = 0.5, minimum: float = 20.0,
     points: [n, 2] (x, y) in pixels, or [n, 3] with a third coordinate that separates groups. d is a point's L2 distance
     to the nearest other point that does not coincide with it. A point is kept if minimum < d / 2 < maximum, at any
     crop_scale; its patch spans (x - h, y - h, x + h, y + h) with h = round(d * crop_scale / 2), half to even.
-
     Returns (indices kept [m], half sides h [m]), int64. Raises UserError where crop_scale makes a patch empty.
     """
     points = np.asarray(points, dtype=np.float64)
@@ -50,12 +49,9 @@ def select_keypoints(points, crop_scale: float = 0.5, minimum: float = 20.0,
 
 
 class PatchImage(NamedTuple):
-    """An image and its patches. path: what the data set's load takes. boxes: (left, upper, right, lower) in pixels of
-    the image; None is one patch, the whole image. labels: a class index for each patch."""
-
-    path: str
-    boxes: Sequence[tuple[float, float, float, float]] | None
-    labels: Sequence[int]
+    path: str  # what the data set's load takes
+    boxes: Sequence[tuple[float, float, float, float]] | None  # left, upper, right, lower, in pixels; None: all of it
+    labels: Sequence[int]  # a class index for each patch
 
 
 def patch_image(path: str, points: Sequence[Sequence[float]], labels: Sequence[int], crop_scale: float) -> PatchImage:
@@ -66,28 +62,31 @@ def patch_image(path: str, points: Sequence[Sequence[float]], labels: Sequence[i
 
 
 def resize_square(size: int = 224) -> transforms.Compose:
-    """The published transform of part patches: bicubic (Pillow), short side to size. A keypoint's patch is square.
-    PIL image -> uint8 [3, size, size]."""
-    return transforms.Compose([transforms.Resize(size, InterpolationMode.BICUBIC), transforms.PILToTensor()])
+    """The published transform of part patches, which are square: bicubic (Pillow). PIL -> uint8 [3, size, size]."""
+    return transforms.Compose([transforms.Resize(size, BICUBIC), transforms.PILToTensor()])
 
 
 def resize_center_crop(resize: int = 256, crop: int = 224) -> transforms.Compose:
     """Bicubic (Pillow) to a short side of resize, then the central crop. PIL image -> uint8 [3, crop, crop]."""
-    return transforms.Compose([transforms.Resize(resize, InterpolationMode.BICUBIC), transforms.CenterCrop(crop),
+    return transforms.Compose([transforms.Resize(resize, BICUBIC), transforms.CenterCrop(crop),
                                transforms.PILToTensor()])
+
+
+def random_crop_flip(size: int = 224) -> transforms.Compose:
+    """RandomResizedCrop (bicubic) and horizontal flip. PIL image -> uint8 [3, size, size]."""
+    crop = transforms.RandomResizedCrop(size, interpolation=BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
 class PatchDataset(Dataset):
     """The patches of a list of images, one item per image, so that each image is decoded once.
 
     dataset[i] -> (patches uint8 [n, 3, h, w], ids int64 [n]). Ids number the patches of the whole data set, image by
-    image in the order of the boxes. uint8, because the encoder normalises on its device: a quarter of the transfer.
+    image in the order of the boxes; labels and image_index, int64 [num_patches], are by id.
 
-    images: PatchImages. classes: names, by class index. transform: PIL patch -> uint8 tensor [3, h, w] (default
-    resize_square()). load: path -> PIL RGB image. An image that cannot be decoded raises UserError; with
+    classes: names, by class index. transform: PIL patch -> uint8 [3, h, w] (default resize_square()); the encoder
+    normalises on its device. load: path -> PIL RGB image. An image that cannot be decoded raises UserError; with
     skip_bad_images its item is empty, and its ids never appear.
-
-    Attributes: images, classes, num_patches, and over all patches, by id, labels and image_index, int64 [num_patches].
     """
 
     def __init__(self, images: Sequence[PatchImage], classes: Sequence[str],
@@ -95,11 +94,10 @@ class PatchDataset(Dataset):
                  load: Callable[[str], Image.Image] = pil_loader, skip_bad_images: bool = False):
         self.images, self.classes = images, list(classes)
         self.transform, self.load, self.skip_bad_images = transform or resize_square(), load, skip_bad_images
-        counts = torch.tensor([len(image.labels) for image in images], dtype=torch.int64)
         self.labels = torch.tensor([label for image in images for label in image.labels], dtype=torch.int64)
-        self.image_index = torch.repeat_interleave(counts)
         self.num_patches = len(self.labels)
-        self.first_id = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        self.first_id = torch.tensor([0, *(len(image.labels) for image in images)]).cumsum(0)
+        self.image_index = torch.repeat_interleave(self.first_id.diff())
 
     def __len__(self) -> int:
         return len(self.images)
@@ -120,17 +118,15 @@ class PatchDataset(Dataset):
         return self.cut(image, entry.boxes), ids
 
     def cut(self, image: Image.Image, boxes: Sequence[tuple] | None) -> torch.Tensor:
-        """The patches of a PIL image, uint8 [n, 3, h, w]. Pillow rounds the boxes; outside the image is black."""
+        """uint8 [n, 3, h, w]. Pillow rounds the boxes; outside the image is black."""
         patches = [image] if boxes is None else [image.crop(box) for box in boxes]
         return torch.stack([self.transform(patch) for patch in patches])
 
     def batches(self, image_indices: Sequence[int], batch_size: int, workers: int,
                     pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]), b = batch_size except
-        in the last batch. Every image is decoded once, by one of the worker processes (0: by this process).
-
-        pin_memory: the patches are in page-locked memory, for copies to CUDA with non_blocking=True.
-        Raises UserError for an image that cannot be decoded and for a worker that the system has killed.
+        in the last batch. Every image is decoded once, by a worker process (0: by this process). pin_memory: patches in
+        page-locked memory. Raises UserError for an image that cannot be decoded and for a worker that was killed.
         """
         indices = torch.tensor(image_indices, dtype=torch.int64)
         counts = self.first_id.diff()[indices]
@@ -167,9 +163,9 @@ def keypoint_patches(points: Iterable[tuple[str, list[tuple[int, Sequence[float]
                      transform: Callable[[Image.Image], torch.Tensor] | None, skip_bad_images: bool) -> PatchDataset:
     """The patches of the chosen keypoints; class k is the k-th of them. Images without a patch are left out.
 
-    points: (path, [(class, point), ...]) of every image, only visible ones. names: of all keypoints of the data set, by
-    number. word: what the data set calls a keypoint; source: the file with the names.
-    Raises UserError for a keypoint that is unknown or named twice, and where no patch is left.
+    points: (path, [(class, point), ...]) of every image, only visible ones. names: of all keypoints, by number. word:
+    for a keypoint in messages; source: the file of names. Raises UserError for an unknown or repeated keypoint, and
+    where no patch is left.
     """
     for keypoint in chosen:
         if keypoint not in names:
@@ -205,12 +201,6 @@ def received(loader: DataLoader) -> Iterator:
             raise
         raise UserError("a data loading process was killed, most often because memory or shared memory (/dev/shm) ran "
                         "out; use fewer --workers") from None
-
-
-def random_crop_flip(size: int = 224) -> transforms.Compose:
-    """RandomResizedCrop (bicubic) and horizontal flip. PIL image -> uint8 [3, size, size]."""
-    return transforms.Compose([transforms.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC),
-                               transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
 class RandomViews(PatchDataset):

@@ -8,28 +8,27 @@ from utils import UserError
 from . import check_data_path
 from .coco import load_coco
 from .cub import load_cub
-from .imagenet import load_grid
-from .patches import PatchDataset
-from .synthetic import KEYPOINT_NAMES, load_synthetic_patches
+from .imagenet import list_images, load_grid
+from .patches import PatchDataset, PatchImage, resize_center_crop, resize_square
+from .synthetic import KEYPOINT_NAMES, draw_image, image_seeds, load_synthetic_patches
 
 RETRIEVAL_DATASETS = ("cub", "coco", "imagenet", "synthetic")
 
 
 def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
-                   num_images: int | None, seed: int, skip_bad_images: bool) -> PatchDataset:
+                   num_images: int | None, seed: int, skip_bad_images: bool, image_size: int = 224) -> PatchDataset:
     """The patches of one of RETRIEVAL_DATASETS: all of CUB, COCO's training set, the grid of any images, or synthetic.
 
-    keypoints: numbers (synthetic: names), ["all"], or None for the paper's. num_images: of imagenet, a sample drawn by
-    the seed (default all); of synthetic, drawn by the seed (default 60). Raises UserError for an unknown keypoint and
-    for files that are missing or wrong.
+    keypoints: numbers (synthetic: names), ["all"], or None for the paper's. num_images: drawn by the seed, of imagenet
+    (default all) and synthetic (60). Raises UserError for an unknown keypoint, and files that are missing or wrong.
     """
     check_data_path(name, data_path)
-    options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images}
+    options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images, "transform": resize_square(image_size)}
     if name == "synthetic":
         keypoints = KEYPOINT_NAMES if keypoints == ["all"] else keypoints
         return load_synthetic_patches("train", num_images or 60, seed, keypoints, **options)
     if name == "imagenet":
-        return load_grid(data_path, skip_bad_images, num_images, seed)
+        return load_grid(data_path, skip_bad_images, num_images, seed, image_size)
     load, word, count = (load_cub, "parts", 15) if name == "cub" else (load_coco, "keypoints", 17)
     if keypoints == ["all"]:
         options[word] = range(1, count + 1)
@@ -39,3 +38,18 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
         except ValueError:
             raise UserError(f"--keypoints {' '.join(keypoints)}: {name} numbers them, from 1 to {count}") from None
     return load(data_path, **options)
+
+
+def open_images(name: str, data_path: Path | None, num_images: int, seed: int, image_size: int,
+                skip_bad_images: bool = False) -> PatchDataset:
+    """Whole images, the central image_size x image_size at a short side of 256 / 224 of that: "imagenet", a sample of
+    those below data_path drawn by the seed, or "synthetic", its test split. Raises UserError where there is none."""
+    check_data_path(name, data_path)
+    if name == "synthetic":
+        paths, options = image_seeds("test", num_images, seed), {"load": draw_image}
+    else:
+        paths, options = list_images(data_path, num_images, seed), {"skip_bad_images": skip_bad_images}
+    if not paths:
+        raise UserError(f"no image below {data_path}; --data-path must be a folder of images")
+    return PatchDataset([PatchImage(path, None, [0]) for path in paths], ["image"],
+                        resize_center_crop(round(image_size * 256 / 224), image_size), **options)

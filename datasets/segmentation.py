@@ -37,29 +37,21 @@ class Protocol(NamedTuple):
 
 _ADE20K = Protocol((2048, 512), 512, (2048, 512), 341)
 _PASCAL = Protocol((520, 520), 480, (3840, 480), 161)
-_SYNTHETIC = Protocol((1024, 256), 256, (1024, 256), 171)
 PAPER_PROTOCOLS = {
     "ade20k": _ADE20K, "ade20k-object": _ADE20K, "ade20k-part": _ADE20K,
-    "pascal-object": _PASCAL, "pascal-part": _PASCAL,
-    "lip": Protocol((1024, 320), 320, (4096, 320), 161),
+    "pascal-object": _PASCAL, "pascal-part": _PASCAL, "lip": Protocol((1024, 320), 320, (4096, 320), 161),
 }
-PROTOCOLS = PAPER_PROTOCOLS | {
-    # None is published for linear heads on frozen features: these are ADE20K's values. PartImageNet's test split is val
-    # here, as the study's is on every data set.
-    "partimagenet-object": _ADE20K, "partimagenet-part": _ADE20K,
-    "synthetic": _SYNTHETIC, "synthetic-object": _SYNTHETIC, "synthetic-part": _SYNTHETIC,
-}
+# None is published for linear heads on PartImageNet: these are ADE20K's values, with val as the test split. All its
+# images are ImageNet training images: an encoder trained on ImageNet has seen those of the test split too.
+PROTOCOLS = PAPER_PROTOCOLS | dict.fromkeys(("partimagenet-object", "partimagenet-part"), _ADE20K) | dict.fromkeys(
+    ("synthetic", "synthetic-object", "synthetic-part"), Protocol((1024, 256), 256, (1024, 256), 171))
 
-# Folders below --data-path; the first that holds images and label maps is used.
+# Folders below --data-path; the first that holds images and label maps is used, the last choice is --data-path itself.
 ROOTS = {
-    "ade20k": ("ADEChallengeData2016", ""),
-    "ade20k-object": ("ade_59object/ADEChallengeData2016", "ADEChallengeData2016", ""),
-    "ade20k-part": ("ADE20K_Part", ""),
-    "pascal-object": ("pascal_semantic", ""),
-    "pascal-part": ("pascal_part", ""),
-    "lip": ("LIP", ""),
-    "partimagenet-object": ("PartImageNet_Seg", ""),
-    "partimagenet-part": ("PartImageNet_Seg", ""),
+    "ade20k": ("ADEChallengeData2016",),
+    "ade20k-object": ("ade_59object/ADEChallengeData2016", "ADEChallengeData2016"),
+    "ade20k-part": ("ADE20K_Part",), "pascal-object": ("pascal_semantic",), "pascal-part": ("pascal_part",),
+    "lip": ("LIP",), "partimagenet-object": ("PartImageNet_Seg",), "partimagenet-part": ("PartImageNet_Seg",),
 }
 # Images, label maps. {0} is train or val, {1} training or validation. The last three are LIP's: its own folders, those
 # its archives unpack to, and mmsegmentation's.
@@ -71,7 +63,6 @@ LAYOUTS = (
      "TrainVal_parsing_annotations/TrainVal_parsing_annotations/{0}_segmentations"),
     ("{0}_images", "{0}_segmentations"),
 )
-# Both data sets are in one folder, with the same images.
 PARTIMAGENET_LAYOUTS = {
     "partimagenet-object": (("images/{0}", "annotations/{0}_whole"),),
     "partimagenet-part": (("images/{0}", "annotations/{0}"),),
@@ -97,13 +88,13 @@ def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path,
         raise UserError(f"--data-path {data_path} is not a folder")
     known = PARTIMAGENET_LAYOUTS.get(dataset) or (LAYOUTS if dataset == "lip" else LAYOUTS[:2])
     layouts = [tuple(folder.format(split, LONG_NAMES[split]) for folder in pair) for pair in known]
-    for root in (data_path / name for name in ROOTS[dataset]):
+    for root in (data_path / name for name in (*ROOTS[dataset], "")):
         for images, labels in layouts:
             if (root / images).is_dir() and (root / labels).is_dir():
                 return root, root / images, root / labels
     source = "unpack it there" if dataset in PARTIMAGENET_LAYOUTS else "python -m datasets.prepare makes them"
     raise UserError(f"{data_path} does not hold {dataset}: expected {' or '.join(map(' and '.join, layouts))}, there "
-                    f"or in {' or '.join(filter(None, ROOTS[dataset]))}; {source}")
+                    f"or in {' or '.join(ROOTS[dataset])}; {source}")
 
 
 class FolderSplit:
@@ -124,6 +115,12 @@ class FolderSplit:
     def name(self, index: int) -> str:
         return self.pairs[index][0].stem
 
+    def subset(self, indices: Sequence[int]) -> "FolderSplit":
+        """Some images of this split as a split of their own."""
+        chosen = copy(self)
+        chosen.pairs = [self.pairs[index] for index in indices]
+        return chosen
+
     def sizes(self, workers: int) -> list[tuple[int, int]]:
         """(height, width) of all images, from the headers. Raises UserError that lists label maps of another size."""
         def size(path):
@@ -136,12 +133,6 @@ class FolderSplit:
             raise UserError(f"{len(different)} images differ in size from their label maps: {', '.join(different)}; "
                             "replace one of the two files")
         return [(height, width) for (width, height), _ in pairs]
-
-    def subset(self, indices: Sequence[int]) -> "FolderSplit":
-        """Some images of this split as a split of their own."""
-        chosen = copy(self)
-        chosen.pairs = [self.pairs[index] for index in indices]
-        return chosen
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image_path, label_path = self.pairs[index]
@@ -219,10 +210,8 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_label(path: Path, largest: int, background: int = 0) -> np.ndarray:
-    """A label map as uint8 [H, W], reduced: see reduce_label.
-
-    Palette and 16-bit files give their indices. Raises UserError for a colour image or a label above largest.
-    """
+    """A label map as uint8 [H, W], reduced by reduce_label; palette and 16-bit files give their indices.
+    Raises UserError for a colour image or a label above largest."""
     with open_image(path) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
             raise UserError(f"{path} is a picture of mode {image.mode}; a label map holds one class number per pixel")
@@ -235,13 +224,10 @@ def read_label(path: Path, largest: int, background: int = 0) -> np.ndarray:
 
 
 def reduce_label(raw: np.ndarray, background: int = 0) -> np.ndarray:
-    """0 -> 255, 255 -> 255, the others one less; uint8. Where the background is another label than 0, classes count
-    from 0: background -> 255, the others as they are."""
-    if background:
-        return np.where(raw == background, IGNORE, raw).astype(np.uint8)
-    # In uint8, 0 - 1 is 255.
-    reduced = raw.astype(np.uint8) - np.uint8(1)
-    reduced[raw == IGNORE] = IGNORE
+    """uint8: 0 -> 255, 255 -> 255, the others one less. With another background than 0, whose classes count from 0:
+    background -> 255, the others as they are."""
+    reduced = raw.astype(np.uint8) - np.uint8(not background)  # 0 - 1 is 255
+    reduced[raw == (background or IGNORE)] = IGNORE
     return reduced
 
 

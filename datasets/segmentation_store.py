@@ -17,18 +17,8 @@ from utils.distributed import local_main_first, shard
 from utils.run import Progress
 from utils.storage import allocate, atomic_write, create_file, map_file
 
+from . import segmentation_transforms as transforms
 from .segmentation import FolderSplit, SyntheticSplit, in_order
-from .segmentation_transforms import (
-    Packed,
-    draw_augmentation,
-    linear_taps,
-    pack_pixels,
-    rescale_size,
-    resized_labels,
-    resized_pixels,
-    to_device,
-    training_batch,
-)
 
 LARGEST_RATIO = 2.0  # of the base scale
 # Left free beside the images: what training takes on a GPU, and the rest of the machine.
@@ -47,15 +37,13 @@ class PixelStore:
         self.split, self.workers = split, workers
         self.sizes = split.sizes(workers)
         largest = tuple(int(side * LARGEST_RATIO) for side in base_scale)
-        self.stored = [min(size, rescale_size(*size, largest)) for size in self.sizes]
-        counts = torch.tensor([height * width for height, width in self.stored])
-        self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        self.stored = [min(size, transforms.rescale_size(*size, largest)) for size in self.sizes]
+        self.starts = torch.tensor([0, *(height * width for height, width in self.stored)]).cumsum(0)
         self.mapped = None
-        self.pixels = allocate(
-            (int(self.starts[-1]),), torch.int32, device, tier, folder, lambda: self._on_disk(folder),
-            f"{len(split)} training images, decoded", "use a larger disk with --output-dir", log,
-            reserve=RESERVED_BYTES, pin=False)
-        # A file has been filled; but where another process could not use it, all hold the images elsewhere.
+        self.pixels = allocate((int(self.starts[-1]),), torch.int32, device, tier, folder,
+                               lambda: self._on_disk(folder), f"{len(split)} training images, decoded",
+                               "use a larger disk with --output-dir", log, reserve=RESERVED_BYTES, pin=False)
+        # The file is filled already; where another process cannot map it, all processes hold the images elsewhere.
         if self.pixels is not self.mapped:
             self._fill(self.pixels)
 
@@ -66,10 +54,10 @@ class PixelStore:
             progress.update()
 
     def _packed(self, index: int) -> torch.Tensor:
-        pixels = pack_pixels(*self.split.load(index))
-        if pixels.shape == self.stored[index]:
-            return pixels.flatten()
-        return shrink(pixels, *self.stored[index]).flatten()
+        image, label = self.split.load(index)
+        if label.shape != self.stored[index]:
+            image, label = shrink(image, label, *self.stored[index])
+        return transforms.pack_pixels(image, label).flatten()
 
     def _on_disk(self, folder: Path) -> torch.Tensor:
         listing = [(self.split.name(i), self.stored[i]) for i in range(len(self.split))]
@@ -79,7 +67,6 @@ class PixelStore:
         else:
             listing += [self.split.kind]
         path = folder / f"pixels-{hashlib.sha256(repr(listing).encode()).hexdigest()[:16]}.int32"
-
         shape = (int(self.starts[-1]),)
 
         def write(temporary):
@@ -92,29 +79,26 @@ class PixelStore:
         self.mapped = map_file(path, shape, torch.int32, writable=False)
         return self.mapped
 
-    def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Packed, list[tuple[int, int]]]:
-        """Some images on the device, as the transforms take them, and their original sizes."""
+    def batch(self, indices: Sequence[int], device: torch.device) -> tuple[transforms.Packed, list[tuple[int, int]]]:
+        """Some images on the device, and their original sizes."""
         pixels, starts = self.pixels, self.starts[indices]
         if pixels.device != device:
             parts = [pixels[self.starts[index]:self.starts[index + 1]] for index in indices]
-            ends = torch.tensor([part.numel() for part in parts]).cumsum(0)
-            starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
-            pixels = torch.cat(parts, out=torch.empty(int(ends[-1]), dtype=torch.int32, pin_memory=True))
+            starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
+            pixels = torch.cat(parts, out=torch.empty(int(starts[-1]), dtype=torch.int32, pin_memory=True))
+            starts = starts[:-1]
             pixels = pixels.to(device, non_blocking=True)
         numbers = torch.stack([starts, *torch.tensor([self.stored[index] for index in indices]).T])
-        return Packed(pixels, *to_device(numbers, device)), [self.sizes[index] for index in indices]
+        batch = transforms.Packed(pixels, *transforms.to_device(numbers, device))
+        return batch, [self.sizes[index] for index in indices]
 
 
-def shrink(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """int32 [H, W] colour and label -> int32 [height, width], bilinear and nearest."""
-    numbers = [0, *pixels.shape, height, width]
-    start, in_height, in_width, out_height, out_width = torch.tensor(numbers)[:, None]
-    batch = Packed(pixels.flatten(), start, in_height, in_width)
-    rows, columns = torch.arange(height)[None], torch.arange(width)[None]
-    colours = resized_pixels(batch, linear_taps(rows, out_height, in_height, across=False),
-                             linear_taps(columns, out_width, in_width, across=True))[0]
-    labels = resized_labels(batch, rows, columns, out_height, out_width)[0]
-    return pack_pixels(colours.permute(1, 2, 0).to(torch.uint8).numpy(), labels.numpy())
+def shrink(image: np.ndarray, label: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [H, W, 3] and [H, W] -> [height, width, 3], bilinear, and [height, width], nearest."""
+    colours = transforms.resize_image(torch.from_numpy(image), height, width)
+    rows, columns = (transforms.nearest_taps(torch.arange(new)[None], torch.tensor([new]), torch.tensor([old]))[0]
+                     for new, old in zip((height, width), label.shape, strict=True))
+    return colours.permute(1, 2, 0).numpy(), label[rows.numpy()][:, columns.numpy()]
 
 
 @lru_cache(maxsize=2)
@@ -134,9 +118,9 @@ def training_batches(store: PixelStore, iterations: range, batch_size: int, base
     share = shard(batch_size)
     for iteration in iterations:
         indices = batch_indices(seed, iteration, batch_size, len(store.sizes))[share.start:share.stop]
-        augmentations = [draw_augmentation(seed, iteration, position) for position in share]
+        augmentations = [transforms.draw_augmentation(seed, iteration, position) for position in share]
         batch, sizes = store.batch(indices, mean.device)
-        yield training_batch(batch, sizes, augmentations, base_scale, crop_size, mean, std)
+        yield transforms.training_batch(batch, sizes, augmentations, base_scale, crop_size, mean, std)
 
 
 def prefetched(batches: Iterator, device: torch.device) -> Iterator:
@@ -145,8 +129,7 @@ def prefetched(batches: Iterator, device: torch.device) -> Iterator:
         yield from batches
         return
     queue, stream = Queue(maxsize=2), torch.cuda.Stream(device)
-    # The images were written on the current stream.
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream.wait_stream(torch.cuda.current_stream(device))  # which wrote the images
 
     def produce():
         try:

@@ -1,13 +1,12 @@
 """The training and test transforms of linear segmentation, on batches of tensors, on any device.
 
 Order and distributions are those of the authors' configurations: resize, crop, flip, photometric distortion, normalise,
-pad. The integer arithmetic is OpenCV's (fixed-point bilinear resize, 8-bit HSV), as in the authors' pipeline, so that
-pixels are equal to theirs on every device. Only the crop is computed, never the whole resized image.
-
-A pixel and its label are one int32: red, green, blue, label, from the lowest byte up (pack_pixels). The images of a
-batch are concatenated in one flat tensor.
+pad. The integer arithmetic is OpenCV's (fixed-point bilinear resize, 8-bit HSV), so that pixels equal the authors' on
+every device. Only the crop is computed, never the whole resized image. A pixel and its label are one int32: red, green,
+blue, label, from the lowest byte up (pack_pixels); the images of a batch are concatenated in one flat tensor.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +15,11 @@ import torch
 IGNORE = 255
 CROP_DRAWS = 10
 CPU_BAND = 64  # rows
-# By device, made on first use.
-_colour_tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
 
 class Augmentation(NamedTuple):
-    """The random augmentation parameters of one training sample. The defaults are those of a distortion that is not
-    applied; None for saturation and hue, because even their neutral values would go through 8-bit HSV."""
+    """The random parameters of one training sample. The defaults apply no distortion; None for saturation and hue,
+    because even their neutral values would go through 8-bit HSV."""
     ratio: float  # of the base scale, [0.5, 2)
     offsets: np.ndarray  # [11, 2], offsets (y, x) of the crops to try, as fractions of the largest offset
     flip: bool
@@ -42,7 +39,7 @@ class Packed(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Crops of resized images: rows int64 [B, h], columns int64 [B, w] of images of heights, widths int64 [B];
+    """Crops of resized images: rows int64 [B, h] and columns [B, w] of images of heights and widths int64 [B];
     inside_rows bool [B, h], inside_columns bool [B, w]: where the crop lies in the image."""
     rows: torch.Tensor
     columns: torch.Tensor
@@ -111,10 +108,8 @@ def linear_taps(index: torch.Tensor, out_size: torch.Tensor, in_size: torch.Tens
     image gives the edge full weight; taps of rows are clamped and keep their weights.
     """
     position = ((index + 0.5) * _steps(out_size, in_size) - 0.5).float()
-    lower = position.floor()
+    lower, last = position.floor().long(), (in_size - 1)[:, None]
     weight = position - lower
-    last = (in_size - 1)[:, None]
-    lower = lower.long()
     if across:
         weight = torch.where((lower < 0) | (lower >= last), 0.0, weight)
     upper = torch.minimum((lower + 1).clamp(min=0), last)
@@ -164,8 +159,8 @@ def resize_image(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """uint8 [H, W, 3] -> uint8 [3, height, width], bilinear, on the image's device."""
     device = image.device
     padded = torch.cat([image, image.new_zeros(*image.shape[:2], 1)], dim=2)
-    start, in_height, in_width, out_height, out_width = torch.tensor(
-        [[0], [image.shape[0]], [image.shape[1]], [height], [width]], device=device)
+    sizes = torch.tensor([0, *image.shape[:2], height, width], device=device)
+    start, in_height, in_width, out_height, out_width = sizes[:, None]
     batch = Packed(padded.view(torch.int32).flatten(), start, in_height, in_width)
     rows = linear_taps(torch.arange(height, device=device)[None], out_height, in_height, across=False)
     columns = linear_taps(torch.arange(width, device=device)[None], out_width, in_width, across=True)
@@ -202,10 +197,9 @@ def crop_indices(offset: torch.Tensor, size: torch.Tensor, crop: int, flip: torc
     """Rows or columns of the resized image in a crop, int64 [B, crop], and which are inside the image, bool [B, crop]:
     where the image is smaller than the crop, the edge is repeated. flip: bool [B], columns in reverse."""
     position = torch.arange(crop, device=size.device)[None]
-    covered = torch.minimum(size, torch.full_like(size, crop))[:, None]
+    covered = size.clamp(max=crop)[:, None]
     inside = position < covered
-    # Repeating the edge costs resized_pixels no source rows.
-    position = torch.minimum(position, covered - 1)
+    position = torch.minimum(position, covered - 1)  # repeating the edge costs resized_pixels no source rows
     if flip is not None:
         position = torch.where(flip[:, None], covered - 1 - position, position)
     return offset[:, None] + position, inside
@@ -215,20 +209,18 @@ def choose_crop_region(batch: Packed, augmentations: list[Augmentation], out_siz
                        crop_size: tuple[int, int]) -> tuple[Region, torch.Tensor]:
     """Resize, random crop and flip: the source of each pixel of the crops, and their labels uint8 [B, h, w], 255
     outside the image. out_sizes: of the resized images."""
-    device = batch.pixels.device
-    crop_height, crop_width = crop_size
-    offsets = [[(int(y * (max(height - crop_height, 0) + 1)), int(x * (max(width - crop_width, 0) + 1)))
-                for y, x in one.offsets] for one, (height, width) in zip(augmentations, out_sizes, strict=True)]
+    room = np.maximum(np.subtract(out_sizes, crop_size), 0) + 1
+    offsets = (np.stack([one.offsets for one in augmentations]) * room[:, None]).astype(np.int64)
+    flips = [[one.flip] for one in augmentations]
     # All parameters in one transfer to the device.
-    numbers = torch.tensor([[*size, one.flip, *np.ravel(pairs)] for one, size, pairs
-                            in zip(augmentations, out_sizes, offsets, strict=True)], dtype=torch.int64)
-    numbers = to_device(numbers, device)
+    numbers = to_device(torch.from_numpy(np.hstack([out_sizes, flips, offsets.reshape(len(flips), -1)])),
+                        batch.pixels.device)
     heights, widths, flip = numbers[:, 0], numbers[:, 1], numbers[:, 2].bool()
     offsets = numbers[:, 3:].unflatten(1, (-1, 2))
 
     def region(samples, offset):
-        rows, inside_rows = crop_indices(offset[:, 0], heights[samples], crop_height)
-        columns, inside_columns = crop_indices(offset[:, 1], widths[samples], crop_width, flip[samples])
+        rows, inside_rows = crop_indices(offset[:, 0], heights[samples], crop_size[0])
+        columns, inside_columns = crop_indices(offset[:, 1], widths[samples], crop_size[1], flip[samples])
         return Region(rows, columns, heights[samples], widths[samples], inside_rows, inside_columns)
 
     def cut(samples, offset):
@@ -237,7 +229,7 @@ def choose_crop_region(batch: Packed, augmentations: list[Augmentation], out_siz
         return labels.masked_fill_(~(where.inside_rows[:, :, None] & where.inside_columns[:, None]), IGNORE)
 
     chosen, labels = choose_crops(cut, offsets)
-    samples = torch.arange(len(chosen), device=device)
+    samples = torch.arange(len(chosen), device=chosen.device)
     return region(samples, offsets[samples, chosen]), labels
 
 
@@ -248,13 +240,12 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def colour_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@cache
+def colour_tables(device: torch.device) -> tuple[torch.Tensor, ...]:
     """int32 [256] and [256], round(255 * 4096 / i) and round(30 * 4096 / i) with 0 for 0; float32 [3, 180 * 256]."""
-    if device not in _colour_tables:
-        quotients = [torch.tensor([0, *(round(numerator / i) for i in range(1, 256))], dtype=torch.int32)
-                     for numerator in (255 * 4096, 30 * 4096)]
-        _colour_tables[device] = tuple(table.to(device) for table in (*quotients, _make_hsv_factors()))
-    return _colour_tables[device]
+    quotients = [torch.tensor([0, *(round(numerator / i) for i in range(1, 256))], dtype=torch.int32)
+                 for numerator in (255 * 4096, 30 * 4096)]
+    return tuple(table.to(device) for table in (*quotients, _make_hsv_factors()))
 
 
 def rgb_to_hsv(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -318,10 +309,13 @@ def photometric_distortion(images: torch.Tensor, augmentations: list[Augmentatio
     def cut(values):
         return values.clamp_(0, 255).int()
 
+    def contrast(images, first):
+        factors = [one.contrast if one.contrast_first == first else 1.0 for one in augmentations]
+        return images if set(factors) == {1.0} else cut(images * per_sample(factors))
+
     if any(one.brightness for one in augmentations):
         images = cut(images.float() + per_sample([one.brightness for one in augmentations]))
-    if any(one.contrast_first and one.contrast != 1 for one in augmentations):
-        images = cut(images * per_sample([one.contrast if one.contrast_first else 1.0 for one in augmentations]))
+    images = contrast(images, first=True)
     for name in ("saturation", "hue"):
         chosen = [i for i, one in enumerate(augmentations) if getattr(one, name) is not None]
         if not chosen:
@@ -336,18 +330,15 @@ def photometric_distortion(images: torch.Tensor, augmentations: list[Augmentatio
             hue = wrap_hue(hue.add_(amount.int()))
         colours = hsv_to_rgb(hue, saturation, value)
         images = colours if everything else images.index_copy_(0, index, colours)
-    if any(not one.contrast_first and one.contrast != 1 for one in augmentations):
-        images = cut(images * per_sample([1.0 if one.contrast_first else one.contrast for one in augmentations]))
-    return images
+    return contrast(images, first=False)
 
 
 def training_batch(batch: Packed, sizes: list[tuple[int, int]], augmentations: list[Augmentation],
                    base_scale: tuple[int, int], crop_size: int, mean: torch.Tensor, std: torch.Tensor) -> tuple:
     """All training transforms: images float32 [B, 3, c, c], padded with 0, and labels uint8 [B, c, c], padded with 255.
 
-    sizes: (height, width) of the original images, which determine the resized sizes. mean, std: [1, 3, 1, 1], of
-    colours from 0 to 1. A CPU computes the colours sample by sample in bands of rows, which stay in its caches; other
-    devices the whole batch at once.
+    sizes: (height, width) of the original images, which determine the resized ones. mean, std: [1, 3, 1, 1], of colours
+    from 0 to 1. A CPU computes sample by sample in bands of rows, which stay in its caches; others the whole batch.
     """
     scales = [tuple(int(side * one.ratio) for side in base_scale) for one in augmentations]
     out_sizes = [rescale_size(*size, scale) for size, scale in zip(sizes, scales, strict=True)]

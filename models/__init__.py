@@ -1,8 +1,8 @@
-"""Encoders by name. One file per method; encoder.py holds what they share, checkpoints.py downloads and opens files."""
+"""Encoders by name: one file per method, timm's models (timm_vit.py) and the user's own (own.py)."""
 
 import argparse
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,25 +16,26 @@ from .encoder import CheckpointError, Encoder
 
 METHODS = ("deit", "mocov3", "dino", "beit", "mae", "cae", "ibot")
 WITH_PROJECTOR = ("mocov3", "dino", "ibot")
+# The blocks whose features the paper's segmentation uses, as shares of the depth.
+DEPTH_SHARES = (4 / 12, 6 / 12, 8 / 12, 1)
 
-__all__ = ["METHODS", "WITH_PROJECTOR", "CheckpointError", "Encoder", "build_model", "load_encoder"]
+__all__ = ["METHODS", "WITH_PROJECTOR", "CheckpointError", "Encoder", "build_model", "choose_layers", "load_encoder"]
 
 
 def build_model(name: str, weights: str = "official", num_heads: int | None = None, *, projector: bool | None = None,
                 decoder: bool = False, seed: int = 0, weights_key: str | None = None, **method_options) -> Encoder:
     """A frozen encoder: evaluation mode, requires_grad False, float32, on the CPU.
 
-    name: one of METHODS, timm/NAME, or path/to/file.py:function (models/own.py). weights: "official" (downloaded and
-    checked), "random" (untrained ViT-B/16 of the method, from the seed), a path or a URL. num_heads: by the file, else
-    width / 64. projector: True = required, False = dropped, None = kept where the file has one; decoder: True =
-    required (MAE). "official" is the full file where either is required. weights_key: which weights of a file that has
-    several (named as by checkpoints.state_dicts); None: the only ones that fit. method_options: of the method's
-    from_checkpoint or random. encoder.weights and encoder.sha256 say what was loaded. Raises CheckpointError.
+    name: one of METHODS, timm/NAME, or path/to/file.py:function (models/own.py). weights: "official" (the full file
+    where projector or decoder is True), "random" (untrained ViT-B/16 of the method, from the seed), a path or a URL.
+    num_heads: by default the file's, else width / 64. projector, decoder (MAE): True = required; projector False =
+    dropped, None = kept where the file has one. weights_key: which weights of a file (as checkpoints.state_dicts names
+    them; None: the only ones that fit). method_options: of the method's from_checkpoint or random. encoder.weights and
+    encoder.sha256 say what was loaded. Raises CheckpointError.
     """
     method = None
     if name.startswith("timm/"):
-        method = timm_vit
-        method_options["name"] = name.removeprefix("timm/")
+        method, method_options["name"] = timm_vit, name.removeprefix("timm/")
     elif name in METHODS:
         method = importlib.import_module(f".{name}", __name__)
     elif ".py:" not in name:
@@ -69,9 +70,22 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
     return encoder
 
 
+def choose_layers(words: Sequence[str] | None, depth: int) -> list[int]:
+    """0-based blocks of an encoder of that depth: numbers, "last", "last4", "all", or None for the paper's shares of
+    the depth (3 5 7 11 of 12). Raises UserError."""
+    named = {"last": range(depth - 1, depth), "last4": range(max(0, depth - 4), depth), "all": range(depth)}
+    if words is None:
+        return sorted({round(share * depth) - 1 for share in DEPTH_SHARES})
+    if len(words) == 1 and words[0] in named:
+        return list(named[words[0]])
+    if not all(word.isdigit() and int(word) < depth for word in words):
+        raise UserError(f"--layers {' '.join(words)}: this encoder has blocks 0 to {depth - 1}; "
+                        "or use last, last4, all")
+    return [int(word) for word in words]
+
+
 def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[str], None], **options) -> Encoder:
-    """build_model for a script's arguments, on the device: the first process of a machine downloads, the others wait.
-    Logs what was loaded. options: of build_model. Raises UserError."""
+    """build_model (options: its) for a script's arguments, on the device. Logs what was loaded. Raises UserError."""
     try:
         with local_main_first():
             encoder = build_model(args.model, args.weights, args.num_heads, seed=args.seed,
@@ -90,21 +104,21 @@ def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[
 
 def _from_file(name: str, method, path: Path, num_heads: int | None, weights_key: str | None,
                options: dict) -> Encoder:
-    """The encoder in a file. A method's official structure is what tells its files from another's, so that only
-    weights_key reads a state dictionary from elsewhere."""
+    """The encoder in a file. Methods' files are told apart by their official structure: other places are read only
+    where weights_key names them."""
     checkpoint = open_checkpoint(path)
     try:
         if method is timm_vit:
-            return method.from_checkpoint(checkpoint, num_heads=num_heads, weights_key=weights_key, **options)
-        if weights_key is not None:
+            options = options | {"weights_key": weights_key}
+        elif weights_key is not None:
             checkpoint = as_official(checkpoint, weights_key, method.NESTING)
         return method.from_checkpoint(checkpoint, num_heads=num_heads, **options)
     except CheckpointError as error:
         if str(path) in str(error):
             raise
-        places = [place for place in state_dicts(checkpoint) if place]
-        hint = f"; it has weights at {', '.join(places)}, which --weights-key can name" if places else ""
-        raise CheckpointError(f"{path} is not a file of {name}: {error}{'' if weights_key else hint}") from None
+        places = ", ".join(filter(None, state_dicts(checkpoint)))
+        hint = f"; it has weights at {places}, which --weights-key can name" if places and not weights_key else ""
+        raise CheckpointError(f"{path} is not a file of {name}: {error}{hint}") from None
 
 
 def _weights_file(name: str, weights: str, method, full: bool) -> Path:
@@ -116,6 +130,5 @@ def _weights_file(name: str, weights: str, method, full: bool) -> Path:
     if "url" not in entry:
         raise CheckpointError(f"{name}: scripts cannot download the official file {entry['file']} from Google Drive; "
                               f"download it from {entry['where']} and give --weights PATH")
-    url = entry["url"]
     published = {key: entry[key] for key in ("sha256", "md5") if key in entry}
-    return fetch(url, entry.get("file") or url.rsplit("/", 1)[-1], published)
+    return fetch(entry["url"], entry.get("file") or entry["url"].rsplit("/", 1)[-1], published)

@@ -3,7 +3,7 @@
 * the study's authors' file: relative position bias shared by all blocks, no absolute position embedding, LayerScale;
 * the public beit_base_patch16_224_pt1k_800ep.pth: absolute position embedding, no relative bias, no LayerScale.
 
-Both files hold the weights under `model`, with biases on query and value but not key, and an `lm_head`.
+Both hold the weights under `model`, with biases on query and value but not key, and an `lm_head`.
 """
 
 from functools import lru_cache
@@ -40,17 +40,16 @@ class BEiTEncoder(Encoder):
 
     def __init__(self, vit: Beit):
         super().__init__(vit, position_embedding=None)
-        self._bias_key, self._bias = None, None
+        self._bias_key = None
 
     def relative_bias(self, height: int, width: int) -> torch.Tensor:
         """The bias of a grid of patches, [1, heads, 1 + N, 1 + N]; that of the last grid is cached."""
         table = self.vit.rel_pos_bias.relative_position_bias_table
         key = (height, width, table.device, table.dtype)
         if self._bias_key != key:
-            native = native_grid(self.vit)
             # A cached inference tensor could not be used by a later call that needs gradients.
             with torch.inference_mode(False):
-                table = resize_relative_table(table, (native, native), (height, width))
+                table = resize_relative_table(table, (native_grid(self.vit),) * 2, (height, width))
                 index = gen_relative_position_index((height, width)).to(table.device)
                 self._bias_key, self._bias = key, table[index].permute(2, 0, 1)[None].contiguous()
         return self._bias
@@ -63,8 +62,8 @@ def resize_relative_table(table: torch.Tensor, old_grid: tuple[int, int], new_gr
     """A relative position bias table for another grid of patches (microsoft/unilm, beit/run_class_finetuning.py).
 
     table [(2 h - 1)(2 w - 1) + 3, heads] for old_grid (h, w); the last three rows, of the class token, are unchanged.
-    The known values are placed at distances that grow as a geometric progression up to the new table's border; a cubic
-    spline through them is evaluated at integer distances. The spline is separable: one matrix for each axis.
+    A cubic spline, one matrix for each axis, through the known values at distances that grow as a geometric progression
+    up to the new table's border.
     """
     if new_grid == old_grid:
         return table
@@ -96,25 +95,15 @@ def geometric_spline(old: int, new: int) -> np.ndarray:
 
 
 def cubic_spline(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The matrix [wanted, known] of cubic spline interpolation with not-a-knot ends: it maps the values at the known
-    points (ascending, at least four) to those at the wanted points."""
-    count, steps = len(known), np.diff(known)
-    # Unknowns: the second derivatives. First derivatives are continuous at all inner points, third derivatives at the
-    # second and the last but one. Both sides are linear in the values: solve for all unit vectors at once.
-    left, right = np.zeros((count, count)), np.zeros((count, count))
-    for i in range(1, count - 1):
-        left[i, i - 1:i + 2] = steps[i - 1] / 6, (steps[i - 1] + steps[i]) / 3, steps[i] / 6
-        right[i, i - 1:i + 2] = 1 / steps[i - 1], -1 / steps[i - 1] - 1 / steps[i], 1 / steps[i]
-    left[0, :3] = -1 / steps[0], 1 / steps[0] + 1 / steps[1], -1 / steps[1]
-    left[-1, -3:] = -1 / steps[-2], 1 / steps[-2] + 1 / steps[-1], -1 / steps[-1]
-    curvature = np.linalg.solve(left, right)
-    values = np.eye(count)
-    start = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, count - 2)
-    step = steps[start][:, None]
-    after = ((wanted - known[start]) / steps[start])[:, None]
-    before = 1 - after
-    bend = (before**3 - before) * curvature[start] + (after**3 - after) * curvature[start + 1]
-    return before * values[start] + after * values[start + 1] + bend * step**2 / 6
+    """The matrix [wanted, known] of cubic spline interpolation with not-a-knot ends, from values at the known points
+    (ascending, at least four) to those at the wanted points; in the basis 1, x, x^2, x^3, |x - knot|^3."""
+    scale = np.abs(known).max()
+
+    def basis(points):
+        x = points[:, None] / scale
+        return np.concatenate([x ** np.arange(4), np.abs(x - known[2:-2] / scale) ** 3], axis=1)
+
+    return np.linalg.solve(basis(known).T, basis(wanted).T).T
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:

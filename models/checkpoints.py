@@ -1,8 +1,7 @@
 """Checkpoint files: download, check, open as data.
 
-A file is used only after its hash was checked: at first use against the published SHA-256 or MD5 prefix, where there is
-one; at every later use against the SHA-256 that was written beside it at first use. Only tensors, plain values and
-argparse.Namespace, which training scripts save, are loaded; a file that would run code is refused.
+A download's hash is checked at first use against the published one, where there is one, and at every later use against
+the SHA-256 that was written beside it at first use. A file that would run code is refused.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from torch.hub import tqdm
 
 from utils.storage import atomic_write
 
-from .encoder import CheckpointError
+from .encoder import CheckpointError, take_prefix
 
 _hashes: dict[tuple, str] = {}
 
@@ -44,9 +43,8 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
 def fetch(url: str, name: str | None = None, published: dict[str, str] | None = None) -> Path:
     """The file of a URL in torch.hub's cache, downloaded at first use and checked at every use.
 
-    name: in the cache; by default the URL's last part after a hash of the whole URL, since many projects call theirs
-    checkpoint.pth. published: {"sha256" or "md5": leading hexadecimal digits}; without it, the digits at the end of the
-    file name are used as a SHA-256 prefix, torch.hub's convention. Raises CheckpointError.
+    name: in the cache (default: a hash of the URL and its last part). published: {"sha256" or "md5": leading
+    hexadecimal digits}; default: a SHA-256 prefix in the file name, torch.hub's convention. Raises CheckpointError.
     """
     base = url.split("?")[0].rsplit("/", 1)[-1]
     name = name or f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{base}"
@@ -81,9 +79,8 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
 def download(url: str, part: Path, advice: str) -> None:
     """Downloads to the file part, continuing what an earlier try left there; shows progress on standard error.
 
-    torch.hub.download_url_to_file would not do: it starts anew each time and accepts a file that ends early. Raises
-    CheckpointError where the server cannot be reached or refuses, and where the file ends before the length that the
-    server announced (part stays, to be continued). advice: what the user can do without the server.
+    Raises CheckpointError for a server that fails and for a file that ends early, which torch.hub's function accepts.
+    advice: what the user can do without the server.
     """
     with open(part, "ab") as file:
         headers = {"User-Agent": "torch.hub"} | ({"Range": f"bytes={file.tell()}-"} if file.tell() else {})
@@ -116,16 +113,15 @@ def download(url: str, part: Path, advice: str) -> None:
 
 
 def open_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint file, on the CPU. Raises CheckpointError for one that is missing, truncated, or not a
-    checkpoint, or that holds anything but tensors, plain values and argparse.Namespace."""
+    """The content of a checkpoint file, on the CPU. Raises CheckpointError for a file that is missing or damaged, and
+    for one that holds anything but tensors, plain values and argparse.Namespace, which training scripts save."""
     if not path.is_file():
         raise CheckpointError(f"weights file {path} does not exist; give --weights PATH, official or random")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(f"{path} asks for {refused[1]} on loading, which weights do not need and which could "
                                   "run code: refused; save it again with tensors and plain values only") from None
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
@@ -135,7 +131,7 @@ def open_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-# Under what training scripts save a model, and what they put before its keys.
+# Names under which training scripts save a model, and prefixes of its keys.
 NESTINGS = ("state_dict", "model", "model_state_dict", "teacher", "student", "model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
 
@@ -144,13 +140,10 @@ def state_dicts(content: object, path: str = "") -> dict[str, dict[str, torch.Te
     """The state dictionaries in a checkpoint, by where they lie: "", "model", "teacher/backbone", ..."""
     if not isinstance(content, dict):
         return {}
-    found = {}
     tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor) and isinstance(key, str)}
-    if tensors:
-        found[path] = tensors
+    found = {path: tensors} if tensors else {}
     for prefix in PREFIXES:
-        inner = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
-        if inner:
+        if inner := take_prefix(tensors, prefix):
             found |= state_dicts(inner, f"{path}/{prefix[:-1]}".lstrip("/"))
     for name in NESTINGS:
         found |= state_dicts(content.get(name), f"{path}/{name}".lstrip("/"))
@@ -158,8 +151,7 @@ def state_dicts(content: object, path: str = "") -> dict[str, dict[str, torch.Te
 
 
 def as_official(checkpoint: dict, weights_key: str, nesting: str) -> dict:
-    """The state dictionary that lies at weights_key, under the name that official files have it. Raises CheckpointError
-    where there is none."""
+    """The state dictionary at weights_key, nested as in an official file. Raises CheckpointError if there is none."""
     states = state_dicts(checkpoint)
     if weights_key not in states:
         raise CheckpointError(f"--weights-key {weights_key}: it has {', '.join(map(repr, states)) or 'no weights'}")
@@ -167,14 +159,11 @@ def as_official(checkpoint: dict, weights_key: str, nesting: str) -> dict:
 
 
 def find_state(checkpoint: dict, load: Callable[[dict], None], weights_key: str | None = None) -> None:
-    """Calls load(state dictionary) with the only one in the checkpoint that it accepts.
-
-    load raises CheckpointError for one that does not fit. weights_key: where it lies, as state_dicts names it. Raises
-    CheckpointError where none fits, and where several do.
-    """
-    if weights_key is not None:
-        return load(as_official(checkpoint, weights_key, ""))
+    """Calls load with each state dictionary in the checkpoint, or with the one at weights_key. load raises
+    CheckpointError for one that does not fit; so does this function unless exactly one fits."""
     states, errors = state_dicts(checkpoint), {}
+    if weights_key is not None:
+        states = {weights_key: as_official(checkpoint, weights_key, "")}
     for where, state in states.items():
         try:
             load(state)
@@ -188,4 +177,3 @@ def find_state(checkpoint: dict, load: Callable[[dict], None], weights_key: str 
         # What the largest one lacks is what the user wants to know.
         largest = max(states, key=lambda where: len(states[where]), default=None)
         raise CheckpointError(str(errors[largest]) if states else "it holds no weights")
-    return None

@@ -1,8 +1,7 @@
 """Dense nearest-neighbour segmentation (Balazevic et al. 2023, arXiv 2306.01667), without training: the labels of a
 patch are mixed from those of the most similar patches of the training images.
 
-The search is exact. Similarities are made by float32 matrix products, in chunks; the best candidates are then compared
-by products in float64; where a row that is no candidate might still be nearer, more candidates are compared.
+The search is exact: float32 matrix products, in chunks, find candidates, which are then compared in float64.
 """
 
 import os
@@ -21,10 +20,10 @@ from utils.storage import free_memory
 from .encoder import Encoder
 
 NEIGHBOURS, TEMPERATURE = 30, 0.02
-# Of one chunk of similarities or of candidates' rows, in bytes; and the queries in one matrix product.
+# Of similarities or candidates' rows at a time, in bytes; and the queries in one matrix product.
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 CHUNK_QUERIES = {"cuda": 16384, "cpu": 1024}
-# The most that a search takes: one such chunk, and as much for the values and numbers of the candidates.
+# A search holds one such chunk, and as much for the values and numbers of the candidates.
 SEARCH_BYTES = {device: 2 * size for device, size in CHUNK_BYTES.items()}
 # Keeps the random numbers of this choice apart from others drawn from the same seed.
 CHOICE = 0x6B6E6E
@@ -48,14 +47,11 @@ class KNNSegmenter(nn.Module):
         tokens, grid = patch_tokens(self.encoder, images, self.precision), self.encoder.grid(images)
         similarity, index = nearest(tokens.flatten(0, 1), self.memory, self.neighbours)
         weights = (similarity / self.temperature).softmax(1)
-        rows = max(1, CHUNK_BYTES[images.device.type] // (4 * index.shape[1] * self.labels.shape[1]))
-        mixed = torch.cat([torch.bmm(weight[:, None], self.labels[chosen])[:, 0]
-                           for weight, chosen in zip(weights.split(rows), index.split(rows), strict=True)])
+        mixed = F.embedding_bag(index, self.labels, per_sample_weights=weights, mode="sum")
         return mixed.view(len(images), *grid, -1).permute(0, 3, 1, 2).contiguous()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[2:]
-        patch = self.encoder.patch_size
+        (height, width), patch = images.shape[2:], self.encoder.patch_size
         padded = F.pad(images, (0, -width % patch, 0, -height % patch))
         mixed = F.interpolate(self.patch_logits(padded), size=padded.shape[2:], mode="bilinear", align_corners=False)
         return mixed[:, :, :height, :width]
@@ -72,11 +68,10 @@ def nearest(queries: torch.Tensor, memory: torch.Tensor, k: int,
             candidates: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """The k rows of memory with the largest inner products with each query, best first; all rows where there are fewer.
 
-    queries [Q, D], memory [M, D], float32, rows of length 1 at most. Returns the products, float32 [Q, k], and the row
-    numbers, int64 [Q, k]. Products are those of float64 rounded to float32, and of equal ones the lower row counts as
-    nearer: the result depends on neither the sizes of the chunks nor the device. candidates: how many rows are compared
-    in float64; a query for which that does not decide is searched again with eight times as many.
-    Memory beside the arguments and the result: SEARCH_BYTES.
+    queries [Q, D], memory [M, D], float32, rows of length 1 at most. Returns the products, of float64 rounded to
+    float32 [Q, k], and the row numbers, int64 [Q, k]; of equal products the lower row is nearer, so that neither chunks
+    nor device change the result. candidates: rows compared in float64; a query that they do not decide is searched
+    again with eight times as many. Extra memory: SEARCH_BYTES.
     """
     k, candidates = min(k, len(memory)), min(max(candidates, 2 * k), len(memory))
     values, indices = queries.new_empty(len(queries), k), queries.new_empty(len(queries), k, dtype=torch.int64)
@@ -114,24 +109,20 @@ def exact_products(queries: torch.Tensor, memory: torch.Tensor, index: torch.Ten
 def best_in_chunks(queries: torch.Tensor, memory: torch.Tensor, k: int,
                    step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest inner products [Q, k], as float32 gives them, best first, and their rows, step rows at a time."""
-    best, index = None, None
+    best, index = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.int64)
     for start in range(0, len(memory), step):
         part = memory[start:start + step]
         # The similarities get no name: one would keep them beside those of the next chunk.
         value, row = (queries @ part.T).topk(min(k, len(part)), dim=1)
-        row += start
-        if best is not None:
-            value, row = torch.cat([best, value], 1), torch.cat([index, row], 1)
-            value, order = value.topk(min(k, value.shape[1]), dim=1)
-            row = row.gather(1, order)
-        best, index = value, row
+        best, row = torch.cat([best, value], 1), torch.cat([index, row + start], 1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1)
+        index = row.gather(1, order)
     return best, index
 
 
 def label_histograms(labels: torch.Tensor, patch_size: int, num_classes: int) -> torch.Tensor:
-    """uint8 [B, h, w], divisible by the patch size -> pixels of each class in each patch, float32 [B, N, K].
-
-    Labels that are no class (255, ignored) are not counted."""
+    """uint8 [B, h, w], divisible by the patch size -> pixels of each class in each patch, float32 [B, N, K]. Labels
+    that are no class (255, ignored) are not counted."""
     batch, height, width = labels.shape
     patches = labels.view(batch, height // patch_size, patch_size, width // patch_size, patch_size)
     patches = patches.transpose(2, 3).reshape(-1, patch_size ** 2).long().clamp_(max=num_classes)
@@ -141,12 +132,9 @@ def label_histograms(labels: torch.Tensor, patch_size: int, num_classes: int) ->
 
 
 def choose_patches(histograms: torch.Tensor, count: int, uniform: torch.Tensor) -> torch.Tensor:
-    """The patches of each image that go into the memory: bool [B, N], at most count true in a row.
-
-    Those with the smallest (sum over the classes in the patch of how many of the image's patches hold that class) *
-    uniform, so that rare classes are not crowded out; never one without labels. histograms [B, N, K]; uniform [B, N],
-    random numbers from 0 to 1.
-    """
+    """The patches of each image that go into the memory, bool [B, N]: up to count with the smallest (sum over the
+    patch's classes of how many of the image's patches hold the class) * uniform, so that rare classes are not crowded
+    out; never one without labels. histograms [B, N, K]; uniform [B, N], random numbers from 0 to 1."""
     present = (histograms > 0).double()
     score = torch.bmm(present, present.sum(1)[:, :, None])[:, :, 0]
     labelled = score > 0
@@ -161,11 +149,10 @@ def fill_memory(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Te
     """Patch tokens of training crops, float32 [M, D], and their label histograms [M, K], whole on every process.
 
     batches: this process's share (utils.distributed.shard) of each global batch of batch_size: normalised crops float32
-    [b, 3, c, c] and labels uint8 [b, c, c], at crop_size c. num_crops: training images times passes; crops after these
-    are not used. Each gives up to memory_size // num_crops patches (choose_patches), so that M <= memory_size; which
-    ones, and their order, depend on the seed, the place of the crop and its labels, not on the number of processes.
-    Raises UserError for a memory smaller than num_crops, or too large for the machine; for no labels at all; and for
-    tokens that are not finite.
+    [b, 3, c, c] and labels uint8 [b, c, c], c = crop_size. num_crops: how many are used; each gives up to memory_size
+    // num_crops patches (choose_patches), which follow from the seed, its place and its labels, however many processes
+    there are. Raises UserError for a memory smaller than num_crops or too large for the machine, for no labels at all,
+    and for tokens that are not finite.
     """
     device, patches = encoder.mean.device, (crop_size // encoder.patch_size) ** 2
     per_crop, share = min(memory_size // num_crops, patches), shard(batch_size)

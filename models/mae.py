@@ -1,10 +1,8 @@
 """MAE (He et al., CVPR 2022), masked image modelling. Official files: facebookresearch/mae, weights under `model`.
 
-The base file holds the encoder. The full file (mae_pretrain_vit_base_full.pth, or mae_visualize_vit_base.pth) also
-holds the decoder, which MAEEncoder.decode runs. Fixed sine-cosine position embedding, from the file.
+The base file holds the encoder; the full file (mae_pretrain_vit_base_full.pth, or mae_visualize_vit_base.pth) also
+holds the decoder. Fixed sine-cosine position embedding, from the file.
 """
-
-from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
@@ -18,6 +16,7 @@ from .encoder import (
     layer_indices,
     layer_norm,
     load_exactly,
+    native_grid,
     plain_vit,
     random_vit,
     sincos_positions,
@@ -33,7 +32,7 @@ DECODER = r"mask_token|decoder_.*"
 
 
 class Decoder(nn.Module):
-    """MAE's decoder: maps tokens of visible patches and mask tokens to the pixels of every patch."""
+    """MAE's decoder: encoded visible patches -> pixels of every patch (see MAEEncoder.decode)."""
 
     def __init__(self, encoder_dim: int, grid: int, patch_size: int, width: int = 512, depth: int = 8,
                  num_heads: int = 16):
@@ -46,16 +45,12 @@ class Decoder(nn.Module):
         self.decoder_norm = layer_norm(width)
         self.decoder_pred = nn.Linear(width, patch_size**2 * 3)
 
-    def embed(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        """The decoder's input tokens [B, 1 + N, width]: latent projected, mask tokens inserted, order restored."""
+    def forward(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         tokens = self.decoder_embed(latent)
         masked = self.mask_token.expand(len(tokens), ids_restore.shape[1] + 1 - tokens.shape[1], -1)
         patches = torch.cat([tokens[:, 1:], masked.to(tokens.dtype)], dim=1)
         patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, patches.shape[2]))
-        return torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
-
-    def forward(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        tokens = self.embed(latent, ids_restore)
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             tokens = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
@@ -64,16 +59,15 @@ class Decoder(nn.Module):
 class MAEEncoder(Encoder):
     """MAE's encoder with masking and, where the file has one, its decoder.
 
-    shuffle_patches: the defect of the authors' code in retrieval and classification (README, differences): the patch
-    tokens of every image are permuted at random before the position embedding is added; the generator is seeded once.
+    shuffle_patches: a defect of the authors' code (README, differences): the patch tokens of every image are permuted
+    at random before the position embedding is added.
     """
 
     def __init__(self, vit: nn.Module, decoder: Decoder | None = None, shuffle_patches: bool = False):
         super().__init__(vit, bicubic_to_size)
         self.decoder = decoder
         self.shuffle = torch.Generator().manual_seed(0) if shuffle_patches else None
-        self.requires_grad_(False)
-        self.eval()
+        self.eval().requires_grad_(False)
 
     @property
     def has_decoder(self) -> bool:
@@ -91,12 +85,9 @@ class MAEEncoder(Encoder):
 
     def encode_visible(self, images: torch.Tensor, noise: torch.Tensor, mask_ratio: float = 0.75,
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Masks patches and encodes the visible ones, as in pre-training (facebookresearch/mae, models_mae.py).
-
-        images [B, 3, H, W]; noise [B, N]: the int(N (1 - mask_ratio)) patches with the smallest noise are visible.
-        Returns latent [B, 1 + visible, D] (normalised, class token first, patches by ascending noise), mask [B, N]
-        (1 = hidden) and ids_restore [B, N], the rank of every patch's noise.
-        """
+        """Encodes the int(N (1 - mask_ratio)) patches with the smallest noise [B, N] (facebookresearch/mae,
+        models_mae.py). Returns latent [B, 1 + visible, D] (normalised, class token first, patches by ascending noise),
+        mask [B, N] (1 = hidden) and ids_restore [B, N], the rank of every patch's noise."""
         tokens = self.embed(images)
         visible = int(noise.shape[1] * (1 - mask_ratio))
         order = noise.argsort(dim=1)
@@ -108,9 +99,8 @@ class MAEEncoder(Encoder):
         return self.vit.norm(tokens), (ids_restore >= visible).float(), ids_restore
 
     def decode(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        """latent [B, 1 + visible, D] and ids_restore [B, N], as encode_visible returns them, at the native size ->
-        predicted patches [B, N, p * p * 3], pixels row by row, channels last. Raises CheckpointError without a decoder.
-        """
+        """What encode_visible returns at the native size -> predicted patches [B, N, p * p * 3], pixels row by row,
+        channels last. Raises CheckpointError without a decoder."""
         if not self.has_decoder:
             raise CheckpointError("this MAE file has no decoder; mae_pretrain_vit_base_full.pth has one")
         return self.decoder(latent, ids_restore)
@@ -119,25 +109,21 @@ class MAEEncoder(Encoder):
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None, decoder_num_heads: int | None = None,
                     shuffle_patches: bool = False) -> MAEEncoder:
     """Content of an official file, base or full -> MAEEncoder. ViT-H/14 has 16 heads, not width / 64: give num_heads.
-    decoder_num_heads: default 16 at width 512, which all official decoders have; at another width, heads half as wide
-    as the encoder's. Raises CheckpointError."""
+    decoder_num_heads: default 16 at width 512, as in all official decoders, else heads half as wide as the encoder's.
+    Raises CheckpointError."""
     state = unwrap(checkpoint, "model")
-    vit = plain_vit(drop_keys(state, DECODER), num_heads)
-    has_decoder = "decoder_embed.weight" in state
-    return MAEEncoder(vit, build_decoder(state, vit, decoder_num_heads) if has_decoder else None, shuffle_patches)
-
-
-def build_decoder(state: Mapping[str, torch.Tensor], vit: nn.Module, num_heads: int | None) -> Decoder:
+    encoder_state = drop_keys(state, DECODER)
+    vit = plain_vit(encoder_state, num_heads)
+    if "decoder_embed.weight" not in state:
+        return MAEEncoder(vit, None, shuffle_patches)
     width = state["decoder_embed.weight"].shape[0]
     depth = len(layer_indices(state, r"decoder_blocks\.(\d+)\..*"))
-    num_heads = num_heads or (16 if width == 512 else 2 * width // vit.blocks[0].attn.head_dim)
-    if width % num_heads:
-        raise CheckpointError(f"the decoder's width {width} is not divisible by {num_heads} heads")
-    patches = vit.patch_embed
-    decoder = Decoder(vit.embed_dim, patches.grid_size[0], patches.patch_size[0], width, depth, num_heads)
-    encoder_keys = drop_keys(state, DECODER)
-    load_exactly(decoder, {key: value for key, value in state.items() if key not in encoder_keys})
-    return decoder
+    decoder_num_heads = decoder_num_heads or (16 if width == 512 else 2 * width // vit.blocks[0].attn.head_dim)
+    if width % decoder_num_heads:
+        raise CheckpointError(f"the decoder's width {width} is not divisible by {decoder_num_heads} heads")
+    decoder = Decoder(vit.embed_dim, native_grid(vit), vit.patch_embed.patch_size[0], width, depth, decoder_num_heads)
+    load_exactly(decoder, {key: value for key, value in state.items() if key not in encoder_state})
+    return MAEEncoder(vit, decoder, shuffle_patches)
 
 
 def random(shuffle_patches: bool = False) -> MAEEncoder:

@@ -1,21 +1,20 @@
 """A network of the user's own as an encoder: --model path/to/file.py:function, where function(weights) -> nn.Module.
 
 Its forward maps normalised images [B, 3, H, W] to final tokens [B, 1 + N, D], class token first, patches row by row; or
-to [B, N, D] where its attribute class_token is False, and the mean of the patch tokens then stands in the first place.
-Attributes it may have: patch_size (else 224 / sqrt(N)), mean and std of its input (else ImageNet's), num_heads (else
-D / 64, of the attentive probe), blocks, or a get_intermediate_layers of the form in models/encoder.py, for segment.py.
+to [B, N, D] where its attribute class_token is False, and their mean then replaces the class token. Attributes it may
+have: patch_size (else 224 / sqrt(N)), mean and std of its input (else ImageNet's), num_heads (else D / 64, of the
+attentive probe), blocks, or a get_intermediate_layers of the form in models/encoder.py, for segment.py.
 """
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from .encoder import CheckpointError, Encoder
-
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class OwnEncoder(Encoder):
@@ -24,7 +23,7 @@ class OwnEncoder(Encoder):
     def __init__(self, network: nn.Module):
         nn.Module.__init__(self)
         self.network, self.projector = network, None
-        for name, default in IMAGENET.items():
+        for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.as_tensor(getattr(network, name, default), dtype=torch.float32)
             self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
         self.cls_from = "class token" if getattr(network, "class_token", True) else "mean"
@@ -60,30 +59,25 @@ class OwnEncoder(Encoder):
         """As Encoder's: from the network's own method, or by hooks on its blocks, whose last N tokens are the patches'.
         norm needs the network's own method, or its attribute norm."""
         if hasattr(self.network, "get_intermediate_layers"):
-            # In ascending order: DINOv2's and timm's give the blocks in the order in which they run.
+            # DINOv2's and timm's give the blocks in the order in which they run.
             ordered = sorted(set(n))
             layers = self.network.get_intermediate_layers(images, n=ordered, reshape=reshape, norm=norm)
             return [layers[ordered.index(index)] for index in n]
         if not self.depth or not all(0 <= index < self.depth for index in n):
             raise IndexError(f"blocks {list(n)} were asked for; this network has {self.depth} in its attribute blocks")
-        height, width = self.grid(images)
-        found, hooks = {}, []
-        for index in set(n):
-            def keep(module, inputs, output, index=index):
-                found[index] = (output[0] if isinstance(output, tuple) else output)[:, -height * width:]
-            hooks.append(self.network.blocks[index].register_forward_hook(keep))
-        try:
+        (height, width), found = self.grid(images), {}
+        with ExitStack() as hooks:
+            for index in set(n):
+                def keep(module, inputs, output, index=index):
+                    found[index] = (output[0] if isinstance(output, tuple) else output)[:, -height * width:]
+                hooks.enter_context(self.network.blocks[index].register_forward_hook(keep))
             self.network(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
         layers = [self.network.norm(found[index]) if norm else found[index] for index in n]
         return [layer.transpose(1, 2).unflatten(2, (height, width)) for layer in layers] if reshape else layers
 
 
 def load_own(name: str, weights: str) -> OwnEncoder:
-    """name: path/to/file.py:function. Raises CheckpointError for a file that does not exist or raises, and for a
-    function that returns no module."""
+    """name: path/to/file.py:function. Raises CheckpointError for any error of that file."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise CheckpointError(f"--model {name}: {path} does not exist")

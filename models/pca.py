@@ -1,25 +1,28 @@
 """Principal components of patch tokens as colours, and a sheet of them: a row of images, below it a row per model.
 
-As the figures of DINOv2 (arXiv:2304.07193, section 7.3): a first analysis separates foreground from background, three
-components of a second one on the foreground are red, green and blue. Both are joint over the images of a sheet, so one
-colour means the same direction of the features in all of them. Each model has its own analysis: colours compare within
-a row, not between rows.
+As DINOv2's figures (arXiv:2304.07193, section 7.3): a first analysis separates foreground from background, three
+components of a second one on the foreground are red, green and blue. Both are joint over a model's images: colours
+compare within a row, not between rows.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
+from utils.run import autocast
+from utils.storage import atomic_write
+
+from .encoder import Encoder
 
 
 def principal_components(features: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, D] -> float64 (scores [N, count] of the centred rows, ratios [count] of the variance that each component
-    explains), on the CPU; computed on the features' device.
+    explains), on the CPU; computed on the features' device by the eigenvectors of the covariance.
 
-    From the eigenvectors of the covariance in float64, so nothing is random. The sign of a component is arbitrary: it
-    is set so that the skewness of the scores is not negative, as CAPI does (arXiv:2502.08769). Raises UserError for
+    A component's sign makes the skewness of its scores positive, as in CAPI (arXiv:2502.08769). Raises UserError for
     features that are not finite, or that vary in fewer than count directions.
     """
     rows, width = features.double(), features.shape[1]
@@ -40,12 +43,9 @@ def principal_components(features: torch.Tensor, count: int) -> tuple[torch.Tens
 
 
 def foreground_mask(scores: torch.Tensor) -> torch.Tensor:
-    """Scores of the first component [n, h, w] -> bool [n, h, w], True on the foreground.
-
-    The scores are split where the variance between the two sides is largest (Otsu, 1979), over all images at once. The
-    foreground is the side with the smaller share of its patches on an image's border; the higher scores if both shares
-    are equal. A share, not a count: a large object may touch more of the border than the background does.
-    """
+    """Scores of the first component [n, h, w] -> bool [n, h, w], True on the foreground: of the two sides that Otsu's
+    threshold (1979) over all images makes, the one with the smaller share of its patches on an image's border (a large
+    object may have more patches there than the background); the higher scores if both shares are equal."""
     ordered = scores.flatten().sort().values
     # (sum of the lower side)^2 / (size of the lower side * size of the higher) is the variance between, up to a factor.
     size = torch.arange(1, len(ordered), device=scores.device)
@@ -59,12 +59,10 @@ def foreground_mask(scores: torch.Tensor) -> torch.Tensor:
 def token_colours(tokens: torch.Tensor, foreground: str = "first") -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Patch tokens [n, h, w, D] -> (colours uint8 [n, h, w, 3], foreground bool [n, h, w], ratios), on the CPU.
 
-    tokens: final tokens, or those of a block through the final norm: without it a few tokens of very large norm (the
-    image's corners in a ViT-Ti) are the first component. foreground: "first" = foreground_mask of the first component,
-    "none" = all patches. Each component is scaled from its 1st to its 99th percentile over the foreground of all
-    images and clipped: DINOv2's minimum and maximum would follow single tokens. The background is black. ratios: the
-    share of the foreground's variance that each of the three components explains. Raises UserError as
-    principal_components does.
+    tokens: after the encoder's final norm; without it a few tokens of very large norm are the first component.
+    foreground: "first" = foreground_mask of the first component, "none" = all patches; the rest is black. Components
+    are scaled from their 1st to their 99th percentile, as the minimum and maximum of DINOv2 follow single tokens.
+    ratios: of the foreground's variance, as principal_components gives them. Raises UserError as it does.
     """
     mask = torch.ones(tokens.shape[:3], dtype=torch.bool)
     if foreground == "first":
@@ -94,3 +92,25 @@ def draw_sheet(images: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> Image.
             sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST),
                         (margin + column * (width + gap), top))
     return sheet
+
+
+@torch.inference_mode()
+def pca_run(encoder: Encoder, dataset, name: str, foreground: str, precision: str, folder: Path) -> tuple[Path, dict]:
+    """Writes the colours of a data set of whole images to folder/pca_NAME.pt, and folder/pca.png with a row for each
+    model whose file there is of the same images. Returns its path and what a results line says. Raises UserError."""
+    images = next(dataset.batches(range(len(dataset)), dataset.num_patches, 0))[0]
+    with autocast(encoder.mean.device, precision):
+        batch = encoder.preprocess(images.to(encoder.mean.device))
+        tokens = torch.cat([encoder(part)[:, 1:] for part in batch.split(16)]).unflatten(1, encoder.grid(batch))
+    colours, mask, ratios = token_colours(tokens.float(), foreground)
+    key = {"images": [image.path for image in dataset.images], "size": list(images.shape), "foreground": foreground}
+    atomic_write(folder / f"pca_{name}.pt", lambda path: torch.save({**key, "colours": colours}, path))
+    rows = {}
+    for path in sorted(folder.glob("pca_*.pt")):
+        content = torch.load(path, weights_only=True)
+        if {part: content[part] for part in key} == key:
+            rows[path.stem.removeprefix("pca_")] = content["colours"]
+    sheet, path = draw_sheet(images, rows), folder / "pca.png"
+    atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    return path, {"num_images": len(images), "foreground": foreground, "explained_variance": ratios,
+                  "foreground_share": mask.double().mean().item(), "rows": list(rows)}

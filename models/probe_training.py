@@ -5,11 +5,13 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from utils.distributed import all_reduce, world_size
 
 from .features import Batch
-from .probes import HeadSGD, SumOverProcesses, build_heads, cosine_learning_rate
+from .probes import HeadSGD, build_heads, cosine_learning_rate
 
 
 class Recipe(NamedTuple):
@@ -51,19 +53,16 @@ class Probe:
         return steps[:-1] if drop else steps
 
     def step(self, batch: Batch, epoch: float) -> None:
-        """One update from a global batch, of which this process holds the given part."""
+        """One update from a global batch, of which batch is this process's part. epoch: may be a fraction."""
         tokens, rows, labels = batch
         recipe, epoch = self.recipe, epoch if self.recipe.every_step else int(epoch)
         logits = self.heads.classify(tokens, rows).flatten(0, 1)
-        count = SumOverProcesses.apply(torch.tensor([len(labels)], device=labels.device))
+        count = all_reduce(torch.tensor([len(labels)], device=labels.device))
         # A sum over heads: each head's gradient is that of its own mean loss.
-        loss = F.cross_entropy(logits, labels.repeat(len(self.rates)), reduction="sum") / count
-        loss.backward()
-        if dist.is_initialized():
+        (F.cross_entropy(logits, labels.repeat(len(self.rates)), reduction="sum") / count).backward()
+        if world_size() > 1:
             gradients = [parameter.grad for parameter in self.heads.parameters()]
-            total, sizes = torch.cat([gradient.flatten() for gradient in gradients]), map(torch.Tensor.numel, gradients)
-            for gradient, part in zip(gradients, SumOverProcesses.apply(total).split(list(sizes)), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
         self.optimizer.step(torch.tensor([
             cosine_learning_rate(rate, epoch, self.epochs, recipe.warmup * self.epochs, recipe.minimum_lr)
             for rate in self.rates], device=labels.device))
@@ -92,22 +91,20 @@ class Probe:
     def summary(self) -> dict:
         """Chooses the learning rate, and for every head the epoch, by the scores; percentages on the test set.
 
-        acc1 and best_acc1 are means over the seeds at that rate, best_epoch (from 1) and index that of its best head.
+        acc1 and best_acc1 are means over the seeds at that rate, best_epoch (from 1) and index those of its best head.
         """
         scores, test = (torch.tensor(rows, dtype=torch.float64) for rows in (self.scores, self.test))
         best = scores.max(0)
-        chosen_test = test.gather(0, best.indices[None])[0]
-        by_rate = best.values.view(-1, len(set(self.seeds))).mean(1)
-        rate = self.rates[int(by_rate.argmax()) * len(set(self.seeds))]
-        members = [k for k, one in enumerate(self.rates) if one == rate]
-        index = max(members, key=lambda k: best.values[k].item())
-        result = {"lr": rate, "index": index, "best_epoch": int(best.indices[index]) + 1}
-        for name, values in (("acc1", test[-1]), ("best_acc1", chosen_test)):
-            of_seeds = [values[k].item() for k in members]
+        heads = [{"lr": self.rates[k], "seed": self.seeds[k], "acc1": test[-1, k].item(),
+                  "best_acc1": test[epoch, k].item(), "best_epoch": epoch + 1, "best_score": best.values[k].item()}
+                 for k, epoch in enumerate(best.indices.tolist())]
+        num_seeds = len(set(self.seeds))
+        first = int(best.values.view(-1, num_seeds).mean(1).argmax()) * num_seeds
+        index = first + int(best.values[first:first + num_seeds].argmax())
+        result = {"lr": self.rates[first], "index": index, "best_epoch": heads[index]["best_epoch"]}
+        for name in ("acc1", "best_acc1"):
+            of_seeds = [head[name] for head in heads[first:first + num_seeds]]
             result[name] = mean(of_seeds)
-            if len(of_seeds) > 1:
+            if num_seeds > 1:
                 result[f"{name}_std"] = stdev(of_seeds)
-        result["heads"] = [{"lr": self.rates[k], "seed": self.seeds[k], "acc1": test[-1, k].item(),
-                            "best_acc1": chosen_test[k].item(), "best_epoch": int(best.indices[k]) + 1,
-                            "best_score": best.values[k].item()} for k in range(len(self.rates))]
-        return result
+        return result | {"heads": heads}

@@ -1,8 +1,7 @@
-"""Probing heads on frozen tokens: linear and attentive, many of each trained at once; SGD, LARS, schedule, kNN.
+"""Probing heads on frozen tokens, linear and attentive (CAE's, Chen et al. 2022); SGD, LARS, schedule, kNN.
 
-A module here holds K heads of one kind, which see the same batches and differ in learning rate or initial weights.
-Every parameter has a leading dimension K. Sources: sections 4.1, 4.2 and A.4 of the paper and the code behind it;
-the attentive head is CAE's (Chen et al. 2022).
+A module holds K heads of one kind, trained on the same batches with their own learning rates and initial weights: every
+parameter has a leading dimension K. Sources: sections 4.1, 4.2 and A.4 of the paper and the code behind it.
 """
 
 import math
@@ -10,9 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+from utils.distributed import all_reduce
 
 LAYER_NORM_EPS = 1e-6
 
@@ -22,21 +22,17 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, value):
-        value = value.clone()
-        if dist.is_initialized():
-            dist.all_reduce(value)
-        return value
+        return all_reduce(value.clone())
 
     @staticmethod
     def backward(ctx, gradient):
-        return SumOverProcesses.forward(ctx, gradient.contiguous())
+        return all_reduce(gradient.clone(memory_format=torch.contiguous_format))
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation without affine parameters, of K heads, with the statistics of all processes' rows.
+    """nn.BatchNorm1d without affine parameters, of K heads, with the statistics of all processes' rows.
 
-    [K, B, D] -> [K, B, D]; an input [1, B, D] is shared by all heads. In training mode by the statistics of the
-    batch, which move the running ones (momentum 0.1, unbiased variance, as nn.BatchNorm1d); else by the running ones.
+    [K, B, D] -> [K, B, D]; an input [1, B, D] is shared by all heads.
     """
 
     def __init__(self, count: int, width: int, eps: float, momentum: float = 0.1):
@@ -60,16 +56,16 @@ class BatchNorm(nn.Module):
 
 
 class LinearHeads(nn.Module):
-    """K linear layers on the class token; batch_norm: after a batch normalisation of it (ImageNet, eps 1e-6).
+    """K linear layers on the class token: tokens [B, N, D], class token first -> logits [K, B, classes].
 
-    tokens [B, N, D], class token first -> logits [K, B, classes].
+    batch_norm: after a batch normalisation of it (ImageNet, eps 1e-6).
     """
 
     kind = "linear"
 
     def __init__(self, count: int, width: int, num_classes: int, batch_norm: bool = False):
         super().__init__()
-        self.norm = BatchNorm(count, width, eps=1e-6) if batch_norm else None
+        self.norm = BatchNorm(count, width, eps=1e-6) if batch_norm else nn.Identity()
         self.weight = nn.Parameter(torch.zeros(count, num_classes, width))
         self.bias = nn.Parameter(torch.zeros(count, num_classes))
 
@@ -82,12 +78,9 @@ class LinearHeads(nn.Module):
         return self.classify(tokens)
 
     def classify(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of tokens[rows], of all where rows is None: [B, N, D], of which the first token counts."""
-        cls = tokens[:, 0] if rows is None else tokens[rows, 0]
-        x = cls.to(self.weight.dtype)[None]
-        if self.norm is not None:
-            x = self.norm(x)
-        return x @ self.weight.transpose(1, 2) + self.bias[:, None]
+        """Logits of tokens[rows], of all where rows is None."""
+        x = (tokens[:, 0] if rows is None else tokens[rows, 0]).to(self.weight.dtype)[None]
+        return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
 
 
 class AttentiveHeads(nn.Module):
@@ -95,13 +88,11 @@ class AttentiveHeads(nn.Module):
 
     tokens [B, N, D], any float type, as the encoder gives them -> logits [K, B, classes].
 
-    The textbook form projects every token to keys and values. With one query the same function of the same parameters
-    is much cheaper. Let x be a token normalised to mean 0 and variance 1, q a head's query, W_k and W_v its rows of the
-    key and value projections:
+    With one query, keys and values need not be computed. For a normalised token x, a head's query q, and its rows W_k
+    and W_v of the key and value projections:
         score  = q . W_k (g_k x + b_k) = w . x + constant,   w = g_k (W_k' q)
         pooled = W_v (g_v sum_t a_t x_t + b_v) = (W_v g_v) sum_t a_t x_t + W_v b_v
-    Softmax does not see the constant, so b_k has no effect (as a key bias has none) and is left out. What remains per
-    token are two products with x for every head.
+    Softmax does not see the constant, so b_k has no effect (as a key bias has none) and is left out.
     """
 
     kind = "attentive"
@@ -138,7 +129,7 @@ class AttentiveHeads(nn.Module):
         return self.classify(normalise(tokens.to(self.weight.dtype)))
 
     def classify(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of tokens[rows], read in place, or of all where rows is None; tokens are normalised already."""
+        """Logits of tokens[rows], read in place, of all where rows is None; tokens are normalised already."""
         count, width = self.query.shape
         heads, head_width = self.num_heads, width // self.num_heads
 
@@ -162,11 +153,10 @@ def normalise(tokens: torch.Tensor) -> torch.Tensor:
 
 
 class AttentionPool(torch.autograd.Function):
-    """For every direction w: sum_t a_t x_t, where a = softmax_t(w . x_t).
+    """For every direction w: sum_t a_t x_t, where a = softmax_t(w . x_t); gradients for w only.
 
-    tokens x [M, N, D], of which rows [B] are chosen (None: all), directions w [H, D] -> [B, H, D]. Gradients for w
-    only. The rows are read once forward and once backward, in chunks that stay in the processor's cache for both of
-    their products; a copy of the batch, or of the tokens in another type, never exists.
+    tokens x [M, N, D], of which rows [B] are chosen (None: all), directions w [H, D] -> [B, H, D]. Rows are read in
+    chunks that stay in the processor's cache for both of their products; the batch is never copied or converted whole.
     """
 
     @staticmethod
@@ -200,7 +190,7 @@ def row_chunks(tokens: torch.Tensor, rows: torch.Tensor | None,
     # Bytes of a copy in float32: about a GPU's level-2 cache, or a CPU core's.
     limit = 64 << 20 if tokens.is_cuda else 3 << 20
     size = max(1, min(batch, limit // max(1, 4 * tokens.shape[1:].numel())))
-    # Allocated once: a fresh piece of memory for every chunk costs a CPU more than the arithmetic.
+    # Allocated once: new memory for every chunk costs a CPU more than the arithmetic.
     chosen = None if rows is None else tokens.new_empty(size, *tokens.shape[1:])
     converted = None if tokens.dtype == dtype else tokens.new_empty(size, *tokens.shape[1:], dtype=dtype)
     for start in range(0, batch, size):
@@ -211,10 +201,10 @@ def row_chunks(tokens: torch.Tensor, rows: torch.Tensor | None,
 
 
 class HeadSGD:
-    """SGD with momentum 0.9 and without weight decay, for K heads at once, each with its learning rate.
+    """SGD with momentum, without weight decay, for K heads at once, each with its learning rate.
 
-    trust_coefficient: makes it LARS (You et al. 2017, in the form of MAE's linear probing): the gradient of every
-    parameter of a head that has two or more dimensions is first scaled by coefficient * |parameter| / |gradient|.
+    trust_coefficient: makes it LARS (You et al. 2017, as in MAE's linear probing): a head's gradient of a matrix is
+    first scaled by coefficient * |parameter| / |gradient|.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], momentum: float = 0.9,
@@ -237,7 +227,7 @@ class HeadSGD:
 
 
 def cosine_learning_rate(base: float, epoch: float, epochs: int, warmup: int = 0, minimum: float = 0.0) -> float:
-    """Linear warm-up from 0 over the first epochs, then half a cosine from base to minimum; epoch may be a fraction."""
+    """Linear warm-up from 0 over the first epochs, then half a cosine from base to minimum."""
     if epoch < warmup:
         return base * epoch / warmup
     return minimum + (base - minimum) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
@@ -245,10 +235,9 @@ def cosine_learning_rate(base: float, epoch: float, epochs: int, warmup: int = 0
 
 def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, num_classes: int,
                 ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07) -> dict[int, torch.Tensor]:
-    """Weighted nearest neighbours by cosine similarity s, a neighbour's vote being exp(s / temperature).
+    """Nearest neighbours by cosine similarity s, with votes exp(s / temperature) (facebookresearch/dino, eval_knn.py).
 
-    train [N, D] with labels [N], test [M, D] -> {k: predicted classes [M]}; a k above N counts all N. Source: DINO's
-    eval_knn.py. The similarities are held in chunks of test rows.
+    train [N, D] with labels [N], test [M, D] -> {k: predicted classes [M]}; a k above N counts all N.
     """
     train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
     predictions = {k: [] for k in ks}
@@ -271,8 +260,7 @@ def build_heads(kind: str, count: int, width: int, num_classes: int, num_heads: 
 def load_head(path: str | Path) -> nn.Module:
     """The head in a file that classify.py saved, in evaluation mode: tokens [B, 1 + N, D] -> logits [1, B, classes].
 
-    Its attribute info holds what else the file says: classes, model, weights, dataset, accuracy. Raises ValueError for
-    another kind of file.
+    Its attribute info holds what else the file says: classes, model, weights, dataset, accuracy. Raises ValueError.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping) or "head" not in content or content.get("kind") not in ("linear", "attentive"):

@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import timm
 import torch
@@ -19,28 +20,26 @@ NOT_TOKENS = (r"(head|head_dist|lm_head|fc|classifier|projector|decoder|predicto
 class TimmEncoder(Encoder):
     """timm's own embedding and position resampling; register and distillation tokens are left out.
 
-    cls_from says what stands in the first place of what it returns: the model's "class token"; the output of its
-    "attention pool" where it has no class token; or the "mean" of its patch tokens where it has neither.
+    cls_from: what the first token is: the "class token"; without one the output of the "attention pool"; without that
+    the "mean" of the patch tokens.
     """
 
     def __init__(self, vit: nn.Module):
         super().__init__(vit, None, mean=vit.default_cfg["mean"], std=vit.default_cfg["std"])
-        if getattr(vit, "cls_token", None) is not None:
-            self.cls_from = "class token"
-        else:
+        if getattr(vit, "cls_token", None) is None:
             self.cls_from = "mean" if getattr(vit, "attn_pool", None) is None else "attention pool"
-        norm, fc_norm = vit.norm, getattr(vit, "fc_norm", None)
         # A model made for mean pooling has its final norm behind the pool: applied to the tokens, it serves both.
-        self.late_norm = fc_norm if isinstance(norm, nn.Identity) and fc_norm is not None else nn.Identity()
+        fc_norm = getattr(vit, "fc_norm", None)
+        self.late_norm = fc_norm if isinstance(vit.norm, nn.Identity) and fc_norm is not None else nn.Identity()
         self.dynamic = getattr(vit, "dynamic_img_size", False)
         self.native = {name: value.clone() for name, value in vit.state_dict().items()
                        if "relative_position" in name or name == "pos_embed"} if not self.dynamic else {}
         self.native_size = self.size = tuple(vit.patch_embed.img_size)
 
     def fit(self, images: torch.Tensor) -> None:
-        """Makes a model that has one input size at a time take images of this one."""
+        """Sets a model that has one input size at a time to the size of these images."""
         size = tuple(images.shape[-2:])
-        self.grid(images)
+        self.grid(images)  # raises ValueError
         if self.dynamic or size == self.size:
             return
         with torch.inference_mode(False), torch.no_grad():
@@ -50,9 +49,6 @@ class TimmEncoder(Encoder):
             self.vit.set_input_size(img_size=size)
         self.vit.requires_grad_(False)
         self.size = size
-
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("a timm model embeds its input itself")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.fit(images)
@@ -69,32 +65,42 @@ class TimmEncoder(Encoder):
         if not all(0 <= index < self.depth for index in n):
             raise IndexError(f"blocks {list(n)} were asked for; this encoder has blocks 0 to {self.depth - 1}")
         self.fit(images)
-        layers = self.vit.forward_intermediates(images, indices=sorted(set(n)), norm=norm, stop_early=True,
-                                                output_fmt="NLC", intermediates_only=True)
-        layers = {index: self.late_norm(layer) if norm else layer
-                  for index, layer in zip(sorted(set(n)), layers, strict=True)}
+        ordered = sorted(set(n))
+        layers = self.vit.forward_intermediates(images, indices=ordered, norm=norm, stop_early=True, output_fmt="NLC",
+                                                intermediates_only=True)
+        layers = [self.late_norm(layer) if norm else layer for layer in layers]
         if reshape:
-            layers = {index: layer.transpose(1, 2).unflatten(2, self.grid(images)) for index, layer in layers.items()}
-        return [layers[index] for index in n]
+            layers = [layer.transpose(1, 2).unflatten(2, self.grid(images)) for layer in layers]
+        return [layers[ordered.index(index)] for index in n]
 
 
-def random(name: str) -> TimmEncoder:
-    """timm's model of that name, untrained. Raises CheckpointError for a name that timm does not have and for a model
-    that is no plain ViT."""
-    return _build(name, pretrained=False)
+def random(name: str, pretrained: bool = False) -> TimmEncoder:
+    """timm's model of that name, untrained or with timm's weights. Raises CheckpointError for a name that timm does not
+    have, a model that is no plain ViT, and weights that cannot be downloaded."""
+    if not name.startswith("hf-hub:") and not timm.is_model(name):
+        raise CheckpointError(f"timm has no model {name!r}{suggestion(name)}")
+    options = {"pretrained": pretrained, "num_classes": 0}
+    try:
+        try:
+            vit = timm.create_model(name, dynamic_img_size=True, **options)
+        except TypeError:
+            vit = timm.create_model(name, **options)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"the weights of timm/{name} could not be downloaded ({str(error).splitlines()[0]}); "
+                              "check the network, or give --weights PATH") from None
+    if reason := why_not_plain(vit):
+        raise CheckpointError(f"timm/{name} is not a plain ViT: {reason}")
+    return TimmEncoder(vit)
 
 
-def pretrained(name: str) -> TimmEncoder:
-    """timm's model of that name with timm's weights, downloaded by timm. Raises CheckpointError."""
-    return _build(name, pretrained=True)
+pretrained = partial(random, pretrained=True)
 
 
 def from_checkpoint(checkpoint: dict, name: str, num_heads: int | None = None,
                     weights_key: str | None = None) -> TimmEncoder:
-    """timm's model of that name with the weights of a file, through timm's own conversion of official files (position
-    embeddings of another size, key names). The number of heads is timm's. weights_key: which of several state
-    dictionaries. Raises CheckpointError."""
-    encoder = _build(name, pretrained=False)
+    """timm's model of that name with the weights of a file, which timm converts (key names, size of the position
+    embedding). weights_key: which of several state dictionaries. Raises CheckpointError, also for other num_heads."""
+    encoder = random(name)
     if num_heads not in (None, encoder.num_heads):
         raise CheckpointError(f"timm/{name} has {encoder.num_heads} heads; leave --num-heads out")
     convert = getattr(sys.modules[type(encoder.vit).__module__], "checkpoint_filter_fn", lambda state, model: state)
@@ -107,24 +113,6 @@ def from_checkpoint(checkpoint: dict, name: str, num_heads: int | None = None,
 
     find_state(checkpoint, load, weights_key)
     return TimmEncoder(encoder.vit)
-
-
-def _build(name: str, pretrained: bool) -> TimmEncoder:
-    if not name.startswith("hf-hub:") and not timm.is_model(name):
-        raise CheckpointError(f"timm has no model {name!r}{suggestion(name)}")
-    options = {"pretrained": pretrained, "num_classes": 0}
-    try:
-        try:
-            vit = timm.create_model(name, dynamic_img_size=True, **options)
-        except TypeError:
-            vit = timm.create_model(name, **options)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"the weights of timm/{name} could not be downloaded ({str(error).splitlines()[0]}); "
-                              "check the network, or give --weights PATH") from None
-    reason = why_not_plain(vit)
-    if reason:
-        raise CheckpointError(f"timm/{name} is not a plain ViT: {reason}")
-    return TimmEncoder(vit)
 
 
 def why_not_plain(vit: nn.Module) -> str:
@@ -140,9 +128,9 @@ def why_not_plain(vit: nn.Module) -> str:
 
 
 def suggestion(name: str, others: Sequence[str] = ()) -> str:
-    """"; did you mean ..." with names of timm, or others, near to a wrong one; "" where there is none."""
+    """"; did you mean ..." with similar names of timm or others; "" where there is none."""
     known = [*others, *(f"timm/{one}" for one in timm.list_models("*vit*") + timm.list_models("*beit*"))]
-    # Small models first: they are what one tries first.
+    # Small models first.
     within = sorted((one for one in known if name in one), key=lambda one: ("small" not in one, len(one)))[:3]
     near = within or difflib.get_close_matches(name, others, 1) or difflib.get_close_matches(f"timm/{name}", known, 3)
     return f"; did you mean {', '.join(near)}?" if near else ""

@@ -2,12 +2,14 @@
 
 Training-free. The source token is sampled bilinearly at the keypoint, the prediction is the centre of the most similar
 cell of the target. Right is what lies within alpha * max(w, h) of the target's box (PCK, Yang and Ramanan 2013; on
-SPair-71k, Min et al. 2019). Images are squashed to a square, as in DIFT (arXiv:2306.03881): all of the square is image,
-and x and y scale separately, back to the original pixels in which distances are measured.
+SPair-71k, Min et al. 2019). Images are squashed to a square, as in DIFT (arXiv:2306.03881); distances are measured in
+the original pixels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -29,16 +31,14 @@ def transfer_keypoints(source: torch.Tensor, target: torch.Tensor, points: torch
                        match: str = "cell") -> torch.Tensor:
     """Where the keypoints of one image are in another, by cosine similarity of tokens in float32.
 
-    source [D, h, w] and target [D, H, W]: tokens that cover the whole image, of any size. points [n, 2]: (x, y) in the
-    source image, in units of it, from 0 to 1. match: "cell", the centre of the most similar cell, or "soft-argmax",
-    the mean of the centres in a window around it, weighted by softmax(similarity / temperature).
-
-    Tokens are L2-normalised, then interpolated between the centres of cells, ((i + 0.5) / w, (j + 0.5) / h); beyond the
-    outermost centres they are constant. Returns [n, 2], in units of the target image.
+    source [D, h, w] and target [D, H, W]: tokens that cover the whole image. points [n, 2]: (x, y) in the source, from
+    0 to 1; beyond the outermost centres of cells tokens are constant. match: "cell", the centre of the most similar
+    cell, or "soft-argmax", the mean of the centres around it, weighted by softmax(similarity / temperature).
+    Returns [n, 2], from 0 to 1 in the target. Raises ValueError for another match.
     """
     source, target = (F.normalize(tokens.float(), dim=0).permute(1, 2, 0) for tokens in (source, target))
-    here = torch.zeros(len(points), dtype=torch.int64, device=points.device)
-    queries = sample_tokens(source[None, None], here, points)[0]
+    first = torch.zeros(len(points), dtype=torch.int64, device=points.device)
+    queries = sample_tokens(source[None, None], first, points)[0]
     return locate(queries @ target.flatten(0, 1).T, target.shape[:2], match).to(points.dtype)
 
 
@@ -56,39 +56,33 @@ def sample_tokens(tokens: torch.Tensor, images: torch.Tensor, points: torch.Tens
 def locate(similarity: torch.Tensor, grid: Sequence[int], match: str) -> torch.Tensor:
     """similarity [..., h * w] to the cells of grid (h, w), row by row -> [..., 2], (x, y) from 0 to 1, float64; NaN
     where a similarity is NaN. match: as in transfer_keypoints."""
-    height, width = grid
-    value, best = similarity.max(-1)
-    row, column = (best // width)[..., None, None], (best % width)[..., None, None]
-    if match == "soft-argmax":
-        offsets = torch.arange(WINDOW, device=best.device) - WINDOW // 2
-        row, column = row + offsets[:, None], column + offsets
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        cells = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-        logits = similarity.gather(-1, cells.flatten(-2)).double() / TEMPERATURE
-        weights = logits.masked_fill(~inside.flatten(-2), -torch.inf).softmax(-1).view(cells.shape)
-    elif match != "cell":
+    if match not in ("cell", "soft-argmax"):
         raise ValueError(f"match {match!r} is neither 'cell' nor 'soft-argmax'")
-    else:
-        weights = value.double()[..., None, None] * 0 + 1
+    (height, width), window = grid, 1 if match == "cell" else WINDOW
+    best = similarity.argmax(-1)[..., None, None]
+    offsets = torch.arange(window, device=best.device) - window // 2
+    row, column = best // width + offsets[:, None], best % width + offsets
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    cells = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    logits = similarity.gather(-1, cells.flatten(-2)).double() / TEMPERATURE
+    weights = logits.masked_fill(~inside.flatten(-2), -torch.inf).softmax(-1).view(cells.shape)
     return torch.stack([(weights * ((place.double() + 0.5) / size)).sum((-2, -1))
                         for place, size in ((column, width), (row, height))], dim=-1)
 
 
 def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tensor, points: torch.Tensor,
                  match: str) -> torch.Tensor:
-    """transfer_keypoints for many pairs and layers at once: one product for each target image, whose tokens are read
-    once for all the points of all its pairs.
+    """transfer_keypoints for many pairs and layers: one product for each target image, whose tokens are read once.
 
-    tokens [L, n, h, w, D]: L2-normalised, of n images. source, target [m], on the CPU: of each point, the row of its
-    image in tokens; points [m, 2]: in units of the source. Returns [L, m, 2], float64, on the tokens' device.
+    tokens [L, n, h, w, D]: L2-normalised, of n images. source, target [m], on the CPU: rows of tokens, by point; points
+    [m, 2]: from 0 to 1 in the source. Returns [L, m, 2], float64, on the tokens' device.
     """
     device, order = tokens.device, target.argsort(stable=True)
     images, counts = target[order].unique_consecutive(return_counts=True)
     source, points = source[order].to(device), points[order].to(device)
     found = torch.empty(len(tokens), len(points), 2, dtype=torch.float64, device=device)
-    parts = zip(images.tolist(), *(rows.split(counts.tolist()) for rows in (source, points)),
-                found.split(counts.tolist(), dim=1), strict=True)
-    for image, source_part, points_part, found_part in parts:
+    parts = (rows.split(counts.tolist(), dim) for rows, dim in ((source, 0), (points, 0), (found, 1)))
+    for image, source_part, points_part, found_part in zip(images.tolist(), *parts, strict=True):
         queries = sample_tokens(tokens, source_part, points_part)
         # In float32: similarities rounded to bfloat16 tie.
         similarity = queries @ tokens[:, image].flatten(1, 2).float().transpose(1, 2)
@@ -96,34 +90,18 @@ def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tenso
     return found[:, order.argsort().to(device)]
 
 
-def encode_groups(encoder: Encoder, pairs, groups: Sequence[Sequence[int]], layers: Sequence[int], norm: bool,
-                  batch_size: int, workers: int, precision: str) -> Iterator[torch.Tensor]:
-    """For each group of image numbers, the images' L2-normalised patch tokens after the 0-based blocks layers,
-    [L, n, h, w, D], on the encoder's device, in the type of the precision. One loader serves all groups."""
-    device = next(encoder.parameters()).device
-    numbers = [number for group in groups for number in group]
-    progress = Progress(len(numbers) * world_size(), "encoding", "images")
-
-    def encoded():
-        for images, _ in pairs.images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda"):
-            with autocast(device, precision):
-                maps = encoder.get_intermediate_layers(encoder.preprocess(images.to(device, non_blocking=True)),
-                                                       n=layers, norm=norm)
-            progress.update(len(images) * world_size())
-            yield torch.stack([F.normalize(tokens.float(), dim=1).permute(0, 2, 3, 1).to(DTYPES[precision])
-                               for tokens in maps])
-
-    batches, rest = encoded(), None
-    for group in groups:
-        tokens, filled = None, 0
-        while filled < len(group):
-            rest = next(batches) if rest is None or rest.shape[1] == 0 else rest
-            if tokens is None:
-                tokens = rest.new_empty(len(rest), len(group), *rest.shape[2:])
-            taken = rest[:, :len(group) - filled]
-            tokens[:, filled:filled + taken.shape[1]] = taken
-            filled, rest = filled + taken.shape[1], rest[:, taken.shape[1]:]
-        yield tokens
+def encode(encoder: Encoder, pairs, numbers: Sequence[int], layers: Sequence[int], norm: bool, batch_size: int,
+           workers: int, precision: str) -> Iterator[torch.Tensor]:
+    """The L2-normalised patch tokens of each image of these numbers after the 0-based blocks layers, [L, h, w, D], on
+    the encoder's device, in the type of the precision."""
+    device, progress = next(encoder.parameters()).device, Progress(len(numbers) * world_size(), "encoding", "images")
+    for images, _ in pairs.images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda"):
+        with autocast(device, precision):
+            maps = encoder.get_intermediate_layers(encoder.preprocess(images.to(device, non_blocking=True)), n=layers,
+                                                   norm=norm)
+        progress.update(len(images) * world_size())
+        yield from torch.stack([F.normalize(tokens.float(), dim=1).permute(0, 2, 3, 1).to(DTYPES[precision])
+                                for tokens in maps], dim=1)
 
 
 def within(predicted: torch.Tensor, points: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
@@ -134,10 +112,10 @@ def within(predicted: torch.Tensor, points: torch.Tensor, side: torch.Tensor) ->
 
 
 def chance(points: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """The share of the cells of grid (h, w) whose centre would be right: [n, A]. points [n, 2] in images of sizes
-    [n, 2], side [n], as in within. What a random choice of the cell expects."""
+    """The share of the cells of grid (h, w) whose centre would be right, [n, A]: what a random cell expects. points
+    [n, 2] in images of sizes [n, 2], side [n], as in within."""
     rows, columns = ((torch.arange(size, dtype=torch.float64, device=points.device) + 0.5) / size for size in grid)
-    centres = torch.stack(torch.meshgrid(columns, rows, indexing="ij"), -1).flatten(0, 1)[:, None]
+    centres = torch.cartesian_prod(columns, rows)[:, None]
     return torch.cat([within(centres * size, point, s).double().mean(0) for point, size, s in
                       zip(points.split(256), sizes.split(256), side.split(256), strict=True)])
 
@@ -162,10 +140,9 @@ def pck(right: torch.Tensor, pair: torch.Tensor, groups: Mapping[str, Sequence[s
 
     result = figures(torch.arange(len(counts)))
     for name, levels in groups.items():
-        members = {level: [] for level in sorted(set(levels))}
-        for number, level in enumerate(levels):
-            members[level].append(number)
-        result[f"by_{name}"] = {level: figures(torch.tensor(chosen)) for level, chosen in members.items()}
+        known, level_of = np.unique(levels, return_inverse=True)
+        result[f"by_{name}"] = {level: figures(torch.from_numpy(np.flatnonzero(level_of == number)))
+                                for number, level in enumerate(known.tolist())}
     categories = [list(row["pck_image"].values()) for row in result["by_category"].values()]
     result["pck_category"] = named(torch.tensor(categories, dtype=torch.float64).mean(0) / 100)
     return result
@@ -176,15 +153,13 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
                  precision: str, log: Callable[[str], None]) -> tuple[dict, torch.Tensor]:
     """Transfers the keypoints of all pairs (a datasets.pairs.PairDataset) and measures PCK, all processes together.
 
-    Each process has a contiguous share of the pairs, which are sorted by category, and encodes what images the share
-    needs, each once: only the images of a category that is cut apart are encoded by several. Tokens are held for a
-    category at a time, on the encoder's device; where all layers do not fit, in several passes over the images.
-    layers: 0-based blocks. norm: apply the encoder's final norm. batch_size: over all processes, in images of 224 x
-    224; of larger ones proportionally fewer.
+    Each process encodes the images of its contiguous share of the pairs, each image once, and holds the tokens of one
+    category; where those of all layers do not fit on the encoder's device, it makes several passes. layers: 0-based
+    blocks. norm: apply the encoder's final norm. batch_size: over all processes, in images of 224 x 224.
 
-    Returns the metrics of a results line and the predictions of the last layer, float64 [n, 2] in pixels. The metrics
-    are pck's of the last layer, by_layer where there are several, what a random cell (chance) and the source's own
-    coordinates (same_place) give, and the protocol in words. Raises UserError.
+    Returns the metrics of a results line (pck's of the last layer; by_layer of several; chance, of a random cell;
+    same_place, of the source's own coordinates) and the last layer's predictions, float64 [n, 2] in pixels. Raises
+    UserError.
     """
     device, size, patch = next(encoder.parameters()).device, pairs.image_size, encoder.patch_size
     layers, grid = sorted(set(layers)), (size // patch, size // patch)
@@ -193,43 +168,45 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
                         f"use {max(1, round(size / patch)) * patch}")
     if not layers or layers[0] < 0 or layers[-1] >= encoder.depth:
         raise UserError(f"--layers {' '.join(map(str, layers))}: this encoder has blocks 0 to {encoder.depth - 1}")
+    source, target, side = pairs.source[pairs.pair], pairs.target[pairs.pair], pairs.box_side[pairs.pair]
+    units, sizes = pairs.source_points / pairs.sizes[source], pairs.sizes[target]
+    # Points are in the order of the pairs, and these are sorted by category.
     share = shard(len(pairs.pairs))
-    mine = (pairs.pair >= share.start) & (pairs.pair < share.stop)
-    points_of = [(mine & (pairs.category[pairs.pair] == category)).nonzero()[:, 0]
-                 for category in pairs.category[share.start:share.stop].unique().tolist()]
-    source, target = pairs.source[pairs.pair], pairs.target[pairs.pair]
-    groups = [torch.cat([source[at], target[at]]).unique() for at in points_of]
+    mine = slice(*torch.searchsorted(pairs.pair, torch.tensor([share.start, share.stop])).tolist())
+    counts = pairs.category[pairs.pair[mine]].unique_consecutive(return_counts=True)[1].tolist()
+    points = list(zip(*(rows[mine].split(counts) for rows in (source, target, units)), strict=True))
+    groups = [torch.cat(ends).unique() for *ends, _ in points]
 
     need = max(map(len, groups), default=0) * grid[0] * grid[1] * encoder.embed_dim * DTYPES[precision].itemsize
     free = free_memory(device) / 2
     if need > free:
         raise UserError(f"the tokens of a category need {need / 1e9:.1f} GB at --image-size {size}, half of the memory "
                         f"that is free on {device} is {free / 1e9:.1f} GB; use a smaller one")
-    per_pass = len(layers) if need == 0 else max(1, min(len(layers), int(free / need)))
-    passes = [layers[first:first + per_pass] for first in range(0, len(layers), per_pass)]
+    per_pass = min(len(layers), int(free / need)) if need else len(layers)
+    passes = [slice(first, first + per_pass) for first in range(0, len(layers), per_pass)]
     log(f"{len(pairs.pairs)} pairs of {len(pairs.images)} images, {len(pairs.pair)} points ({pairs.num_outside} out of "
         f"their image); {need * per_pass / 1e9:.2f} GB of tokens on {device}, {len(passes)} pass(es)")
 
-    units = pairs.source_points / pairs.sizes[source]
     per_batch = max(1, batch_size * 224**2 // (size**2 * world_size()))
-    found = torch.empty(int(mine.sum()), len(layers), 2, dtype=torch.float64, device=device)
-    first = int(mine.nonzero()[0]) if len(found) else 0
-    for number, chosen in enumerate(passes):
-        columns = slice(number * per_pass, number * per_pass + len(chosen))
-        held = encode_groups(encoder, pairs, [group.tolist() for group in groups], chosen, norm, per_batch, workers,
-                             precision)
-        for at, group, tokens in zip(points_of, groups, held, strict=True):
-            rows = [torch.searchsorted(group, images[at]) for images in (source, target)]
-            found[at.to(device) - first, columns] = match_points(tokens, *rows, units[at], match).transpose(0, 1)
-    sizes, side = pairs.sizes[target], pairs.box_side[pairs.pair]
+    found = torch.empty(mine.stop - mine.start, len(layers), 2, dtype=torch.float64, device=device)
+    numbers = [number for group in groups for number in group.tolist()]
+    for columns in passes:
+        # One loader serves all categories.
+        images = encode(encoder, pairs, numbers, layers[columns], norm, per_batch, workers, precision)
+        for (*ends, at), group, part in zip(points, groups, found.split(counts), strict=True):
+            tokens = torch.empty(len(layers[columns]), len(group), *grid, encoder.embed_dim, dtype=DTYPES[precision],
+                                 device=device)
+            for place, image in enumerate(islice(images, len(group))):
+                tokens[:, place] = image
+            rows = (torch.searchsorted(group, end) for end in ends)
+            part[:, columns] = match_points(tokens, *rows, at, match).transpose(0, 1)
     by_chance = chance(*(rows[mine].to(device) for rows in (pairs.target_points, sizes, side)), grid)
     predicted, by_chance = gather_rows(found).cpu() * sizes[:, None], gather_rows(by_chance).cpu()
     if not predicted.isfinite().all():
         raise UserError(f"tokens are not finite at {precision}; use --precision fp32, or check the weights")
 
-    levels = {"category": [pair.category for pair in pairs.pairs]}
-    for name in pairs.pairs[0].attributes:
-        levels[name] = [pair.attributes.get(name, "unknown") for pair in pairs.pairs]
+    levels = {"category": [pair.category for pair in pairs.pairs]} | {
+        name: [pair.attributes.get(name, "unknown") for pair in pairs.pairs] for name in pairs.pairs[0].attributes}
     by_layer = {str(layer): pck(within(predicted[:, column], pairs.target_points, side), pairs.pair, levels)
                 for column, layer in enumerate(layers)}
     same_place = within(units * sizes, pairs.target_points, side)
@@ -246,7 +223,7 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     log(f"compare PCK@0.1 per image of a random cell, {expected['pck_image']['0.1']:.2f}, and of the same place as "
         f"in the source, {same['pck_image']['0.1']:.2f}")
     log(f"protocol: {metrics['protocol']}")
-    return {**metrics, **({"by_layer": by_layer} if len(layers) > 1 else {})}, predicted[:, -1]
+    return metrics | ({"by_layer": by_layer} if len(layers) > 1 else {}), predicted[:, -1]
 
 
 def draw_transfer(source: Image.Image, target: Image.Image, source_points: torch.Tensor, predicted: torch.Tensor,
@@ -273,14 +250,11 @@ def draw_pairs(pairs, predicted: torch.Tensor, count: int, columns: int = 2) -> 
     """A sheet of count pairs, evenly spaced in the list of all, each by draw_transfer; right is what is right at alpha
     0.1. predicted [n, 2]: as transfer_run returns it."""
     numbers = torch.linspace(0, len(pairs.pairs) - 1, min(count, len(pairs.pairs))).round().long().tolist()
-    pictures = []
-    for number in numbers:
+    right = within(predicted, pairs.target_points, pairs.box_side[pairs.pair])[:, ALPHAS.index(0.1)]
+    sheet = Image.new("RGB", (columns * 640, -(-len(numbers) // columns) * 320), "white")
+    for place, number in enumerate(numbers):
         pair, at = pairs.pairs[number], pairs.pair == number
-        right = within(predicted[at], pairs.target_points[at], pairs.box_side[pairs.pair][at])[:, ALPHAS.index(0.1)]
-        pictures.append(draw_transfer(pairs.images.load(pair.source), pairs.images.load(pair.target),
-                                      pairs.source_points[at], predicted[at], pairs.target_points[at], right))
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
-    for place, picture in enumerate(pictures):
-        sheet.paste(picture, (place % columns * width, place // columns * height))
+        picture = draw_transfer(pairs.images.load(pair.source), pairs.images.load(pair.target), pairs.source_points[at],
+                                predicted[at], pairs.target_points[at], right[at])
+        sheet.paste(picture, (place % columns * 640, place // columns * 320))
     return sheet

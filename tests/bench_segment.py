@@ -21,7 +21,7 @@ from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import draw_augmentation, rescale_size, training_batch
 from models import build_model
 from models.segmentation_head import LinearHead, upsampled_cross_entropy
-from segment import Segmenter, train
+from models.segmentation_probe import Segmenter, train
 from utils.run import default_precision
 
 SIZE = (512, 683)

@@ -458,7 +458,7 @@ def test_mistakes_get_one_line_and_no_result(run, tmp_path):
     synthetic = ("--dataset", "synthetic", "--num-images", 1)
     for words, parts in (
         ((*golden("mae"), *synthetic), ["no decoder", "mae_pretrain_vit_base_full.pth", "--encoder-only"]),
-        (full, ["--data-path is missing", "--dataset synthetic"]),
+        (full, ["needs --data-path", "--dataset synthetic"]),
         ((*full, "--data-path", tmp_path / "empty"), ["empty", "no image below"]),
         ((*full, "--data-path", tmp_path / "none"), ["none", "no image below"]),
         ((*full, "--data-path", tmp_path / "bad"), ["one.jpg", "cannot be decoded", "--skip-bad-images"]),

@@ -33,6 +33,8 @@ def timm_at(name, encoder, size):
 
 @pytest.mark.parametrize(("name", "cls_from"), FAMILIES)
 def test_families_of_timm(name, cls_from):
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
     encoder = build_model(f"timm/{name}", "random")
     patch = encoder.patch_size
     references = {size: timm_at(name, encoder, size) for size in ((6 * patch, 6 * patch), (4 * patch, 7 * patch))}
@@ -64,6 +66,8 @@ def test_families_of_timm(name, cls_from):
     ("mea", "did you mean mae?"),
 ])
 def test_refused_with_the_true_reason(name, reason):
+    if reason[:2] == "a " and not timm.is_model(name.removeprefix("timm/")):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
     with pytest.raises(CheckpointError, match=reason):
         build_model(name, "random")
 

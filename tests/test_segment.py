@@ -23,6 +23,7 @@ import segment
 from datasets import segmentation, segmentation_store
 from datasets.segmentation import reduce_label
 from datasets.segmentation_store import batch_indices
+from models import segmentation_probe
 from models.encoder import Encoder
 from utils import UserError, storage
 from utils.drawing import draw_figure6
@@ -121,7 +122,7 @@ def test_windows_of_several_images_go_through_the_model_together():
 def test_learning_rate():
     for setting in golden("lr")["settings"]:
         assert setting["power"] == 1
-        ours = [segment.linear_learning_rate(iteration, setting["lr"], setting["total"], setting["warmup"],
+        ours = [segmentation_probe.linear_learning_rate(iteration, setting["lr"], setting["total"], setting["warmup"],
                                       setting["warmup_ratio"]) for iteration in setting["iterations"]]
         assert ours == pytest.approx(setting["values"].tolist(), rel=1e-12)
 
@@ -280,7 +281,7 @@ def test_training_learns_the_colours(monkeypatch, tmp_path):
 
 
 def killed_in_iteration_six(lines):
-    calls, loss = [], segment.upsampled_cross_entropy
+    calls, loss = [], segmentation_probe.upsampled_cross_entropy
 
     def dies(*args, **kwargs):
         calls.append(1)
@@ -288,7 +289,7 @@ def killed_in_iteration_six(lines):
             os.kill(os.getpid(), signal.SIGKILL)
         return loss(*args, **kwargs)
 
-    segment.upsampled_cross_entropy, models.build_model = dies, small_encoder
+    segmentation_probe.upsampled_cross_entropy, models.build_model = dies, small_encoder
     sys.argv = ["segment.py", *lines]
     segment.main()
 
@@ -328,7 +329,7 @@ def test_evaluate_a_head(finished, monkeypatch, lip, tmp_path):
     assert result["iou_per_class"] == expected["iou_per_class"]
     assert result["iterations"] == 8
     # From Python, in the words of the README.
-    loaded = segment.LinearHead(2 * 24, NUM_CLASSES)
+    loaded = segmentation_probe.LinearHead(2 * 24, NUM_CLASSES)
     loaded.load_state_dict(torch.load(head, weights_only=True)["head"])
 
 
@@ -359,7 +360,8 @@ def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, lip, tmp_pat
 
 def test_batch_norm_is_pytorchs_over_the_features():
     encoder = small_encoder()
-    segmenter = segment.Segmenter(encoder, segment.LinearHead(48, NUM_CLASSES), (0, 3), "fp32", True, True).train()
+    head = segmentation_probe.LinearHead(48, NUM_CLASSES)
+    segmenter = segment.Segmenter(encoder, head, (0, 3), "fp32", norm=True, batch_norm=True).train()
     reference = torch.nn.BatchNorm2d(48, affine=False).train()
     for seed in range(3):
         images = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(seed))
@@ -392,7 +394,7 @@ def test_both_probes_in_one_run(finished, monkeypatch, lip, tmp_path):
     (None, 12, [3, 5, 7, 11]), (None, 24, [7, 11, 15, 23]), (["last"], 12, [11]), (["last4"], 24, [20, 21, 22, 23]),
     (["2", "0"], 4, [2, 0])])
 def test_layers_by_share_of_depth(words, depth, layers):
-    assert segment.choose_layers(words, depth) == layers
+    assert models.choose_layers(words, depth) == layers
 
 
 def worker(rank, world, port, lines):
@@ -442,7 +444,7 @@ def test_each_test_pixel_is_counted_once(finished, lip):
     """The confusion matrix holds as many pixels as the label files have labelled ones, at full resolution."""
     seen = []
     split = segmentation.open_segmentation("lip", lip, "val")
-    segmenter = segment.Segmenter(small_encoder(), segment.LinearHead(48, NUM_CLASSES), (0, 3), "fp32")
+    segmenter = segment.Segmenter(small_encoder(), segmentation_probe.LinearHead(48, NUM_CLASSES), (0, 3), "fp32")
     metrics = segment.segmentation_metrics
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segment, "segmentation_metrics", lambda *given: seen.append(given[0]) or metrics(*given))
@@ -455,9 +457,9 @@ def test_each_test_pixel_is_counted_once(finished, lip):
 def test_frozen_encoder_gets_no_gradient(lip):
     encoder = small_encoder()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    segmenter = segment.Segmenter(encoder, segment.LinearHead(48, NUM_CLASSES), (0, 3), "fp32")
+    segmenter = segment.Segmenter(encoder, segmentation_probe.LinearHead(48, NUM_CLASSES), (0, 3), "fp32")
     logits = segmenter.patch_logits(torch.randn(2, 3, 48, 48))
-    segment.upsampled_cross_entropy(logits, torch.zeros(2, 48, 48, dtype=torch.uint8)).backward()
+    segmentation_probe.upsampled_cross_entropy(logits, torch.zeros(2, 48, 48, dtype=torch.uint8)).backward()
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert all(parameter.grad.abs().sum() > 0 for parameter in segmenter.head.parameters())
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
@@ -533,7 +535,7 @@ def test_the_authors_metrics_take_a_label_equal_to_the_class_count(monkeypatch, 
     (("--cache", "gpu"), "no GPU"),
     (("--lr", "1e30"), "the loss is"),
     (("--probe", "knn", "--memory-size", "4"), "--memory-size 4 is less than one patch"),
-    (("--layers", "first"), "use last or last4"),
+    (("--layers", "first"), "use last, last4"),
 ])
 def test_mistakes_are_one_line(monkeypatch, capsys, lip, tmp_path, more, words):
     data = tmp_path if more == ("--dataset", "ade20k") else lip

@@ -104,14 +104,14 @@ def on_edge(polygon, x, y) -> bool:
 
 
 def to_subpixels(polygon):
-    return [(round(8 * x) / 8, round(8 * y) / 8) for x, y in polygon]
+    return [(round(8 * vertex.real) / 8, round(8 * vertex.imag) / 8) for vertex in polygon]
 
 
 def test_fill_agrees_with_winding_numbers_of_pixel_centres():
     random = np.random.RandomState(0)
     size = (23, 17)
     # Stars that cross themselves and reach beyond the image.
-    polygons = [[tuple(vertex) for vertex in random.uniform(-6, 28, (count, 2))] for count in (3, 4, 5, 7, 9, 12)]
+    polygons = [[complex(*vertex) for vertex in random.uniform(-6, 28, (count, 2))] for count in (3, 4, 5, 7, 9, 12)]
     values = [3, 1, 4, 5, 9, 2]
     painted = fill(size, scan(size, polygons), values)
     rounded = [to_subpixels(polygon) for polygon in polygons]
@@ -130,7 +130,7 @@ def test_fill_agrees_with_winding_numbers_of_pixel_centres():
 
 def test_polygons_that_share_an_edge_neither_overlap_nor_leave_a_gap():
     size = (40, 40)
-    corners, centre = [(3.3, 2.1), (36.7, 5.4), (33.9, 37.2), (5.2, 35.5)], (17.3, 21.9)
+    corners, centre = [3.3 + 2.1j, 36.7 + 5.4j, 33.9 + 37.2j, 5.2 + 35.5j], 17.3 + 21.9j
     triangles = [[corners[i], corners[i - 1], centre] for i in range(4)]
     times = sum(fill(size, scan(size, [triangle]), [1]).astype(int) for triangle in triangles)
     assert (times == fill(size, scan(size, [corners]), [1])).all()
@@ -142,7 +142,7 @@ def test_keypoints_lie_on_their_part_where_visible_and_under_something_where_not
         width, height = picture.image.size
         scene = compose(seed)
         assert scene.keypoints == picture.keypoints
-        named = [index for index, shape in enumerate(scene.shapes) if shape.keypoint]
+        named = [index for index, shape in enumerate(scene.shapes) if shape.at is not None]
         for keypoint, index in zip(picture.keypoints, named, strict=True):
             x, y = keypoint.x, keypoint.y
             if not (0 <= x < width and 0 <= y < height):

@@ -377,9 +377,24 @@ def test_cub_pairs():
     assert len(load_pairs("cub-pairs", CUB, 64).pairs) == 10 * 18 * 17
 
 
-def test_cub_pairs_without_boxes(tmp_path):
-    with pytest.raises(UserError, match="images.txt does not exist"):
-        load_cub_pairs(tmp_path, 64, 10)
+def test_cub_files_that_are_missing_or_cut_off(tmp_path):
+    with pytest.raises(UserError, match="cub-pairs needs --data-path"):
+        load_pairs("cub-pairs", None, 64)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "images.txt").write_text("1 001.a/1.jpg\n2 001.a/2.jpg\n")
+    (tmp_path / "parts/part_locs.txt").write_text("1 1 3 4 1\n2 1 5 6 1\n")
+    (tmp_path / "train_test_split.txt").write_text("1 0\n2 0\n")
+    with pytest.raises(UserError, match="bounding_boxes.txt does not exist"):
+        load_pairs("cub-pairs", tmp_path, 64)
+    (tmp_path / "bounding_boxes.txt").write_text("1 0 0 9 9\n")
+    with pytest.raises(UserError, match="bounding_boxes.txt has no line of image 2"):
+        load_pairs("cub-pairs", tmp_path, 64)
+    (tmp_path / "bounding_boxes.txt").write_text("1 0 0 9 9\n2 0 0 9 9\n")
+    with pytest.raises(UserError, match="pair 001.a/1.jpg to 001.a/2.jpg: its image .*1.jpg cannot be read"):
+        load_pairs("cub-pairs", tmp_path, 64)
+    (tmp_path / "train_test_split.txt").write_text("1 0\n2 1\n")
+    with pytest.raises(UserError, match="no pair of images"):
+        load_pairs("cub-pairs", tmp_path, 64)
 
 
 @needs_cub

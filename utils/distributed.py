@@ -1,8 +1,4 @@
-"""Processes: join them, share work among them, bring rows together again.
-
-Everything here also works without a launcher, as one process. Started by torchrun, a script reads RANK, WORLD_SIZE
-and LOCAL_RANK from the environment and needs no flag of its own.
-"""
+"""Processes: join them as torchrun's variables say (without them: one process), share work, gather rows."""
 
 import os
 from contextlib import contextmanager
@@ -15,12 +11,12 @@ from . import UserError
 
 
 def init_processes(device: str = "auto") -> torch.device:
-    """Joins the process group described by torchrun's variables, if there is one, and returns this process's device.
+    """Joins torchrun's process group, if there is one, and returns this process's device.
 
-    device: "auto" (CUDA where available), "cpu" or "cuda". Raises UserError if "cuda" is asked for and absent.
+    device: "auto" (CUDA where available), "cpu" or "cuda". Raises UserError where "cuda" is absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use; take --device cpu")
+        raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use; use --device cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -62,25 +58,18 @@ def local_main_first():
 
 
 def shard(count: int) -> range:
-    """This process's share of range(count): contiguous, in rank order, every index in exactly one share.
-
-    Shares differ by at most one, and are empty where there are more processes than indices.
-    """
+    """This process's share of range(count): contiguous, in rank order; sizes differ by at most one."""
     return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Concatenates the processes' rows in rank order, on every process.
-
-    rows: [n, ...]; n may differ between processes (0 too), the other sizes and the dtype may not.
-    Returns [sum of n, ...].
-    """
+    """Concatenates the processes' rows [n, ...] in rank order, on every process; n may differ, and be 0."""
     if world_size() == 1:
         return rows
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    counts = [int(count) for count in counts]
-    # all_gather wants equal shapes on every backend; the padding is cut off again below.
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    counts[rank()] = len(rows)
+    counts = all_reduce(counts).tolist()
+    # all_gather wants equal shapes; the padding is cut off again below.
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in counts]

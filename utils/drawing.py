@@ -1,6 +1,7 @@
 """Pictures: plots for a paper's column by matplotlib (PNG or PDF), sheets of patches and label maps by Pillow."""
 
 import colorsys
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,9 +34,8 @@ def require_matplotlib() -> None:
 
 @contextmanager
 def plot(path: Path, width: float, height: float) -> Iterator:
-    """The body draws on a matplotlib Figure of these inches; at its end path is written, PNG or PDF by its suffix, with
-    no display and no global state. Raises UserError for another suffix, without matplotlib, and where path cannot be
-    written."""
+    """The body draws on a matplotlib Figure of these inches; then path is written, PNG or PDF by its suffix, with no
+    display and no global state. Raises UserError for another suffix, without matplotlib, and if it cannot write."""
     if path.suffix not in (".png", ".pdf"):
         raise UserError(f"{path} cannot be written as a plot; use a name that ends in .png or .pdf")
     require_matplotlib()
@@ -46,10 +46,10 @@ def plot(path: Path, width: float, height: float) -> Iterator:
     def write(temporary):
         if path.suffix == ".pdf":
             figure.savefig(temporary, format="pdf")
-            return
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(temporary, "PNG", dpi=(DPI, DPI))
+        else:
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(temporary, "PNG", dpi=(DPI, DPI))
 
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -60,33 +60,36 @@ def plot(path: Path, width: float, height: float) -> Iterator:
             raise UserError(f"{path} cannot be written ({error.strerror or error}); name another file") from None
 
 
-def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]], chosen: tuple[str, int]) -> None:
-    """Plots curves by name, in percent, one value per epoch. chosen: the name of a curve and its epoch, from 1."""
+def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]], chosen: tuple[str, int] | None = None,
+                first: int = 1, xlabel: str = "epoch", ylabel: str = "accuracy, percent") -> None:
+    """Plots curves by name, one value per epoch or layer, counted from first. chosen: a curve's name and its epoch."""
     # Room for a legend of any length.
     with plot(path, COLUMN, max(28 / 15, 0.7 + 0.125 * len(curves))) as figure:
         figure.suptitle(textwrap.fill(title, 60), x=0.01, ha="left", fontsize=7)
-        axes = figure.add_subplot(xlabel="epoch", ylabel="accuracy, percent")
+        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         axes.grid(axis="y")
         axes.xaxis.get_major_locator().set_params(integer=True)
         for number, (name, values) in enumerate(curves.items()):
-            axes.plot(range(1, len(values) + 1), values, label=name, color=COLOURS[number % 10], markersize=3,
+            axes.plot(range(first, len(values) + first), values, label=name, color=COLOURS[number % 10], markersize=3,
                       linestyle=("-", "--", ":")[number // 10 % 3], marker="." if len(values) < 30 else "")
-        name, epoch = chosen
-        axes.plot(epoch, curves[name][epoch - 1], "o", markersize=6, fillstyle="none", color="black", label="chosen")
+        if chosen:
+            name, epoch = chosen
+            axes.plot(epoch, curves[name][epoch - first], "o", markersize=6, fillstyle="none", color="black",
+                      label="chosen")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequence[str]) -> None:
     """Plots a confusion matrix [C, C] (row = label), shaded by the share of the label's row. Up to 30 classes have
     names and percentages; above, shades alone."""
-    named, share = len(classes) <= 30, 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    share = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
     side = COLUMN if len(classes) <= 8 else PAGE
     with plot(path, side, 0.92 * side) as figure:
         axes = figure.add_subplot(xlabel="prediction", ylabel="label")
         figure.suptitle(textwrap.fill(title, int(19 * side)), x=0.01, ha="left", fontsize=7)
         image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
         figure.colorbar(image, shrink=0.6, label="percent of the label's row")
-        if named:
+        if len(classes) <= 30:
             names = [textwrap.shorten(name, 22, placeholder="...") for name in classes]
             axes.set_xticks(range(len(names)), names, rotation=90)
             axes.set_yticks(range(len(names)), names)
@@ -96,35 +99,31 @@ def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequen
 
 
 def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[float | None]]]]) -> None:
-    """Plots object against part segmentation as grouped bars. panels: as utils.results.figure6_panels gives them."""
+    """Plots object and part segmentation as grouped bars. panels: from utils.results.figure6_panels."""
     kinds = {"object, published": "#9ecae1", "object, ours": "#2171b5", "part, published": "#fdd0a2",
              "part, ours": "#d94801"}
     most = max(7, *map(len, panels.values()))
     with plot(path, PAGE * max(1, most / 10), 1.9 * len(panels) + 0.2) as figure:
         for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-            axes.set(title=title, ylabel="mIoU, percent", ylim=(0, 100), xlim=(-0.6, most - 0.4))
+            axes.set(title=title, ylabel="percent" if ":" in title else "mIoU, percent", ylim=(0, 100),
+                     xlim=(-0.6, most - 0.4))
             axes.grid(axis="y")
             for kind, (label, colour) in enumerate(kinds.items()):
-                bars = [(row + 0.2 * kind - 0.3, values[kind]) for row, (_, values) in enumerate(rows)
-                        if values[kind] is not None]
-                drawn = axes.bar(*zip(*bars, strict=True), 0.19, color=colour, label=label) if bars else ()
-                if bars:
-                    axes.bar_label(drawn, fmt="%.0f", fontsize=5, padding=1)
+                heights = np.array([values[kind] for _, values in rows], dtype=float)
+                bars = axes.bar(np.arange(len(rows)) + 0.2 * kind - 0.3, heights, 0.19, color=colour, label=label)
+                axes.bar_label(bars, fmt="%.0f", fontsize=5, padding=1)
             # A long name is broken where its group of bars ends.
             names = ["\n".join(textwrap.fill(line, 115 // min(10, most)) for line in name.split("\n"))
                      for name, _ in rows]
             axes.set_xticks(range(len(rows)), names)
-        handles = [figure.axes[0].bar(0, 0, color=colour, label=label) for label, colour in kinds.items()]
-        figure.legend(handles=handles, ncols=4, loc="outside upper center")
+        figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper center")
 
 
 def draw_sheet(path: Path, query: Image.Image,
                rows: Sequence[tuple[str, Sequence[tuple[str, Sequence[Image.Image]]]]], columns: int = 6) -> None:
     """Writes a PNG: the query image on the left, then a row for each model, in it a block of patches for each feature.
-
-    rows: (model, [(feature, patches in order), ...]). columns: patches side by side in a block.
-    """
-    deep = max(-(-len(patches) // columns) for _, blocks in rows for _, patches in blocks)
+    rows: (model, [(feature, patches in order), ...]). columns: patches side by side in a block."""
+    deep = math.ceil(max(len(patches) for _, blocks in rows for _, patches in blocks) / columns)
     block_width, block_height = columns * (CELL + GAP) - GAP, TITLE + deep * (CELL + GAP) - GAP
     across = max(len(blocks) for _, blocks in rows)
     left = MARGIN + query.width + 2 * MARGIN
@@ -154,28 +153,24 @@ def class_colours(count: int) -> np.ndarray:
 
 def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndarray, names: Sequence[str]) -> None:
     """Writes image, ground truth and prediction side by side, and below them the names of the classes that occur.
-
-    image: uint8 [H, W, 3]; truth: [H, W], 255 = ignored, black; pred: [H, W]. Long sides are brought to 512 pixels.
-    """
+    image: uint8 [H, W, 3]; truth: [H, W], 255 = ignored, black; pred: [H, W]. Long sides are brought to 512 pixels."""
     colours = class_colours(len(names))
     scale = 512 / max(truth.shape)
     height, width = (max(1, round(side * scale)) for side in truth.shape)
-    panels = {"image": Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)}
-    for title, labels in (("ground truth", truth), ("prediction", pred)):
-        panel = Image.fromarray(colours[np.minimum(labels, len(names))])
-        panels[title] = panel.resize((width, height), Image.Resampling.NEAREST)
-    present = [label for label in np.union1d(truth, pred).tolist() if label < len(names)]
-    pixels = {label: int((truth == label).sum()) for label in present}
+    pixels = {label: int((truth == label).sum()) for label in np.union1d(truth, pred).tolist() if label < len(names)}
+    legend = [(names[label] + ("" if pixels[label] else " (predicted only)"), tuple(colours[label].tolist()))
+              for label in sorted(pixels, key=lambda label: -pixels[label])] + [("not labelled", (0, 0, 0))]
     font, line, column = ImageFont.load_default(13), 18, 230
     columns = max(1, (3 * width + 20) // column)
-    rows = -(-(len(present) + 1) // columns)
+    rows = math.ceil(len(legend) / columns)
     sheet = Image.new("RGB", (max(3 * width + 20, column), height + 24 + line * rows + 6), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (title, panel) in enumerate(panels.items()):
+    truth, pred = (colours[np.minimum(labels, len(names))] for labels in (truth, pred))
+    for i, (title, panel, sampling) in enumerate((("image", image, Image.Resampling.BICUBIC),
+                                                  ("ground truth", truth, Image.Resampling.NEAREST),
+                                                  ("prediction", pred, Image.Resampling.NEAREST))):
         draw.text((i * (width + 10) + 4, 4), title, fill="black", font=font)
-        sheet.paste(panel, (i * (width + 10), 24))
-    legend = [(names[label] + ("" if pixels[label] else " (predicted only)"), tuple(colours[label].tolist()))
-              for label in sorted(present, key=lambda label: -pixels[label])] + [("not labelled", (0, 0, 0))]
+        sheet.paste(Image.fromarray(panel).resize((width, height), sampling), (i * (width + 10), 24))
     for i, (text, colour) in enumerate(legend):
         x, y = i % columns * column + 4, height + 28 + i // columns * line
         draw.rectangle((x, y + 2, x + 12, y + 14), fill=colour, outline="grey")

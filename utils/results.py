@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,15 +12,19 @@ from typing import NamedTuple
 from . import UserError
 from .distributed import is_main, world_size
 
-# {"models": {name: name in print}, task: {title of a table: {column: {model: published number}}}}; a column that the
-# paper does not have is empty.
+# {"models": {name: printed name}, task: {table: {column: {model: published number}}}}; columns of ours alone are empty.
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
-# Patches that the published rule leaves of the whole data set, where it is known; the table marks other numbers.
+# Patches that the published rule leaves of a whole data set; the table marks other numbers.
 FULL_PATCHES = {"cub": 30543}
-# Object and part data sets of each panel. Panels are shown where the paper or we have results.
-FIGURE6 = {"ADE20K": ("ade20k-object", "ade20k-part"), "Pascal": ("pascal-object", "pascal-part"),
-           "PartImageNet, ImageNet's training images (not in the paper)": ("partimagenet-object", "partimagenet-part"),
-           "Synthetic data (not in the paper)": ("synthetic-object", "synthetic-part")}
+# Panels are shown where the paper or we have results. Title: task, columns of its tables for objects ("" for none) and
+# for parts.
+FIGURE6 = {title: ("segment", f"{data}-object mIoU", f"{data}-part mIoU") for title, data in {
+    "ADE20K": "ade20k", "Pascal": "pascal",
+    "PartImageNet, ImageNet's training images (not in the paper)": "partimagenet",
+    "Synthetic data (not in the paper)": "synthetic"}.items()}
+FIGURE6 |= {f"Part retrieval, {data}: AP": ("retrieval", "", f"{data} encoded") for data in ("cub", "coco")}
+FIGURE6 |= {f"Keypoint transfer, {data}: PCK@0.1": ("transfer", "", data)
+            for data in ("spair", "cub-pairs", "synthetic-pairs")}
 
 
 def revision() -> str:
@@ -34,26 +39,25 @@ def revision() -> str:
         return "unknown"
 
 
+def run_slug(name: str) -> str:
+    """A run's name as the beginning of file names: timm/vit_tiny -> timm-vit_tiny."""
+    return re.sub(r"[^\w.+-]+", "-", name)
+
+
 def args_to_json(args: Namespace) -> dict:
-    """The arguments as values that JSON can hold."""
-    def convert(value):
-        if isinstance(value, (list, tuple)):
-            return [convert(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-    return {name: convert(value) for name, value in vars(args).items()}
+    """The arguments as values that JSON can hold: paths become strings, tuples lists."""
+    return json.loads(json.dumps(vars(args), default=str))
 
 
 def start_line(task: str, args: Namespace, encoder: object) -> dict:
-    """What a results line begins with: task, model and its weights (encoder has weights and sha256), data set, and how
-    the run was started."""
-    return {"task": task, "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
-            "dataset": args.dataset, "world_size": world_size(), "precision": args.precision, "seed": args.seed,
-            "args": args_to_json(args)}
+    """The first keys of a results line; encoder has weights, sha256 and cls_from."""
+    return {"task": task, "name": args.name, "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
+            "cls_from": encoder.cls_from, "dataset": args.dataset, "world_size": world_size(),
+            "precision": args.precision, "seed": args.seed, "args": args_to_json(args)}
 
 
 def append_result(folder: Path, result: dict) -> None:
-    """Appends one line to results.jsonl, from the main process, in one write, so that runs that share a folder do not
-    mix their lines."""
+    """Appends a line to results.jsonl, from the main process, in one write: runs may share a folder."""
     if not is_main():
         return
     line = json.dumps(result) + "\n"
@@ -87,27 +91,26 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def caveats(result: dict) -> str:
     """What must stand wherever the result is printed: random weights, synthetic data; "" for neither."""
-    marks = []
-    if result["weights"] == "random":
-        marks.append("random weights")
-    if result["dataset"].startswith("synthetic"):
-        marks.append("synthetic data")
-    return ", ".join(marks)
+    return ", ".join(["random weights"] * (result["weights"] == "random")
+                     + ["synthetic data"] * result["dataset"].startswith("synthetic"))
+
+
+def with_marks(name: str, marks: str, separator: str = " ") -> str:
+    return f"{name}{separator}({marks})" if marks else name
 
 
 def run_title(result: dict) -> str:
     """Model, data set and caveats of a result: "ibot on synthetic (random weights, synthetic data)"."""
-    marks = caveats(result)
-    return f"{result['model']} on {result['dataset']}" + (f" ({marks})" if marks else "")
+    return with_marks(f"{result.get('name', result['model'])} on {result['dataset']}", caveats(result))
 
 
 class Entry(NamedTuple):
-    """What a result gives to its tables. figures: {column: figure}; columns of no table are passed over. marks: what
-    sets the run apart from the paper's and gives it a row of its own. remark: is said below the table; star: then
-    stands at the figures."""
+    """What a result gives to its tables. figures: by column; those of no table are left out. marks: how the run differs
+    from the paper's, which gives it a row of its own; false ones are left out. remark: a line below the table; star:
+    the sign that then follows the figures."""
 
     figures: dict[str, float | str | None]
-    marks: tuple[str | bool, ...] = ()
+    marks: tuple[str | bool | None, ...] = ()
     remark: str = ""
     star: str = ""
 
@@ -127,12 +130,11 @@ def retrieval_entry(result: dict) -> Entry:
 
 def classify_entry(result: dict) -> Entry:
     column, args = f"{result['dataset']} {result['probe']}", result["args"]
-    marks = [mark for mark in (result["select"] == "held-out" and "chosen held out",
-                               args["authors_defects"] and "authors' defects",
-                               args["crop_scale"] != 0.5 and f"crop scale {args['crop_scale']}") if mark]
-    remark = ", ".join([*marks, f"{result.get('num_train')} training patches"])
-    # A head that was only tested (--evaluate) has neither.
-    return Entry({column: result.get("best_acc1")}, remark=f"{column}: {remark}")
+    remarks = (result["select"] == "held-out" and "chosen held out", args["authors_defects"] and "authors' defects",
+               args["crop_scale"] != 0.5 and f"crop scale {args['crop_scale']}",
+               f"{result.get('num_train')} training patches")
+    # A head that was only tested (--evaluate) has no best_acc1 and no num_train.
+    return Entry({column: result.get("best_acc1")}, remark=f"{column}: {', '.join(filter(None, remarks))}")
 
 
 def segment_entry(result: dict) -> Entry:
@@ -147,7 +149,18 @@ def segment_entry(result: dict) -> Entry:
         result["args"]["authors_defects"] and "authors' defects"))
 
 
-ENTRIES = {"retrieval": retrieval_entry, "classify": classify_entry, "segment": segment_entry}
+def transfer_entry(result: dict) -> Entry:
+    args, layers = result["args"], result["args"]["layers"]
+    return Entry({result["dataset"]: result["pck_image"]["0.1"]}, (
+        f"{args['image_size']} pixels", layers != ["last"] and f"blocks {' '.join(layers)}",
+        not args["norm"] and "without norm", args["match"] != "cell" and args["match"],
+        args["split"] != "test" and args["split"]),
+        f"{result['dataset']}: {result['num_pairs']:,} pairs, a random cell "
+        f"{result['chance']['pck_image']['0.1']:.1f}, the same place {result['same_place']['pck_image']['0.1']:.1f}")
+
+
+ENTRIES = {"retrieval": retrieval_entry, "classify": classify_entry, "segment": segment_entry,
+           "transfer": transfer_entry}
 
 
 def latest_entries(task: str, folder: Path) -> tuple[dict[tuple[str, str, str], Entry], int]:
@@ -164,23 +177,21 @@ def latest_entries(task: str, folder: Path) -> tuple[dict[tuple[str, str, str], 
 
 def rows_of(columns: Mapping[str, Mapping[str, float]], ours: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:
     """(model, marks) of a table's rows: the paper's models, always where it has numbers, then the others."""
-    models = list(PAPER["models"])
+    order = {model: place for place, model in enumerate(PAPER["models"])}
     rows = {(model, "") for published in columns.values() for model in published}
     rows |= {(model, marks) for model, marks, column in ours if column in columns}
-    return sorted(rows, key=lambda row: (row[1] != "" or row[0] not in models,
-                                         models.index(row[0]) if row[0] in models else len(models), row))
+    return sorted(rows, key=lambda row: (row[1] != "" or row[0] not in order, order.get(row[0], len(order)), row))
 
 
 def paper_tables(task: str, folder: Path) -> str:
     """The paper's tables of a task in Markdown: published, ours (the last run in folder/results.jsonl), difference; and
-    tables of data that the paper does not have where we have results. Raises UserError without results."""
+    tables of other data where we have results. Raises UserError without results."""
     ours, left_out = latest_entries(task, folder)
     texts = []
     for title, columns in PAPER[task].items():
         lines, remarks = [], {}
         for model, marks in rows_of(columns, ours):
-            name = f"{model} ({marks})" if marks else model
-            lines.append([name])
+            line = [with_marks(model, marks)]
             for column, published in columns.items():
                 entry = ours.get((model, marks, column), Entry({}))
                 figure = entry.figures.get(column)
@@ -188,12 +199,14 @@ def paper_tables(task: str, folder: Path) -> str:
                 number = published.get(model) if task == "segment" or not marks else None
                 difference = "-" if None in (figure, number) else f"{figure - number:+.1f}"
                 shown = show(figure) + (entry.star if entry.remark and isinstance(figure, float) else "")
-                lines[-1] += [show(number), shown, difference] if published else [shown]
-                remarks |= {f"* {name}, {entry.remark}": None} if entry.remark else {}
+                line += [show(number), shown, difference] if published else [shown]
+                if entry.remark:
+                    remarks[f"* {line[0]}, {entry.remark}"] = None
+            lines.append(line)
         header = [text for column, published in columns.items()
                   for text in ([f"{column}, published", "ours", "difference"] if published else [column])]
         if lines:
-            texts += [title, markdown_table(["model", *header], lines), *(["\n".join(remarks)] if remarks else [])]
+            texts += [title, markdown_table(["model", *header], lines), *filter(None, ["\n".join(remarks)])]
     if left_out:
         texts.append(f"{left_out} results with other data, another probe or another protocol are left out.")
     return "\n\n".join(texts)
@@ -204,18 +217,20 @@ def show(value: float | str | None) -> str:
 
 
 def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]]]]:
-    """{title: [(row, [mIoU of objects published, ours, of parts published, ours]), ...]} of FIGURE6, in percent, None
-    where there is none: what utils.drawing.draw_figure6 draws. Raises UserError without results."""
-    ours, _ = latest_entries("segment", folder)
-    paper = {column: published for table in PAPER["segment"].values() for column, published in table.items()}
+    """{title: [(row, [objects published, ours, parts published, ours]), ...]} of FIGURE6, in percent, None where there
+    is none: what utils.drawing.draw_figure6 draws. Raises UserError without results."""
+    ours = {task: latest_entries(task, folder)[0] for task in ("segment", "retrieval", "transfer")}
     panels = {}
-    for title, datasets in FIGURE6.items():
-        columns = {f"{dataset} mIoU": paper[f"{dataset} mIoU"] for dataset in datasets}
-        for model, marks in rows_of(columns, ours):
+    for title, (task, *names) in FIGURE6.items():
+        paper = {column: published for table in PAPER[task].values() for column, published in table.items()}
+        columns = {name: paper.get(name, {}) for name in names}
+        rows = rows_of(columns, ours[task])
+        # Beside the paper's figure only what we have.
+        for model, marks in rows if "" not in names or any(row[2] in names for row in ours[task]) else ():
             values = []
             for column, published in columns.items():
-                entry = ours.get((model, marks, column), Entry({}))
+                entry = ours[task].get((model, marks, column), Entry({}))
                 values += [None if marks else published.get(model), entry.figures.get(column)]
-            name = PAPER["models"].get(model, model) + (f"\n({marks})" if marks else "")
+            name = with_marks(PAPER["models"].get(model, model), marks, "\n")
             panels.setdefault(title, []).append((name, values))
     return panels

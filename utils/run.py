@@ -1,8 +1,4 @@
-"""What a run of any script needs: common options, one-line errors, the log, progress.
-
-A script calls, in this order: OneLineParser and add_common_arguments, setup, Log.open once its inputs have been read,
-and utils.results.append_result; it runs its main function through exit_with_one_line_errors.
-"""
+"""What a run of any script needs: common options, one-line errors, the log, progress."""
 
 import argparse
 import os
@@ -20,9 +16,8 @@ from .results import args_to_json, revision
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, with errors on one line and no usage text before them.
-
-    doc: a script's docstring. Its first line becomes the description, its indented lines the examples after --help."""
+    """argparse, with errors on one line. doc: a script's docstring; its first line becomes the description, its
+    indented lines the examples after --help."""
 
     def __init__(self, doc: str = "", **options):
         examples = "\n".join(line for line in doc.splitlines() if line.startswith("    "))
@@ -51,10 +46,11 @@ def exit_with_one_line_errors(main: Callable[[], None]) -> None:
 
 def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str], datasets: Sequence[str],
                          batch_size: int | None) -> None:
-    """Adds the options that mean the same in all scripts. models, datasets: their names; batch_size: the default."""
+    """Adds the options that mean the same in all scripts. models, datasets: names; batch_size: the default."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="ibot",
                        help=f"{', '.join(models)}, timm/NAME, or FILE.py:FUNCTION, your own (default: %(default)s)")
+    group.add_argument("--name", help="of the run in results, tables and file names (default: the model's)")
     group.add_argument("--weights", default="official",
                        help="official, random (untrained control), a path or a URL (default: %(default)s)")
     group.add_argument("--weights-key", metavar="KEY", help="which of a file's state dictionaries: model, ema, ...")
@@ -79,25 +75,22 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
+    return int(text)
 
 
 def non_negative_int(text: str) -> int:
-    value = int(text)
-    if value < 0:
+    if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
+    return int(text)
 
 
 def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
-    """Starts a run: joins the processes, chooses the device and the precision (kept in args), makes the output folder,
-    and logs what a reader needs to repeat the run: revision, versions, processes, sorted arguments. Raises UserError.
-    """
+    """Starts a run: joins the processes, chooses device, precision and name (kept in args), makes the output folder,
+    and logs revision, versions, processes and arguments. Raises UserError."""
     device = init_processes(args.device)
-    args.precision = args.precision or default_precision(device)
+    args.precision, args.name = args.precision or default_precision(device), args.name or args.model
     if vars(args).get("cache") == "gpu" and device.type == "cpu":
         raise UserError("--cache gpu: this run has no GPU; use --cache cpu or disk")
     open_output(args.output_dir)
@@ -118,8 +111,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def open_output(folder: Path) -> Path:
-    """Makes the output folder and checks that it can be written, before any work is done. Raises UserError."""
+def open_output(folder: Path) -> None:
+    """Makes the output folder and checks that it can be written. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"
@@ -128,14 +121,11 @@ def open_output(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written ({error.strerror}); "
                         "choose another with --output-dir") from None
-    return folder
 
 
 def load_saved(path: Path, what: str, keys: Sequence[str], option: str = "") -> dict:
-    """The content of a file that a script of ours saved, on the CPU: tensors and plain values under these keys.
-
-    what: "a checkpoint of classify.py". option: the one that named the file. Raises UserError where it does not exist,
-    is damaged, or is something else."""
+    """The content, on the CPU, of a file that a script saved with these keys. what: "a checkpoint of classify.py".
+    option: the one that named the file. Raises UserError for a missing, damaged or other file."""
     if not path.is_file():
         raise UserError(f"{option}{path} does not exist; name {what}")
     try:
@@ -149,7 +139,7 @@ def load_saved(path: Path, what: str, keys: Sequence[str], option: str = "") -> 
 
 
 def check_same_run(path: Path, saved: dict, current: dict, option: str = "--resume") -> None:
-    """Raises UserError where the settings that a checkpoint was saved with differ from those of this run."""
+    """Raises UserError where a checkpoint's settings differ from this run's."""
     different = [f"{name} was {saved.get(name)} when {path} was written and is {value} now"
                  for name, value in current.items() if saved.get(name) != value]
     if different:
@@ -157,20 +147,17 @@ def check_same_run(path: Path, saved: dict, current: dict, option: str = "--resu
 
 
 class Log:
-    """Prints lines from the main process. From open on they also go to log.txt, those printed before it first.
-
-    A script opens it once its inputs have been read, so that a mistake leaves no file behind.
-    """
+    """Prints lines from the main process. Once a script opens it, after its inputs have been read so that a mistake
+    leaves no file behind, all lines also go to log.txt."""
 
     def __init__(self):
         self.path, self.pending = None, []
 
     def __call__(self, line: str) -> None:
-        if not is_main():
-            return
-        print(line, flush=True)
-        self.pending.append(line)
-        self._write()
+        if is_main():
+            print(line, flush=True)
+            self.pending.append(line)
+            self._write()
 
     def open(self, folder: Path) -> None:
         self.path = folder / "log.txt"
@@ -184,17 +171,13 @@ class Log:
 
 
 class Progress:
-    """Shows how far long work is and how long it will take, from the main process, on standard error.
-
-    One line that is rewritten in a terminal; elsewhere a line every tenth of the work, at most one in ten seconds, and
-    the last.
-    """
+    """Shows on the main process's standard error how far long work is and how long it will take: on one rewritten line
+    in a terminal; elsewhere on a line every tenth of the work, at most one in ten seconds, and the last."""
 
     def __init__(self, total: int, label: str, unit: str = ""):
         self.total, self.label, self.unit = total, label, unit
         self.done, self.start, self.last = 0, time.monotonic(), 0.0
-        self.terminal = sys.stderr.isatty()
-        self.next_share = 0.1
+        self.terminal, self.next_share = sys.stderr.isatty(), 0.1
 
     def update(self, count: int = 1) -> None:
         self.done += count
@@ -202,10 +185,9 @@ class Progress:
         if not is_main() or self.total == 0:
             return
         share, elapsed = self.done / self.total, now - self.start
+        due = share >= self.next_share and now - self.last > 10 or share >= 1 and elapsed > 10
         if self.terminal:
             due = now - self.last > 0.2 or share >= 1
-        else:
-            due = share >= self.next_share and now - self.last > 10 or (share >= 1 and elapsed > 10)
         if not due:
             return
         self.last, self.next_share = now, share + 0.1

@@ -1,4 +1,4 @@
-"""Where bytes go: files that are written whole, and large arrays on the GPU, in host memory or in mapped files."""
+"""Files that are written whole, and large arrays on the GPU, in host memory or in mapped files."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -14,20 +14,16 @@ TIERS = ("gpu", "cpu", "disk")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on the device: on CUDA what the driver and PyTorch's cache hold free, on CPU what
-    the system calls available, within the control group's limit."""
+    """Free bytes: on CUDA of the driver and PyTorch's cache, on CPU of the system, within the control group's limit."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
+    with suppress(OSError, IndexError):
+        available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        available = min(available, max(limit, 0))
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        available = min(available, max(limit - used, 0))
     return available
 
 
@@ -44,8 +40,8 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def create_file(path: Path, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """A file whose blocks are all reserved. Raises OSError where the disk is full; a mapped file of holes would kill
-    the process when it is written to."""
+    """A file whose blocks are all reserved: writing to a mapped file of holes would kill the process where the disk is
+    full. Raises OSError there."""
     with open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, max(1, torch.Size(shape).numel() * dtype.itemsize))
 
@@ -69,9 +65,8 @@ def temporary_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> to
 
 
 def has_room(need: int, tier: str, device: torch.device, reserve: int, pinned: bool) -> tuple[bool, int]:
-    """(whether every process has room for need bytes in the "gpu" or "cpu" tier, the bytes free to the process with the
-    least): the same on all. A fifth of what is free stays unused, and at least reserve bytes. The processes of a
-    machine share its memory."""
+    """(whether every process finds need bytes in the "gpu" or "cpu" tier, bytes free to the process with the least). A
+    fifth of what is free stays unused, and at least reserve bytes; the processes of a machine share its memory."""
     free = free_memory(device if tier == "gpu" else torch.device("cpu"))
     if tier == "cpu":
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -87,28 +82,28 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tie
              reserve: dict[str, int] | None = None, pin: bool = True) -> torch.Tensor:
     """An uninitialised array on the GPU, in host memory or in a file, the same tier on every process.
 
-    tier: "gpu", "cpu" or "disk", tried first; "auto" for the first of these with room. What is chosen, and why not
-    another, is logged before memory is taken. on_disk: makes the array in a file in folder, or raises OSError. what:
-    names the array in messages. reserve: bytes to leave free, by tier. advice: what to do where it fits nowhere, for
-    the UserError raised then. pin: use page-locked host memory where there is a GPU, for copies that do not wait.
+    tier: tried first; the others follow as in TIERS ("auto": TIERS alone). The choice and its reasons are logged before
+    memory is taken. on_disk: makes the array in a file in folder, or raises OSError. what: the array in messages.
+    reserve: bytes to leave free, by tier. advice: for the UserError where it fits nowhere. pin: page-locked where there
+    is a GPU.
     """
     need = torch.Size(shape).numel() * dtype.itemsize
     share = f" in each of {world_size()} processes" if world_size() > 1 else ""
-    tiers = sorted(TIERS[device.type != "cuda":], key=lambda one: one != tier)
+    what = f"{what}: {need / 1e9:.2f} GB{share}"
     pinned, reasons = pin and device.type == "cuda", []
     names = {"gpu": "on the GPU", "cpu": "in pinned host memory" if pinned else "in memory",
              "disk": f"in a mapped file in {folder}"}
-    for one in tiers:
+    for one in sorted(TIERS[device.type != "cuda":], key=lambda one: one != tier):
         room, free = (True, 0) if one == "disk" else has_room(need, one, device, (reserve or {}).get(one, 0), pinned)
         if not room:
             reasons.append(f"only {free / 1e9:.2f} GB are free {names[one]}")
             continue
         note = "" if one == "disk" else f" ({free / 1e9:.2f} GB free)"
-        log("; ".join([f"{what}: {need / 1e9:.2f} GB{share}, {names[one]}{note}", *reasons]))
+        log("; ".join([f"{what}, {names[one]}{note}", *reasons]))
         array, reason = None, "another process was refused"
         try:
-            array = (on_disk() if one == "disk" else torch.empty(shape, dtype=dtype, device=device) if one == "gpu"
-                     else torch.empty(shape, dtype=dtype, pin_memory=pinned))
+            array = on_disk() if one == "disk" else torch.empty(
+                shape, dtype=dtype, device=device if one == "gpu" else "cpu", pin_memory=pinned and one == "cpu")
         except OSError as error:
             reason = f"{folder} cannot take the file ({error.strerror})"
         except RuntimeError as error:
@@ -116,4 +111,4 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tie
         if not any_process(array is None):
             return array
         reasons.append(reason)
-    raise UserError(f"{what}: {need / 1e9:.2f} GB{share} fit nowhere: {', '.join(reasons)}; {advice}")
+    raise UserError(f"{what} fit nowhere: {', '.join(reasons)}; {advice}")

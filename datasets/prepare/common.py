@@ -34,7 +34,7 @@ def pair_by_name(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
 
 
 def read_index_map(path: Path) -> np.ndarray:
-    """A PNG of class numbers (grey or palette) as uint8 [height, width]. Raises ValueError for other PNGs."""
+    """A grey or palette PNG of class numbers as uint8 [height, width]. Raises ValueError for other PNGs."""
     with Image.open(path) as image:
         if image.mode not in ("L", "P"):
             raise ValueError(f"{path.name} is a PNG of mode {image.mode}, not an 8-bit map of class numbers")
@@ -61,24 +61,24 @@ def attempt(item, function: Callable) -> tuple[object, str]:
 
 def attempt_all(function: Callable, items: Sequence, workers: int, label: str) -> tuple[list, list[str]]:
     """(results, errors) of attempt on all items, by that many processes. Raises UserError if a process is killed."""
-    progress, results, function = Progress(len(items), label, "images"), [], partial(attempt, function=function)
+    progress, outcomes, function = Progress(len(items), label, "images"), [], partial(attempt, function=function)
     try:
         with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
-            for result in pool.map(function, items, chunksize=8) if pool else map(function, items):
-                results.append(result)
+            for outcome in pool.map(function, items, chunksize=8) if pool else map(function, items):
+                outcomes.append(outcome)
                 progress.update()
     except BrokenProcessPool:
         raise UserError("a worker process was killed, perhaps because memory ran out; "
                         "run again with fewer --workers, finished files are kept") from None
-    return [result for result, _ in results], [error for _, error in results]
+    return [result for result, _ in outcomes], [error for _, error in outcomes]
 
 
 def raise_failures(root: Path, items: Sequence[tuple[Path, Path]], errors: Sequence[str]) -> None:
     """Writes the lines "annotation, tab, error" to root/failed.txt and raises UserError; removes it if none failed."""
     report = root / "failed.txt"
+    report.unlink(missing_ok=True)
     failed = [f"{annotation}\t{error}\n" for (_, annotation), error in zip(items, errors, strict=True) if error]
     if not failed:
-        report.unlink(missing_ok=True)
         return
     write_text(report, "".join(failed))
     raise UserError(f"{len(failed)} of {len(items)} images could not be prepared, the first: {failed[0].strip()}; "
@@ -94,9 +94,8 @@ def prepare(dataset: str, target: Path, pairs: dict[str, list[tuple[Path, Path]]
             left_out: dict[str, int] | None = None) -> None:
     """Converts all (image, annotation) pairs of the splits "train" and "val", and prints a report.
 
-    read_labels: annotation -> uint8 [height, width], 0 = other, k = names[k - 1]. layout: one of LAYOUTS. left_out: how
-    many images each rule leaves out. Raises UserError where the target holds maps of another or an unknown class list
-    and, after the report, if an image failed.
+    read_labels: annotation -> uint8 [height, width], 0 = other, k = names[k - 1]. left_out: number of images by reason.
+    Raises UserError where the target holds maps of another class list and, after the report, if an image failed.
     """
     root, items, folders = target / ROOTS[dataset][0], [], []
     for split, listed in pairs.items():

@@ -1,4 +1,4 @@
-"""How local attention is: distance, receptive field and likeness across images, for every encoder and MAE's decoder.
+"""How local attention is: distance, receptive field and similarity across images, for every encoder and MAE's decoder.
 
     python -m models.attention --model mae --weights mae_pretrain_vit_base_full.pth --data-path FOLDER --output-dir OUT
     torchrun --nproc-per-node 8 -m models.attention --model ibot --data-path FOLDER --output-dir OUT
@@ -8,43 +8,39 @@
 One results line (task "attention") for the encoder on whole images and one for MAE's decoder at each mask ratio, and
 plots of all models in the folder. Images are central crops at the size of the checkpoint's own grid. A line holds:
 
-distance_patches, distance_pixels [layers][heads]: the attention-weighted mean Euclidean distance between the centres
-    of a query patch and the key patches, itself included at 0. Class and other prefix tokens are left out as queries
-    and as keys, and a query's weights are divided by their sum over the patch keys. Mean over images and queries; in
-    the decoder over all of them, and apart over mask tokens (..._masked) and visible patches' tokens (..._visible).
-    distance_patches_uniform, distance_pixels_uniform: what equal weights on all patches would give.
-map_similarity [layers]: the mean cosine similarity of the N x N maps of two different images, mask tokens included,
-    rows divided as above, over all pairs of images; mean over heads. The decoder's sequence is whole and in order at
-    every ratio, so places coincide; above ratio 0 every image has another mask, and what that changes counts too.
-receptive_field: the gradient magnitude of a token with respect to the input patches, by their offset from the token's
-    patch (rows, columns; the middle is the patch itself). The token is the encoder's final one on whole images, or the
-    decoder's prediction of a masked patch, through decoder and encoder, with the visible patches as input. Magnitude:
-    the L2 norm, over a patch's normalised pixels, of the gradient of the token's product with a seeded standard normal
-    direction (a plain sum would say little: MAE mostly predicts patches normalised to mean 0). Mean over the queries
-    and images that have a patch at that offset, receptive_field_count of them; null where none has.
-receptive_field_tokens: for the decoder alone, the same with respect to the encoder's output for the visible patches.
-*_radius50, *_radius90 (of both fields, _patches and _pixels): the smallest distance within which offsets hold that
-    share of the field's sum; an offset that no pair has counts as the others at its distance do. The radius takes the
-    values that distances of patches have.
+* distance_patches, distance_pixels [layers][heads]: the attention-weighted mean Euclidean distance from the centre of a
+  query patch to those of the key patches, itself included at 0, over images and queries. Prefix tokens are left out as
+  queries and keys; a query's weights on the patches are divided by their sum. For the decoder also over mask tokens
+  (..._masked) and visible patches (..._visible) apart; ..._uniform: what equal weights on all patches would give.
+* map_similarity [layers]: the mean cosine similarity of the N x N maps (rows divided as above) of two different images,
+  over all pairs of images and all heads. The decoder's sequence is whole and in order at every ratio; above ratio 0
+  every image has another mask, and what that changes counts too.
+* receptive_field: the gradient magnitude of a token with respect to the input patches, by (row, column) offset from the
+  token's patch in the middle. The token is the encoder's final one on whole images, or the decoder's prediction of a
+  masked patch, through decoder and encoder, from the visible patches. Magnitude: the L2 norm, over a patch's normalised
+  pixels, of the gradient of the token's product with a seeded standard normal direction (MAE mostly predicts patches
+  normalised to mean 0, whose plain sum says little). Mean over the receptive_field_count queries and images that have
+  a patch at that offset; null where none has.
+* receptive_field_tokens: the same for the decoder alone, with respect to the encoder's output for visible patches.
+* *_radius50, *_radius90 (of both fields, _patches and _pixels): the smallest distance between patches within which
+  offsets hold that share of the field's sum; an offset without a value counts as the others at its distance do.
 
-Cost: the pass that gives the attention also gives the receptive fields, with one backward pass for each of --queries.
+Cost: the pass that gives the attention gives the receptive fields too, with one backward pass for each of --queries.
 Measured for ViT-B/16 on a CPU core, in forward passes of the encoder: the encoder 1.4 with --queries 0, 2.7 with 1;
 with MAE's decoder at five mask ratios 5.5 and 9.9. Receptive fields keep activations, about 0.12 GB an image.
-Masks and directions depend on --seed and an image's place in the list: figures do not depend on batch size or number of
-processes, beyond rounding. The queries of receptive fields are the same patches at every mask ratio.
+Masks and directions depend on --seed and an image's place in the list, so figures do not depend on batch size or number
+of processes, beyond rounding. The queries of receptive fields are the same patches at every mask ratio.
 """
 
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from datasets.imagenet import list_images
-from datasets.patches import PatchDataset, PatchImage, resize_center_crop
-from datasets.synthetic import draw_image, image_seeds
+from datasets.patches import PatchDataset
+from datasets.retrieval import open_images
 from utils import UserError
 from utils.distributed import is_main, shard, world_size
 from utils.drawing import require_matplotlib
@@ -70,12 +66,9 @@ MASK_RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 def image_noise(ids: Sequence[int], seed: int, sizes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     """Standard normal values for every image, by its number and the seed alone: for each size a tensor [B, *size]."""
-    images = []
-    for number in ids:
-        # The generator takes 32 bits of a seed.
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + int(number)) % 2**32)
-        images.append([torch.randn(size, generator=generator) for size in sizes])
-    return [torch.stack(values) for values in zip(*images, strict=True)]
+    # The generator takes 32 bits of a seed.
+    images = [torch.Generator().manual_seed((seed * 1_000_003 + int(number)) % 2**32) for number in ids]
+    return [torch.stack([torch.randn(size, generator=image) for image in images]) for size in sizes]
 
 
 def add_encoder(encoder: Encoder, images: torch.Tensor, queries: torch.Tensor, directions: torch.Tensor,
@@ -86,9 +79,8 @@ def add_encoder(encoder: Encoder, images: torch.Tensor, queries: torch.Tensor, d
         with sums.watch(1 - seen):
             tokens = encoder(images)
         for query, direction in zip(queries.T, directions.unbind(1), strict=True):
-            gradient, = patch_gradients(tokens[:, 1:], query, direction, [images])
-            magnitude = patch_norms(gradient, encoder.patch_size)
-            add_centred(sums.fields["receptive_field"], magnitude, seen, query, sums.grid)
+            pixels, = patch_gradients(tokens[:, 1:], query, direction, [images])
+            add_centred(sums.fields["receptive_field"], patch_norms(pixels, encoder.patch_size), seen, query, sums.grid)
     return tokens.detach()
 
 
@@ -107,28 +99,10 @@ def add_decoder(encoder: Encoder, images: torch.Tensor, latent: torch.Tensor | N
             prediction = encoder.decode(latent, ids_restore)
         for query, direction in zip(queries.T, directions.unbind(1), strict=True):
             pixels, tokens = patch_gradients(prediction, query, direction, [images, latent])
-            tokens = tokens[:, 1:].float().norm(dim=2)
+            pixels, tokens = patch_norms(pixels, encoder.patch_size), tokens[:, 1:].float().norm(dim=2)
             tokens = F.pad(tokens, (0, noise.shape[1] - tokens.shape[1])).gather(1, ids_restore)
-            for name, magnitude in (("receptive_field", patch_norms(pixels, encoder.patch_size)),
-                                    ("receptive_field_tokens", tokens)):
-                add_centred(sums.fields[name], magnitude, 1 - mask, query, sums.grid)
-
-
-def load_images(root: Path | None, name: str, size: int, num_images: int, seed: int, skip_bad_images: bool,
-                ) -> PatchDataset:
-    """Whole images, size x size: a seeded sample of those below root, or drawn ones. Raises UserError."""
-    if name == "synthetic":
-        paths, options = image_seeds("test", num_images, seed), {"load": draw_image}
-    elif root is None:
-        raise UserError("--data-path is missing: give a folder of images, or --dataset synthetic, which needs none")
-    else:
-        paths, options = list_images(root), {"skip_bad_images": skip_bad_images}
-        if not paths:
-            raise UserError(f"no image below {root}; --data-path must be a folder of images")
-        chosen = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[:num_images]
-        paths = [paths[index] for index in sorted(chosen.tolist())]
-    images = [PatchImage(path, None, [0]) for path in paths]
-    return PatchDataset(images, ["image"], resize_center_crop(round(size * 256 / 224), size), **options)
+            add_centred(sums.fields["receptive_field"], pixels, 1 - mask, query, sums.grid)
+            add_centred(sums.fields["receptive_field_tokens"], tokens, 1 - mask, query, sums.grid)
 
 
 def sum_attention(encoder: Encoder, dataset: PatchDataset, grid: tuple[int, int], ratios: Sequence[float],
@@ -158,25 +132,24 @@ def sum_attention(encoder: Encoder, dataset: PatchDataset, grid: tuple[int, int]
 def choose_ratios(mask_ratios: Sequence[float], num_patches: int, num_queries: int) -> list[float]:
     """The decoder's mask ratios, sorted, each once. Raises UserError for one that leaves no patch visible and for more
     queries than the smallest masks."""
-    ratios = sorted(set(mask_ratios))
-    masked = [num_patches - int(num_patches * (1 - ratio)) for ratio in ratios if 0 <= ratio < 1]
-    if len(masked) < len(ratios) or num_patches in masked:
+    visible = {ratio: int(num_patches * (1 - ratio)) if 0 <= ratio < 1 else 0 for ratio in sorted(mask_ratios)}
+    if 0 in visible.values():
         raise UserError(f"--mask-ratios {' '.join(map(str, mask_ratios))}: of {num_patches} patches each must leave "
                         "one visible, from 0 up to below 1")
-    most = min([number for ratio, number in zip(ratios, masked, strict=True) if ratio > 0], default=num_patches)
+    most = num_patches - max([number for ratio, number in visible.items() if ratio > 0], default=0)
     if num_queries > most:
-        raise UserError(f"--queries {num_queries}: only {most} of {num_patches} patches are masked at the smallest "
-                        "ratio")
-    return ratios
+        raise UserError(f"--queries {num_queries}: only {most} of {num_patches} patches are masked at the lowest ratio")
+    return list(visible)
 
 
 def check_memory(encoder: Encoder, num_ratios: int, num_patches: int, device: torch.device) -> str:
     """What the sums of attention maps need, for the log. Raises UserError where it is too much for the device."""
     parts = [encoder.vit.blocks] + [encoder.decoder.decoder_blocks for _ in range(num_ratios)]
     need = sum(len(blocks) * blocks[0].attn.num_heads for blocks in parts) * num_patches**2 * 8
-    if need > free_memory(device) / 2:
-        raise UserError(f"sums of attention maps need {need / 1e9:.1f} GB, more than half of the "
-                        f"{free_memory(device) / 1e9:.1f} GB free on {device}; use fewer --mask-ratios")
+    free = free_memory(device)
+    if need > free / 2:
+        raise UserError(f"sums of attention maps need {need / 1e9:.1f} GB, more than half of the {free / 1e9:.1f} GB "
+                        f"free on {device}; use fewer --mask-ratios")
     return f"sums of attention maps need {need / 1e9:.2f} GB"
 
 
@@ -209,7 +182,6 @@ def main() -> None:
     require_matplotlib()
     device, log = setup(args)
 
-    # Encoder
     wants_decoder = args.model == "mae" and not args.encoder_only
     encoder = load_encoder(args, device, log, projector=False, decoder=wants_decoder and args.weights == "official")
     if wants_decoder and not encoder.has_decoder:
@@ -222,12 +194,10 @@ def main() -> None:
     ratios = choose_ratios(args.mask_ratios, count, args.queries) if wants_decoder else []
     log(check_memory(encoder, len(ratios), count, device))
 
-    # Sums over the images
-    dataset = load_images(args.data_path, args.dataset, size, args.num_images, args.seed, args.skip_bad_images)
+    dataset = open_images(args.dataset, args.data_path, args.num_images, args.seed, size, args.skip_bad_images)
     sums = sum_attention(encoder, dataset, grid, ratios, args.queries, args.batch_size, args.workers, args.precision,
                          args.seed, device)
 
-    # Results and plots
     lines = []
     for ratio, part in sums.items():
         figures = part.figures(encoder.patch_size)

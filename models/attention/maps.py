@@ -1,11 +1,9 @@
-"""Attention weights of timm's modules and their statistics over images: mean distances, similarity of maps, receptive
-fields. models/attention/__main__.py is the command; its docstring defines the metrics.
+"""Attention weights of timm's modules and their statistics: distances, similarity of maps, receptive fields.
+models/attention/__main__.py is the command; its docstring defines them. Each function here can be copied alone."""
 
-Each function can be copied alone; some need UserError or free_memory of utils/, Sums also all_reduce.
-"""
-
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -22,13 +20,12 @@ from utils.storage import free_memory
 def query_key(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled queries, and keys, of timm's attention module for its input tokens [B, T, D]: each [B, heads, T, d], in
     the weights' precision."""
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    if getattr(attn, "q_bias", None) is not None:
+        bias = torch.cat([attn.q_bias, attn.k_bias])
     # Rows of queries and keys, not of values.
-    weight = attn.qkv.weight[:attn.qkv.weight.shape[0] // 3 * 2]
-    if isinstance(attn, BeitAttention):
-        bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias])
-    else:
-        bias = None if attn.qkv.bias is None else attn.qkv.bias[:len(weight)]
-    both = F.linear(tokens.to(weight.dtype), weight, bias)
+    rows = len(weight) // 3 * 2
+    both = F.linear(tokens.to(weight.dtype), weight[:rows], None if bias is None else bias[:rows])
     query, key = both.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     if isinstance(attn, VitAttention):
         query, key = attn.q_norm(query), attn.k_norm(key)
@@ -37,12 +34,9 @@ def query_key(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torc
 
 def attention_chunks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None,
                      max_bytes: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The attention weights softmax(query key^T + bias) in float32, in chunks.
-
-    query (scaled), key: [B, heads, T, d]; bias [1, heads, T, T]. Yields (which, weights [c, T, T]): a slice of the
-    B * heads pairs of image and head, image by image. max_bytes, by default a share of the free memory, limits a
-    chunk and the tensors computed from it; a chunk has at least one pair.
-    """
+    """The attention weights softmax(query key^T + bias) in float32, in chunks. query (scaled), key: [B, heads, T, d];
+    bias [1, heads, T, T]. Yields (which, weights [c, T, T]): a slice of the B * heads pairs of image and head, image by
+    image. max_bytes limits a chunk of more than one pair and what is computed from it (default: by free memory)."""
     heads, count = query.shape[1:3]
     max_bytes = max_bytes or min(2**28 if query.device.type == "cpu" else 2**31, free_memory(query.device) // 4)
     # Four float32 arrays: scores, bias, weights, and a product of the caller.
@@ -58,8 +52,8 @@ def attention_chunks(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor 
 
 @contextmanager
 def watch_attention(blocks: Sequence[nn.Module], receive: Callable) -> Iterator[None]:
-    """In this context every attention module of timm's blocks calls receive(layer, module, tokens [B, T, D], bias or
-    None) before it runs; bias is Beit's relative position bias, [1, heads, T, T]. receive runs without autocast, which
+    """In this context every attention module of timm's blocks calls receive(layer, module, tokens [B, T, D], bias)
+    before it runs; bias is Beit's relative position bias [1, heads, T, T] or None. receive runs without autocast, which
     would round the weights. Raises UserError for another type of attention."""
     def before(layer, attn, inputs, keywords):
         bias = keywords.get("shared_rel_pos_bias")
@@ -75,13 +69,10 @@ def watch_attention(blocks: Sequence[nn.Module], receive: Callable) -> Iterator[
     if unknown:
         raise UserError(f"the weights of {unknown[0].__module__}.{unknown[0].__name__} are not known here; use a "
                         "model of timm's VisionTransformer or Beit")
-    hooks = [attn.register_forward_pre_hook(partial(before, layer), with_kwargs=True)
-             for layer, attn in enumerate(modules)]
-    try:
+    with ExitStack() as hooks:
+        for layer, attn in enumerate(modules):
+            hooks.enter_context(attn.register_forward_pre_hook(partial(before, layer), with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def patch_distances(height: int, width: int) -> torch.Tensor:
@@ -96,7 +87,7 @@ def attention_distance(weights: torch.Tensor, distances: torch.Tensor) -> torch.
 
 
 def pair_similarity(unit_sum: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-    """The mean cosine similarity over all pairs of `count` unit vectors, from their sum [..., D]: its squared length is
+    """The mean cosine similarity of all pairs of `count` unit vectors, from their sum [..., D]: its squared length is
     count plus twice the sum over pairs. Not finite for fewer than two vectors."""
     return (unit_sum.square().sum(-1) - count) / (count * (count - 1))
 
@@ -118,10 +109,8 @@ def patch_norms(images: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 def add_centred(field: torch.Tensor, magnitude: torch.Tensor, seen: torch.Tensor, query: torch.Tensor,
                 grid: tuple[int, int]) -> None:
-    """Adds maps over a grid of h x w patches to field [2, (2h - 1)(2w - 1)]: sums and counts by offset from the query.
-
-    magnitude, seen (1 = the patch counts): [B, N]; query: [B], patch indices.
-    """
+    """Adds magnitude [B, N] over a grid of h x w patches to field [2, (2h - 1)(2w - 1)]: sums and counts by offset from
+    the patches query [B]. seen [B, N]: 1 where a patch counts."""
     height, width = grid
     position = torch.arange(height * width, device=query.device)
     rows = position // width - query[:, None] // width + height - 1
@@ -131,26 +120,21 @@ def add_centred(field: torch.Tensor, magnitude: torch.Tensor, seen: torch.Tensor
 
 
 def radius_holding(field: torch.Tensor, share: float) -> float:
-    """The smallest distance, in patches, from the centre of field [2h - 1, 2w - 1] that holds this share of its sum.
-
-    A NaN (no value) counts as the mean of the values at its distance, 0 where there are none: otherwise the radius
-    would grow with the number of images. NaN for a field without values.
-    """
+    """The smallest distance, in patches, from the centre of field [2h - 1, 2w - 1] that holds this share of its sum. A
+    NaN (no value) counts as the mean of the values at its distance, 0 where there are none: otherwise the radius would
+    grow with the number of images. NaN for a field without values."""
     rows, columns = (torch.arange(side) - side // 2 for side in field.shape)
     squares, ring = (rows[:, None] ** 2 + columns**2).flatten().unique(return_inverse=True)
-    values, known = field.double().nan_to_num(0).flatten(), field.isfinite().double().flatten()
-    total, found, size = (torch.zeros(len(squares), dtype=torch.float64).index_add_(0, ring, of)
-                          for of in (values, known, torch.ones_like(known)))
-    held = (total / found.clamp(min=1) * size).cumsum(0)
+    field = field.flatten().double()
+    total, found = (torch.bincount(ring, values) for values in (field.nan_to_num(0), field.isfinite()))
+    held = (total / found.clamp(min=1) * torch.bincount(ring)).cumsum(0)
     return float(squares[(held >= share * held[-1]).nonzero()[0, 0]]) ** 0.5 if held[-1] > 0 else float("nan")
 
 
 class Sums:
-    """Sums over images for the layers of the encoder, or of the decoder at one mask ratio.
-
-    blocks: timm's. grid: rows and columns of patches. prefix: tokens before those of the patches. decoder: adds sums by
-    mask, and a second receptive field, of the decoder alone.
-    """
+    """Sums over images for the layers of the encoder, or of the decoder at one mask ratio. blocks: timm's. grid: rows
+    and columns of patches. prefix: tokens before those of the patches. decoder: adds figures by mask, and a second
+    receptive field, of the decoder alone."""
 
     def __init__(self, blocks: Sequence[nn.Module], grid: tuple[int, int], prefix: int, device: torch.device,
                  decoder: bool = False):
@@ -161,8 +145,8 @@ class Sums:
         # Two groups of queries: tokens of visible patches, mask tokens.
         self.distance, self.queries = zeros(2, layers, heads), zeros(2, layers, 1)
         self.maps = zeros(layers, heads, count * count)
-        names = ["receptive_field"] + ["receptive_field_tokens"] * decoder
-        self.fields = {name: zeros(2, (2 * grid[0] - 1) * (2 * grid[1] - 1)) for name in names}
+        self.fields = {name: zeros(2, (2 * grid[0] - 1) * (2 * grid[1] - 1))
+                       for name in ("receptive_field", "receptive_field_tokens")[:1 + decoder]}
 
     def watch(self, mask: torch.Tensor):
         """A context in which passes through the blocks are added to the sums. mask [B, N]: 1 = mask token."""
@@ -176,7 +160,7 @@ class Sums:
         bias = None if bias is None else bias[:, :, self.prefix:, self.prefix:]
         for which, weights in attention_chunks(query, key, bias):
             distance[which] = attention_distance(weights, self.distances)
-            pair = torch.arange(which.stop - which.start, device=tokens.device)
+            pair = torch.arange(len(weights), device=tokens.device)
             scale = torch.zeros(attn.num_heads, len(pair), device=tokens.device)
             scale[(which.start + pair) % attn.num_heads, pair] = 1 / weights.norm(dim=2).norm(dim=1)
             self.maps[layer] += scale @ weights.flatten(1)
@@ -189,17 +173,15 @@ class Sums:
         """The metrics of a results line, over all processes."""
         for value in (self.distance, self.queries, self.maps, *self.fields.values()):
             all_reduce(value)
-        groups = {"": (self.distance.sum(0), self.queries.sum(0))}
-        if self.decoder:
-            groups.update({f"_{name}": (self.distance[group], self.queries[group])
-                           for group, name in enumerate(("visible", "masked"))})
         figures = {}
-        for name, (total, queries) in groups.items():
-            figures[f"distance_patches{name}"] = plain(total / queries)
-            figures[f"distance_pixels{name}"] = plain(total / queries * patch_size)
-        uniform = self.distances.double().mean()
-        figures["distance_patches_uniform"] = plain(uniform)
-        figures["distance_pixels_uniform"] = plain(uniform * patch_size)
+
+        def add_distance(name, value):
+            figures[name.format("patches")], figures[name.format("pixels")] = plain(value), plain(value * patch_size)
+
+        add_distance("distance_{}", self.distance.sum(0) / self.queries.sum(0))
+        for name, group in (("visible", 0), ("masked", 1)) if self.decoder else ():
+            add_distance(f"distance_{{}}_{name}", self.distance[group] / self.queries[group])
+        add_distance("distance_{}_uniform", self.distances.double().mean())
         images = (self.queries.sum(0) / len(self.distances)).round()
         figures["map_similarity"] = plain(pair_similarity(self.maps, images).mean(1))
         for name, (total, count) in self.fields.items():
@@ -208,14 +190,13 @@ class Sums:
             if name == "receptive_field":
                 figures["receptive_field_count"] = count.view_as(field).long().tolist() if count.any() else None
             for share in (50, 90):
-                radius = torch.tensor(radius_holding(field, share / 100), dtype=torch.float64)
-                figures[f"{name}_radius{share}_patches"] = plain(radius)
-                figures[f"{name}_radius{share}_pixels"] = plain(radius * patch_size)
+                add_distance(f"{name}_radius{share}_{{}}", radius_holding(field, share / 100))
         return figures
 
 
-def plain(values: torch.Tensor) -> list | float | None:
+def plain(values: torch.Tensor | list | float) -> list | float | None:
     """As nested lists of numbers with six significant digits; values that are not finite become None (JSON null)."""
-    if values.dim():
-        return [plain(value) for value in values.cpu()]
-    return float(f"{values.item():.6g}") if values.isfinite() else None
+    values = values.tolist() if isinstance(values, torch.Tensor) else values
+    if isinstance(values, list):
+        return [plain(value) for value in values]
+    return float(f"{values:.6g}") if math.isfinite(values) else None

@@ -14,28 +14,15 @@ from utils.results import caveats, markdown_table
 def latest(results: Sequence[dict]) -> dict[tuple, dict]:
     """The last result of each (name, part, mask ratio). The name is the model's, with the file and its folder where a
     model stands there with several weights, and with marks for random weights and synthetic data."""
-    files = {}
-    for result in results:
-        files.setdefault(result["model"], set()).add(result["weights"])
+    models = [model for model, _ in {(result["model"], result["weights"]) for result in results}]
     chosen = {}
     for result in results:
-        name = result["model"]
-        if len(files[name]) > 1 and result["weights"] != "random":
+        name, marks = result["model"], caveats(result)
+        if models.count(name) > 1 and result["weights"] != "random":
             name += f" {'/'.join(Path(result['weights']).parts[-2:])}"
-        marks = caveats(result)
         name += f" ({marks})" if marks else ""
         chosen[name, result["part"], result["mask_ratio"]] = result
     return chosen
-
-
-def title_of(key: tuple) -> str:
-    name, part, ratio = key
-    return f"{name}, encoder" if part == "encoder" else f"{name}, decoder, mask ratio {ratio:g}"
-
-
-def mean(values: Sequence[float | None]) -> float:
-    """NaN where a value is absent."""
-    return math.nan if None in values else sum(values) / len(values)
 
 
 def summary_table(results: Sequence[dict]) -> str:
@@ -45,12 +32,13 @@ def summary_table(results: Sequence[dict]) -> str:
         return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
     rows = []
-    for key, result in latest(results).items():
-        layers = [mean(heads) for heads in result["distance_pixels"]]
-        radii = [show(result.get(f"{field}_radius{share}_pixels"))
+    for (name, part, ratio), result in latest(results).items():
+        title = f"{name}, encoder" if part == "encoder" else f"{name}, decoder, mask ratio {ratio:g}"
+        layers = np.array(result["distance_pixels"], dtype=float).mean(1)
+        radii = [result.get(f"{field}_radius{share}_pixels")
                  for field in ("receptive_field", "receptive_field_tokens") for share in (50, 90)]
-        rows.append([title_of(key), str(result["num_images"]), show(layers[0]), show(layers[-1]), show(mean(layers)),
-                     *radii, show(result["map_similarity"][-1], 3)])
+        rows.append([title, str(result["num_images"]), *map(show, [layers[0], layers[-1], layers.mean(), *radii]),
+                     show(result["map_similarity"][-1], 3)])
     header = ["model", "images", "distance, first layer", "last layer", "mean", "receptive field, 50%", "90%",
               "of the decoder alone, 50%", "90%", "map similarity, last layer"]
     return "Attention, distances and radii in pixels\n\n" + markdown_table(header, rows)
@@ -63,25 +51,18 @@ def write_plots(results: Sequence[dict], folder: Path) -> list[str]:
     on): a line per mask ratio, mask tokens and visible tokens apart. attention_fields.png: every receptive field.
     """
     chosen, names = latest(results), []
-
-    def distances(name, lines, panels):
-        names.append(f"attention_distance_{name}.png")
-        draw_distances(folder / names[-1], panels, {result["patch_size"] for result in lines},
-                       {result["distance_pixels_uniform"] for result in lines})
-
-    encoders = {key: result for key, result in chosen.items() if key[1] == "encoder"}
-    fields = [[(title_of(key), result, "receptive_field") for key, result in encoders.items()]]
+    encoders = {name: result for (name, part, _), result in chosen.items() if part == "encoder"}
+    fields = [[(f"{name}, encoder", result, "receptive_field") for name, result in encoders.items()]]
     if encoders:
-        distances("encoders", encoders.values(), {
-            "Encoders, whole images": {key[0]: result["distance_pixels"] for key, result in encoders.items()}})
+        names.append("attention_distance_encoders.png")
+        draw_distances(folder / names[-1], {"Encoders, whole images": encoders}, ["distance_pixels"])
     for number, model in enumerate(dict.fromkeys(name for name, part, _ in chosen if part == "decoder")):
-        decoders = {key[2]: chosen[key] for key in sorted(key for key in chosen if key[:2] == (model, "decoder"))}
-        distances(f"decoder{f'_{number + 1}' if number else ''}", decoders.values(), {
-            f"{model}, decoder: {queries} as queries": {
-                f"mask ratio {ratio:g}": result[f"distance_pixels_{group}"] for ratio, result in decoders.items()}
-            for group, queries in (("masked", "mask tokens"), ("visible", "visible tokens"))})
-        fields += [[(f"{model}, decoder, mask ratio {ratio:g}, from {source}", result, field)
-                    for ratio, result in decoders.items()]
+        decoders = {f"mask ratio {key[2]:g}": chosen[key] for key in sorted(chosen) if key[:2] == (model, "decoder")}
+        names.append(f"attention_distance_decoder{f'_{number + 1}' if number else ''}.png")
+        draw_distances(folder / names[-1], {f"{model}, decoder: {queries} as queries": decoders
+                                            for queries in ("mask tokens", "visible tokens")},
+                       ["distance_pixels_masked", "distance_pixels_visible"])
+        fields += [[(f"{model}, decoder, {ratio}, from {source}", result, field) for ratio, result in decoders.items()]
                    for field, source in (("receptive_field", "visible pixels"),
                                          ("receptive_field_tokens", "the encoder's output"))]
     # Without --queries, and at mask ratio 0, there is no field.
@@ -92,39 +73,38 @@ def write_plots(results: Sequence[dict], folder: Path) -> list[str]:
     return names
 
 
-def draw_distances(path: Path, panels: Mapping[str, Mapping[str, Sequence[Sequence[float | None]]]],
-                   patch_sizes: set[int], uniform: set[float]) -> None:
-    """Plots attention distance by layer: in each panel, {title: {name: [layers][heads] in pixels}}, a line per name of
-    the means over heads, and a dot per head. patch_sizes, in pixels: where there is one, it gives a second scale on the
-    right. uniform: distances of equal weights, grey lines. Lines without values, as of mask tokens at mask ratio 0, are
-    left out."""
-    names = list(dict.fromkeys([name for curves in panels.values() for name in curves] + ["equal weights"]))
+def draw_distances(path: Path, panels: Mapping[str, Mapping[str, dict]], figures: Sequence[str]) -> None:
+    """Plots attention distance by layer: in each panel, {title: {name: result}}, a line per name of the means over
+    heads, and a dot per head, of that panel's figure in the results. Lines without values, as of mask tokens at mask
+    ratio 0, are left out. Grey lines: equal weights. Results of one patch size get a second scale, in patches."""
+    results = {name: result for curves in panels.values() for name, result in curves.items()}
+    patch, *others = {result["patch_size"] for result in results.values()}
+    names = [*results, "equal weights"]
     columns = 2 if len(panels) > 1 or max(map(len, names)) < 24 else 1
     lines = sum(len(textwrap.wrap(name, 54)) for name in names) / columns
     with plot(path, COLUMN if len(panels) == 1 else PAGE, 2.2 + 0.13 * math.ceil(lines)) as figure:
         handles = {}
-        for axes, (title, curves) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0],
-                                         panels.items(), strict=True):
+        for axes, (title, curves), key in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0],
+                                              panels.items(), figures, strict=True):
             axes.set(title=textwrap.fill(title, 56), xlabel="layer (line: mean over heads; dots: heads)",
                      ylabel="attention distance, pixels")
             axes.grid(axis="y")
-            for value in uniform:
+            for value in {result["distance_pixels_uniform"] for result in curves.values()}:
                 handles["equal weights"] = axes.axhline(value, color="#999999")
-            for number, (name, layers) in enumerate(curves.items()):
-                if None in layers[0]:
+            for number, (name, result) in enumerate(curves.items()):
+                layers = np.array(result[key], dtype=float)
+                if np.isnan(layers[0]).any():
                     continue
                 numbers, colour = np.arange(1, len(layers) + 1), COLOURS[number % len(COLOURS)]
                 # Dots of different lines stand side by side.
                 shifted = numbers + (number - (len(curves) - 1) / 2) * 0.6 / len(curves)
-                for heads in zip(*layers, strict=True):
-                    axes.plot(shifted, heads, ".", color=colour, markersize=2.2, markeredgewidth=0)
-                handles[name], = axes.plot(numbers, [mean(heads) for heads in layers], "o-", color=colour, markersize=2)
+                axes.plot(shifted, layers, ".", color=colour, markersize=2.2, markeredgewidth=0)
+                handles[name], = axes.plot(numbers, layers.mean(1), "o-", color=colour, markersize=2)
                 axes.set_xticks(numbers[::1 + len(layers) // 13])
             axes.set_ylim(bottom=0)
-            if len(patch_sizes) == 1:
-                patch = next(iter(patch_sizes))
-                axes.secondary_yaxis("right", functions=(lambda x, patch=patch: x / patch,
-                                                         lambda x, patch=patch: x * patch)).set_ylabel("patches")
+            if not others:
+                scale = axes.secondary_yaxis("right", functions=(lambda x: x / patch, lambda x: x * patch))
+                scale.set_ylabel("patches")
         names = [name for name in names if name in handles]
         figure.legend([handles[name] for name in names], [textwrap.fill(name, 54) for name in names],
                       loc="outside lower center", ncols=columns)
@@ -134,10 +114,9 @@ def draw_fields(path: Path, rows: Sequence[Sequence[tuple[str, dict, str]]], col
     """Plots receptive fields, row by row, (title, result, name of the field in the result) each; rows longer than
     `columns` go on in the next. Coloured by the logarithm of value over the field's largest value, with circles of the
     radii that hold 50% and 90%."""
-    rows = [[(textwrap.fill(title, 28), *rest) for title, *rest in row[start:start + columns]]
-            for row in rows for start in range(0, len(row), columns)]
+    rows = [row[start:start + columns] for row in rows for start in range(0, len(row), columns)]
     across = max(3, *map(len, rows))
-    lines = sum(max(title.count("\n") + 2 for title, *_ in row) for row in rows)
+    lines = sum(max(len(textwrap.wrap(title, 28)) + 1 for title, *_ in row) for row in rows)
     with plot(path, PAGE * across / 5, 1.5 * len(rows) + 0.11 * lines + 0.6) as figure:
         from matplotlib import colormaps
         from matplotlib.colors import LogNorm
@@ -149,12 +128,13 @@ def draw_fields(path: Path, rows: Sequence[Sequence[tuple[str, dict, str]]], col
         for down, row in enumerate(rows):
             for axes, (title, result, name) in zip(grid[down], row, strict=False):
                 field = np.array(result[name], dtype=float)
-                radii = [f"{share}%: {result[f'{name}_radius{share}_pixels']:.0f}" for share in (50, 90)]
-                axes.set_title(f"{title}\n{', '.join(radii)} pixels", fontsize=6)
                 largest, middle = np.nanmax(field) or 1, len(field) // 2
                 image = axes.imshow(np.clip(field / largest, 1e-3, 1), norm=LogNorm(1e-3, 1), cmap=colours)
-                for share in (50, 90):
-                    axes.add_patch(Circle((middle, middle), result[f"{name}_radius{share}_patches"], fill=False,
-                                          color="#0050ff"))
+                pixels, patches = ([result[f"{name}_radius{share}_{unit}"] for share in (50, 90)]
+                                   for unit in ("pixels", "patches"))
+                radii = "50%: {:.0f}, 90%: {:.0f} pixels".format(*pixels)
+                axes.set_title(f"{textwrap.fill(title, 28)}\n{radii}", fontsize=6)
+                for radius in patches:
+                    axes.add_patch(Circle((middle, middle), radius, fill=False, color="#0050ff"))
         figure.colorbar(image, ax=grid, location="bottom", aspect=40, shrink=0.8, pad=0.03 / len(rows),
                         label="share of the largest value; circles: radii that hold 50% and 90%; grey: no pair")
