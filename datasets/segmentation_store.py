@@ -39,11 +39,12 @@ class PixelStore:
         largest = tuple(int(side * LARGEST_RATIO) for side in base_scale)
         self.stored = [min(size, transforms.rescale_size(*size, largest)) for size in self.sizes]
         self.starts = torch.tensor([0, *(height * width for height, width in self.stored)]).cumsum(0)
-        self.filled = False
-        self.pixels = allocate((int(self.starts[-1]),), torch.int32, device, tier, lambda: self._on_disk(folder),
-                               f"{len(split)} training images, decoded", "use a larger disk with --output-dir", log,
-                               reserve=RESERVED_BYTES, pin=False)
-        if not self.filled:
+        self.mapped = None
+        self.pixels = allocate((int(self.starts[-1]),), torch.int32, device, tier, folder,
+                               lambda: self._on_disk(folder), f"{len(split)} training images, decoded",
+                               "use a larger disk with --output-dir", log, reserve=RESERVED_BYTES, pin=False)
+        # The file is filled already; where another process cannot map it, all processes hold the images elsewhere.
+        if self.pixels is not self.mapped:
             self._fill(self.pixels)
 
     def _fill(self, pixels: torch.Tensor) -> None:
@@ -75,8 +76,8 @@ class PixelStore:
         with local_main_first():
             if not path.exists():
                 atomic_write(path, write)
-        self.filled = True
-        return map_file(path, shape, torch.int32)
+        self.mapped = map_file(path, shape, torch.int32, writable=False)
+        return self.mapped
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[transforms.Packed, list[tuple[int, int]]]:
         """Some images on the device, and their original sizes."""

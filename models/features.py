@@ -111,8 +111,9 @@ def encode_tokens(encoder: Encoder, images: torch.Tensor, precision: str) -> Enc
     """uint8 [B, 3, H, W] on the encoder's device -> tokens in the precision's type."""
     with autocast(images.device, precision):
         tokens = encoder(encoder.preprocess(images))
-    # Normalised before the cast: afterwards an error of the mean would stay.
-    return Encoded(tokens[:, 0].to(DTYPES[precision]), normalise(tokens.float()).to(DTYPES[precision]))
+    # Class tokens are a copy: a view would keep all tokens of the batch alive. Normalised before the cast: afterwards
+    # an error of the mean would stay.
+    return Encoded(tokens[:, 0].to(DTYPES[precision], copy=True), normalise(tokens.float()).to(DTYPES[precision]))
 
 
 def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, precision: str, workers: int, tier: str,
@@ -138,7 +139,8 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
         kept = FeatureCache.open(keep / name, full, slice(start, stop), log)
     if with_tokens:
         arrays["tokens"] = allocate(
-            shape, dtype, device, tier, lambda: kept.arrays["tokens"] if kept else temporary_file(folder, shape, dtype),
+            shape, dtype, device, tier, keep if kept else folder,
+            lambda: kept.arrays["tokens"] if kept else temporary_file(folder, shape, dtype),
             f"{label}: tokens of {total} patches, {length} x {width} {precision} each",
             "use a larger disk with --cache-dir, more processes, or --probe linear knn, which need no tokens", log)
 
@@ -146,13 +148,12 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
         log(f"{label}: features come from the cache {kept.path}")
         copy_arrays(kept.arrays, arrays)
     else:
-        encode_into(arrays, encoder, dataset, images, start, label, precision, workers)
+        finite = encode_into(arrays, encoder, dataset, images, start, label, precision, workers)
+        if any_process(not finite):
+            raise UserError(f"{label}: the encoder gave features that are not finite at --precision {precision}; "
+                            "use bf16 or fp32")
         if kept:
             kept.write(arrays)
-
-    if any_process(not arrays["cls"][arrays["decoded"] == 1].isfinite().all()):
-        raise UserError(f"{label}: the encoder gave features that are not finite at --precision {precision}; "
-                        "use bf16 or fp32")
     missing = (gather_rows(arrays["decoded"]) == 0).nonzero().flatten().cpu()
     if len(missing):
         log(f"{label}: {len(missing)} patches are left out, their images could not be decoded")
@@ -160,13 +161,17 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
 
 
 def encode_into(arrays: dict[str, torch.Tensor], encoder: Encoder, dataset, images: range, first_id: int, label: str,
-                precision: str, workers: int) -> None:
-    """One pass over the images: fills the arrays, whose first row is that of first_id, and sets decoded to 1."""
+                precision: str, workers: int) -> bool:
+    """One pass over the images: fills the arrays, whose first row is that of first_id, and sets decoded to 1. Returns
+    whether all that was written is finite."""
     device = arrays["cls"].device
     progress = Progress(len(arrays["cls"]), f"encoding {label}", "patches")
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for patches, ids in dataset.batches(images, encode_batch_size(device), workers, pin_memory=device.type == "cuda"):
         encoded = encode_tokens(encoder, patches.to(device, non_blocking=True), precision)
         values = encoded._asdict() | {"decoded": torch.ones(len(ids), dtype=torch.uint8, device=device)}
+        for name in arrays:
+            finite &= values[name].isfinite().all()
         # Ids are consecutive but for images that could not be decoded.
         start = 0
         for run in ids.tensor_split((ids.diff() != 1).nonzero().flatten() + 1):
@@ -177,6 +182,7 @@ def encode_into(arrays: dict[str, torch.Tensor], encoder: Encoder, dataset, imag
         progress.update(len(ids))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return bool(finite)
 
 
 def encode_batch_size(device: torch.device) -> int:
@@ -258,11 +264,20 @@ class FeatureCache:
 
 
 def source_files(*objects: object) -> set[str]:
-    """The files of this repository that define these functions and the classes of these objects."""
-    modules = {sys.modules.get(getattr(kind, "__module__", None)) for one in objects
-               for kind in (one, *type(one).__mro__)}
-    root = str(Path(__file__).parents[1])
-    return {path for module in modules if (path := getattr(module, "__file__", None) or "").startswith(root)}
+    """The files of this repository that define these functions and the classes of these objects, and those of the same
+    folder whose functions or classes they use."""
+    root, files = str(Path(__file__).parents[1]), set()
+    # A partial function's own module is functools.
+    names = [getattr(kind, "__module__", None) for one in objects
+             for kind in (getattr(one, "func", one), *type(one).__mro__)]
+    while names:
+        module = sys.modules.get(names.pop())
+        path = getattr(module, "__file__", None) or ""
+        if path.startswith(root) and path not in files:
+            files.add(path)
+            used = (str(getattr(value, "__module__", "")) for value in vars(module).values())
+            names += [name for name in used if name.startswith(f"{module.__package__}.")]
+    return files
 
 
 def fingerprint(encoder: Encoder, dataset, precision: str, with_tokens: bool) -> str:
@@ -271,7 +286,7 @@ def fingerprint(encoder: Encoder, dataset, precision: str, with_tokens: bool) ->
     digest = hashlib.sha256()
     device = next(encoder.parameters()).device.type
     for value in (precision, device, torch.__version__, timm.__version__, with_tokens, dataset.transform,
-                  dataset.classes, encoder.num_heads, encoder.method, getattr(encoder, "shuffle", None) is not None):
+                  dataset.classes, encoder, encoder.num_heads, getattr(encoder, "shuffle", None) is not None):
         digest.update(f"{value}\0".encode())
     for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers()):
         digest.update(name.encode() + str(tuple(tensor.shape)).encode())

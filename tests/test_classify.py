@@ -253,6 +253,36 @@ def test_a_fingerprint_holds_the_code_that_features_depend_on_and_no_other(cub):
     encoder = small_encoder()
     names = {Path(path).name for path in feature_cache.source_files(encoder, encoder.position_embedding, train)}
     assert names == {"encoder.py", "patches.py"} and Path(encoder.method).name == "ibot.py"
+    for drawn in (synthetic.load_synthetic_patches("test", 1), synthetic.load_synthetic_species("test", 1)):
+        names = {Path(path).name for path in feature_cache.source_files(drawn, drawn.load)}
+        assert names == {"patches.py", "synthetic.py", "synthetic_figures.py"}, "what draws the images"
+
+
+def test_a_patch_token_that_is_not_finite_is_said_and_nothing_is_kept(cub, tmp_path, monkeypatch):
+    encoder, (_, test) = small_encoder(), open_classification("cub", cub)
+    forward = encoder.forward
+
+    def one_nan(images):
+        tokens = forward(images)
+        tokens[3, 5, 7] = float("nan")
+        return tokens
+
+    def features(with_tokens):
+        return encode_features(encoder, test, "test", with_tokens, "fp32", 0, "auto", tmp_path, tmp_path / "kept",
+                               lambda line: None)
+
+    monkeypatch.setattr(encoder, "forward", one_nan)
+    with pytest.raises(UserError, match="test: the encoder gave features that are not finite at --precision fp32"):
+        features(True)
+    assert not list((tmp_path / "kept").glob("*/complete.json"))
+    assert features(False).cls.isfinite().all(), "the class tokens are"
+
+
+def test_class_tokens_do_not_keep_the_others_alive(cub):
+    """ImageNet's batches of 16,384 class tokens wait for each other."""
+    for precision in ("fp32", "bf16"):
+        cls, _ = encode_tokens(small_encoder(), torch.zeros(2, 3, 224, 224, dtype=torch.uint8), precision)
+        assert cls.untyped_storage().nbytes() == cls.numel() * cls.itemsize
 
 
 def test_a_cache_folder_that_is_full_or_not_writable_is_said_and_done_without(cub, tmp_path, monkeypatch):

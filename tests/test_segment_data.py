@@ -12,9 +12,10 @@ from datasets import segmentation_store
 from datasets.segmentation import PAPER_PROTOCOLS as PROTOCOLS
 from datasets.segmentation import in_order, open_segmentation, pair_files, read_image, read_label, reduce_label
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
-from datasets.segmentation_transforms import rescale_size, resize_image
+from datasets.segmentation_transforms import pack_pixels, rescale_size, resize_image
 from datasets.synthetic import OBJECT_NAMES, PART_NAMES
-from utils import UserError
+from utils import UserError, storage
+from utils.distributed import all_reduce, init_processes, rank
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real is not on this machine")
@@ -156,6 +157,38 @@ def test_large_images_are_kept_at_the_largest_size_that_is_needed(tmp_path):
     for images, labels in training_batches(store, range(3), 4, (128, 48), 48, MEAN, STD, seed=0):
         assert images.shape == (4, 3, 48, 48)
         assert labels.shape == (4, 48, 48)
+
+
+@pytest.mark.parametrize(("tier", "free", "mappable", "expected"), [
+    ("auto", (4096, -4096), (True, True), "in a mapped file"),
+    ("auto", (4096, 4096), (True, True), "in memory"),
+    ("disk", (1 << 30, 1 << 30), (True, False), "in memory"),
+])
+def test_processes_agree_on_where_images_are(launch, tmp_path, tier, free, mappable, expected):
+    """One has 4 KiB more than it needs and one 4 KiB less; or one cannot map the file that another has filled."""
+    for i in range(3):
+        write_pair(tmp_path / "img/train", tmp_path / "ann/train", name=str(i), size=(40 + i, 30), label=i + 1)
+    split = open_segmentation("lip", tmp_path, "train")
+    pixels = torch.cat([pack_pixels(*split.load(i)).flatten() for i in range(3)])
+    limit = 4 * len(pixels) + segmentation_store.RESERVED_BYTES["cpu"]
+
+    def main():
+        init_processes("cpu")
+        storage.free_memory = lambda device: limit + free[rank()]
+        map_file = segmentation_store.map_file
+
+        def mapped(*arguments, **options):
+            if not mappable[rank()]:
+                raise RuntimeError("unable to open file")
+            return map_file(*arguments, **options)
+
+        segmentation_store.map_file, lines = mapped, []
+        store = PixelStore(split, (64, 32), CPU, tmp_path, tier, 0, lines.append)
+        right = all_reduce(torch.tensor([int(torch.equal(store.pixels, pixels))]))
+        print(int(right), lines[-1])
+
+    out, _ = launch(main, [], processes=2)
+    assert out.startswith("2 3 training images") and expected in out
 
 
 def test_batches_start_anywhere(tmp_path):

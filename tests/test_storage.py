@@ -1,5 +1,7 @@
 """Where arrays live: all processes take the same tier, whatever each of them has free."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,7 +24,8 @@ def allocate_with(free_by_rank, full_disk_on=None):
 
         lines, cpu = [], torch.device("cpu")
         try:
-            array = storage.allocate((1000,), FLOAT, cpu, "auto", on_disk, "array", "buy more", lines.append)
+            array = storage.allocate((1000,), FLOAT, cpu, "auto", Path("folder"), on_disk, "array", "buy more",
+                                     lines.append)
         except UserError as error:
             array, lines = (), [str(error)]
         # Waits for ever, or fails, where only some processes came here.
@@ -48,5 +51,5 @@ def test_a_disk_that_fails_for_one_process_fails_for_all(launch):
 def test_nothing_fits(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"fit nowhere: .*File exists.*only .* GB are free in memory"):
-        storage.allocate((1 << 45,), FLOAT, torch.device("cpu"), "disk",
+        storage.allocate((1 << 45,), FLOAT, torch.device("cpu"), "disk", tmp_path,
                          lambda: storage.temporary_file(tmp_path / "file", (1,), FLOAT), "array", "buy more", print)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from . import UserError
-from .distributed import any_process, rank, world_size
+from .distributed import any_process, gather_rows, rank, world_size
 
 TIERS = ("gpu", "cpu", "disk")
 
@@ -64,43 +64,48 @@ def temporary_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> to
         path.unlink(missing_ok=True)
 
 
-def has_room(need: int, tier: str, device: torch.device, reserve: int, pinned: bool) -> tuple[bool, float]:
-    """(whether every process finds need bytes in the "gpu" or "cpu" tier, bytes free here). A fifth of what is free and
-    reserve bytes stay unused; the processes of a machine share its memory."""
+def has_room(need: int, tier: str, device: torch.device, reserve: int, pinned: bool) -> tuple[bool, int]:
+    """(whether every process finds need bytes in the "gpu" or "cpu" tier, bytes free to the process with the least). A
+    fifth of what is free stays unused, and at least reserve bytes; the processes of a machine share its memory."""
     free = free_memory(device if tier == "gpu" else torch.device("cpu"))
     if tier == "cpu":
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         # PyTorch takes pinned memory in powers of two.
         need = 1 << (need - 1).bit_length() if pinned and need else need
-    return not any_process(need > 0.8 * free - reserve), free
+    numbers = gather_rows(torch.tensor([[need, free]]))
+    need, free = int(numbers[:, 0].max()), int(numbers[:, 1].min())
+    return need <= min(0.8 * free, free - reserve), free
 
 
-def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tier: str, on_disk: Callable,
-             what: str, advice: str, log: Callable[[str], None], reserve: dict[str, int] | None = None,
-             pin: bool = True) -> torch.Tensor:
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tier: str, folder: Path,
+             on_disk: Callable[[], torch.Tensor], what: str, advice: str, log: Callable[[str], None],
+             reserve: dict[str, int] | None = None, pin: bool = True) -> torch.Tensor:
     """An uninitialised array on the GPU, in host memory or in a file, the same tier on every process.
 
     tier: tried first; the others follow as in TIERS ("auto": TIERS alone). The choice and its reasons are logged before
-    memory is taken. on_disk: makes the array in a file, or raises OSError. what: the array in messages. reserve: bytes
-    to leave free, by tier. advice: for the UserError where it fits nowhere. pin: page-locked where there is a GPU.
+    memory is taken. on_disk: makes the array in a file in folder, or raises OSError. what: the array in messages.
+    reserve: bytes to leave free, by tier. advice: for the UserError where it fits nowhere. pin: page-locked where there
+    is a GPU.
     """
     need = torch.Size(shape).numel() * dtype.itemsize
     share = f" in each of {world_size()} processes" if world_size() > 1 else ""
     what = f"{what}: {need / 1e9:.2f} GB{share}"
     pinned, reasons = pin and device.type == "cuda", []
-    names = {"gpu": "on the GPU", "cpu": "in pinned host memory" if pinned else "in memory", "disk": "in a mapped file"}
+    names = {"gpu": "on the GPU", "cpu": "in pinned host memory" if pinned else "in memory",
+             "disk": f"in a mapped file in {folder}"}
     for one in sorted(TIERS[device.type != "cuda":], key=lambda one: one != tier):
         room, free = (True, 0) if one == "disk" else has_room(need, one, device, (reserve or {}).get(one, 0), pinned)
         if not room:
             reasons.append(f"only {free / 1e9:.2f} GB are free {names[one]}")
             continue
-        log("; ".join([f"{what}, {names[one]}", *reasons]))
+        note = "" if one == "disk" else f" ({free / 1e9:.2f} GB free)"
+        log("; ".join([f"{what}, {names[one]}{note}", *reasons]))
         array, reason = None, "another process was refused"
         try:
             array = on_disk() if one == "disk" else torch.empty(
                 shape, dtype=dtype, device=device if one == "gpu" else "cpu", pin_memory=pinned and one == "cpu")
         except OSError as error:
-            reason = f"the disk cannot take the file ({error.strerror})"
+            reason = f"{folder} cannot take the file ({error.strerror})"
         except RuntimeError as error:
             reason = f"{one} memory was refused ({str(error).splitlines()[0][:60]})"
         if not any_process(array is None):
