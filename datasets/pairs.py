@@ -216,8 +216,8 @@ def load_synthetic_pairs(image_size: int, num_pairs: int, seed: int = 0, num_ima
     species = {number: OBJECT_NAMES[scene.species[0] - 1] for number, scene in scenes.items()}
     pairs = []
     for source, target, *matched in draw_matches(points, species, num_pairs, seed):
-        spans = scenes[target].spans
-        figure = np.array([shape.part > 0 for shape in scenes[target].shapes])[spans.owner]
-        box = (spans.begin[figure].min(), spans.row[figure].min(), spans.end[figure].max(), spans.row[figure].max() + 1)
+        owner, row, begin, end = scenes[target].spans
+        figure = np.array([shape.part > 0 for shape in scenes[target].shapes])[owner]
+        box = (begin[figure].min(), row[figure].min(), end[figure].max(), row[figure].max() + 1)
         pairs.append(Pair(f"{source} to {target}", species[source], source, target, *matched, tuple(map(int, box)), {}))
     return PairDataset(pairs, image_size, partial(draw_image, num_figures=1), lambda number: scenes[number].size)
