@@ -74,6 +74,8 @@ def choose_layers(words: Sequence[str] | None, depth: int) -> list[int]:
     """0-based blocks of an encoder of that depth: numbers, "last", "last4", "all", or None for the paper's shares of
     the depth (3 5 7 11 of 12). Raises UserError."""
     named = {"last": range(depth - 1, depth), "last4": range(max(0, depth - 4), depth), "all": range(depth)}
+    if not depth:
+        raise UserError("this network has no attribute blocks, and depth is not given: its layers cannot be looked at")
     if words is None:
         return sorted({round(share * depth) - 1 for share in DEPTH_SHARES})
     if len(words) == 1 and words[0] in named:
@@ -94,6 +96,10 @@ def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[
         if args.debug:
             raise
         raise UserError(str(error)) from None
+    size, patch = vars(args).get("image_size") or 0, encoder.patch_size
+    if size % patch:
+        raise UserError(f"--image-size {size} is not divisible by the patch size {patch}; "
+                        f"use {max(1, round(size / patch)) * patch}")
     log(f"{args.model} from {encoder.weights}" + (f", SHA-256 {encoder.sha256}" if encoder.sha256 else "")
         + f": {encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads "
         + ("as given" if args.num_heads else "by the file" if args.model in METHODS else "by its architecture")

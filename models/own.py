@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from utils import UserError
+
 from .encoder import CheckpointError, Encoder
 
 
@@ -50,8 +52,8 @@ class OwnEncoder(Encoder):
         if self.cls_from == "mean":
             tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
         if tokens.shape[1] != 1 + height * width:
-            raise CheckpointError(f"the network gives {tokens.shape[1]} tokens for {height} x {width} patches and a "
-                                  "class token; register tokens must be left out")
+            raise UserError(f"the network gives {tokens.shape[1]} tokens for {height} x {width} patches and a "
+                            "class token; register tokens must be left out")
         return tokens
 
     def get_intermediate_layers(self, images: torch.Tensor, n: Sequence[int] = (3, 5, 7, 11), reshape: bool = True,

@@ -82,6 +82,8 @@ def test_pca_puts_the_models_of_a_folder_on_one_sheet(run, tmp_path):
     (("--dataset", "spair"), "--data-path"), (("--dataset", "cub-pairs", "--data-path", "nowhere"), "nowhere"),
     (("--dataset", "synthetic-pairs", "--image-size", 100), "--image-size 100 is not divisible"),
     (("--dataset", "synthetic-pairs", "--layers", "9"), "blocks 0 to 3"),
+    (("--image-size", 100), "--image-size 100 is not divisible by the patch size 16; use 96"),
+    (("--weights", "/etc/passwd"), "truncated or no PyTorch checkpoint"),
     (("--dataset", "cub", "--pca"), "--pca draws a folder of images"),
 ])
 def test_mistakes_are_one_line(run, tmp_path, words, message):
