@@ -43,6 +43,7 @@ from utils.distributed import (
     world_size,
 )
 from utils.drawing import draw_confusion, draw_curves, require_matplotlib
+from utils.provenance import NO_EFFECT
 from utils.results import append_result, args_to_json, paper_tables, run_slug, run_title, start_line
 from utils.run import (
     OneLineParser,
@@ -58,9 +59,6 @@ from utils.storage import atomic_write
 
 NEIGHBOURS = (10, 20, 100, 200)
 CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out tenth of the training images"}
-# Arguments that may differ when a run is resumed: they do not change what it computes.
-FREE_ON_RESUME = ("output_dir", "debug", "workers", "device", "cache", "cache_dir", "resume", "checkpoint_seconds",
-                  "save_plots", "table")
 
 
 @torch.no_grad()
@@ -416,7 +414,7 @@ def main() -> None:
     probes = make_probes([kind for kind in args.probe if kind != "knn"], recipes, args.batch_size, args.lr,
                          range(args.seed, args.seed + args.seeds), args.epochs, num_train, encoder,
                          len(train.classes), log)
-    settings = {key: value for key, value in args_to_json(args).items() if key not in FREE_ON_RESUME}
+    settings = {key: value for key, value in args_to_json(args).items() if key not in NO_EFFECT}
     settings |= {"the weights' SHA-256": encoder.sha256, "the number of training patches": num_train}
     prefix = args.output_dir / f"{run_slug(args.name)}_{args.dataset}"
     checkpoint = Path(f"{prefix}_checkpoint.pth")
