@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.hub import tqdm
 
-from utils.storage import atomic_write
+from utils.storage import atomic_write, check_archive
 
 from .encoder import CheckpointError, take_prefix
 
@@ -117,6 +117,7 @@ def open_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"weights file {path} does not exist; give --weights PATH, official or random")
     try:
+        check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds on a file that is none of its own

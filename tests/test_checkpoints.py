@@ -222,6 +222,33 @@ def test_truncated_and_foreign_files(tmp_path, keep):
         build_model("ibot", str(tmp_path / "absent.pth"))
 
 
+@pytest.mark.parametrize("place", range(0, 100, 7))
+def test_flipped_bits_in_the_weights_are_refused(tmp_path, place):
+    """torch.load takes them: it does not look at the checksums that torch.save writes."""
+    content = bytearray((GOLDEN / "mae/checkpoint.pth").read_bytes())
+    content[20_000 + 500 * place] ^= 4
+    path = tmp_path / "flipped.pth"
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(CheckpointError, match=r"flipped.pth is .*Bad CRC-32 for file .*download it again"):
+        build_model("mae", str(path), num_heads=3)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_files_without_checksums_load(tmp_path, checksums):
+    """The format before archives (official files of 2021), and archives written without CRC-32."""
+    state = {"model": {"x": torch.arange(9.0)[2:7]}}
+    torch.save(state, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    if not checksums:
+        torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "archive.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for name in ("legacy.pth", "archive.pth"):
+        assert torch.equal(open_checkpoint(tmp_path / name)["model"]["x"], state["model"]["x"])
+
+
 FILES = {"deit": "deit/checkpoint", "mocov3": "mocov3/checkpoint", "dino": "dino/checkpoint", "beit": "beit/checkpoint",
          "mae": "mae/checkpoint", "cae": "cae/checkpoint", "ibot": "ibot/checkpoint_teacher"}
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from . import UserError
 from .distributed import init_processes, is_main, world_size
 from .results import args_to_json, revision
+from .storage import check_archive
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -129,6 +130,7 @@ def load_saved(path: Path, what: str, keys: Sequence[str], option: str = "") -> 
     if not path.is_file():
         raise UserError(f"{option}{path} does not exist; name {what}")
     try:
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content.keys() >= set(keys):
             return content
