@@ -13,9 +13,14 @@ import torch
 
 from utils.run import exit_with_one_line_errors
 
-# Processes are forked from this one, and a fork does not take OpenMP's threads along. One thread is also what keeps
-# several processes on few cores from waiting for each other.
+# One thread is what keeps several processes on few cores from waiting for each other.
 torch.set_num_threads(1)
+
+# Processes are forked from a server that has imported what takes long and has done nothing else: a process forked from
+# this one would inherit autograd's threads and the CUDA context of the tests before it, and could use neither.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["timm", "torchvision", "sklearn.metrics", "pytest", "retrieval", "classify",
+                                  "segment"])
 
 
 def call_main(main, words):
@@ -30,22 +35,26 @@ def call_main(main, words):
     return status, out.getvalue(), err.getvalue()
 
 
-def _process(main, words, rank, processes, port, pipe):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+def _process(main, words, environment, pipe):
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    # A script that leaves without ceremony still has to say how; the workers of its data loaders leave as ever.
+    leave, os._exit = os._exit, sys.exit
+    os.register_at_fork(after_in_child=lambda: setattr(os, "_exit", leave))
     try:
         pipe.send(call_main(main, words))
     except BaseException:
         pipe.send((1, "", traceback.format_exc()))
     pipe.close()
-    # Not the way out that pytest's own exit handlers are on.
-    os._exit(0)
+    # Gloo's threads may wait for processes that have gone.
+    leave(0)
 
 
 @pytest.fixture
 def launch():
     """launch(main, words, processes=1, status=0) -> (standard output, error) of the first process; all end in status.
-    Several processes join through gloo, by torchrun's variables."""
+    Several processes join through gloo, by torchrun's variables; they get main by pickle, so it is a function of a
+    module (or functools.partial of one), and see the environment of this process but nothing patched into it."""
     def run(main, words, processes=1, status=0):
         if processes == 1:
             results = [call_main(main, words)]
@@ -53,10 +62,13 @@ def launch():
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            context, results, running = multiprocessing.get_context("fork"), [], []
+            results, running = [], []
             for rank in range(processes):
-                receive, send = context.Pipe(duplex=False)
-                process = context.Process(target=_process, args=(main, words, rank, processes, port, send))
+                receive, send = PROCESSES.Pipe(duplex=False)
+                environment = os.environ | {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                process = PROCESSES.Process(target=_process, args=(main, words, environment, send))
                 process.start()
                 send.close()
                 running.append((process, receive))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -348,32 +347,15 @@ def test_a_run_that_was_killed_resumes_to_the_same_result(monkeypatch, cub, fold
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def launch(processes, *words):
-    """Runs classify.py as torchrun would; returns the outputs of the processes."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        started.append(subprocess.Popen([sys.executable, "classify.py", *map(str, words)], cwd=ROOT, env=environment,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate(timeout=600)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(outputs)
-    return outputs
-
-
 @pytest.mark.parametrize(("dataset", "batch"), [("cub", 20), ("folder", 12)])
-def test_two_and_three_processes_agree_with_one(monkeypatch, cub, folder, tmp_path, dataset, batch):
+def test_two_and_three_processes_agree_with_one(launch, monkeypatch, cub, folder, tmp_path, dataset, batch):
     root = cub if dataset == "cub" else folder
     words = ["--batch-size", batch, "--epochs", 6, "--probe", "linear", "attentive", "knn", "--lr", 0.1]
     expected = run(monkeypatch, *common(dataset, root, tmp_path / "1"), *words)
     for processes in (2, 3):
         output = tmp_path / str(processes)
         # Two processes write one kept cache, three read it.
-        launch(processes, *common(dataset, root, output), *words, "--cache-dir", tmp_path / "kept")
+        launch(classify.main, [*common(dataset, root, output), *words, "--cache-dir", tmp_path / "kept"], processes)
         found = {result["probe"]: result for result in results(output)}
         assert found["linear"]["world_size"] == processes
         for kind in ("linear", "attentive", "knn"):
@@ -388,7 +370,7 @@ def test_two_and_three_processes_agree_with_one(monkeypatch, cub, folder, tmp_pa
 
 
 @pytest.mark.parametrize(("num_train", "probe", "batch"), [(2, "attentive", 8), (23, "linear", 20)])
-def test_more_processes_than_images(monkeypatch, cub, tmp_path, num_train, probe, batch):
+def test_more_processes_than_images(launch, monkeypatch, cub, tmp_path, num_train, probe, batch):
     """Some processes hold nothing of the training set, or of the test set."""
     root = tmp_path / "CUB_200_2011"
     root.mkdir()
@@ -398,7 +380,7 @@ def test_more_processes_than_images(monkeypatch, cub, tmp_path, num_train, probe
     (root / "train_test_split.txt").write_text("".join(f"{i} {int(i <= num_train)}\n" for i in range(1, 25)))
     words = ["--probe", probe, "--batch-size", batch, "--epochs", 3, "--lr", 0.05]
     expected = run(monkeypatch, *common("cub", root, tmp_path / "1"), *words)[probe]
-    launch(3, *common("cub", root, tmp_path / "3"), *words)
+    launch(classify.main, [*common("cub", root, tmp_path / "3"), *words], 3)
     [found] = results(tmp_path / "3")
     assert (found["num_train"], found["num_test"]) == (4 * num_train, 96 - 4 * num_train)
     assert np.array(found["confusion"]).sum() == found["num_test"]

@@ -2,19 +2,17 @@
 main(), in one process, on several, killed and resumed, and with what users get wrong."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import PROCESSES
 from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 
@@ -289,6 +287,7 @@ def killed_in_iteration_six(lines):
             os.kill(os.getpid(), signal.SIGKILL)
         return loss(*args, **kwargs)
 
+    torch.set_num_threads(1)
     segmentation_probe.upsampled_cross_entropy, models.build_model = dies, small_encoder
     sys.argv = ["segment.py", *lines]
     segment.main()
@@ -296,8 +295,7 @@ def killed_in_iteration_six(lines):
 
 def test_a_killed_run_resumes_to_the_same_bits(finished, monkeypatch, lip, tmp_path):
     """The last checkpoint before the kill is that of iteration 4. --resume without one starts from the beginning."""
-    fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=killed_in_iteration_six, args=(arguments(lip, tmp_path, "--resume"),))
+    process = PROCESSES.Process(target=killed_in_iteration_six, args=(arguments(lip, tmp_path, "--resume"),))
     process.start()
     process.join(240)
     assert process.exitcode == -signal.SIGKILL
@@ -397,37 +395,15 @@ def test_layers_by_share_of_depth(words, depth, layers):
     assert models.choose_layers(words, depth) == layers
 
 
-def worker(rank, world, port, lines):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def segment_with_small_encoder():
     models.build_model = small_encoder
-    sys.argv = ["segment.py", *lines]
     segment.main()
-    dist.destroy_process_group()
-
-
-def run_in_processes(world, lines):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=worker, args=(rank, world, port, lines)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-    still = [process for process in processes if process.is_alive()]
-    for process in still:
-        process.kill()
-    assert not still
-    assert [process.exitcode for process in processes] == [0] * world
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_the_number_of_processes_changes_nothing(finished, lip, tmp_path, world):
+def test_the_number_of_processes_changes_nothing(launch, finished, lip, tmp_path, world):
     """Batch 3 and 7 test images over 2 and 3 processes: uneven shares of both."""
-    run_in_processes(world, arguments(lip, tmp_path, "--save-pictures", 7))
+    launch(segment_with_small_encoder, arguments(lip, tmp_path, "--save-pictures", 7), world)
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert len(lines) == 1
     result, (output, expected) = json.loads(lines[0]), finished

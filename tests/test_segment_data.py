@@ -1,6 +1,7 @@
 """The segmentation data sets: folders, label files, what is kept in memory, batches."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,25 @@ def test_large_images_are_kept_at_the_largest_size_that_is_needed(tmp_path):
         assert labels.shape == (4, 48, 48)
 
 
+def fill_a_store(split, folder, tier, free, mappable):
+    """One process of several: free is what it has above what it needs; prints whether all hold the right pixels."""
+    init_processes("cpu")
+    pixels = torch.cat([pack_pixels(*split.load(i)).flatten() for i in range(3)])
+    limit = 4 * len(pixels) + segmentation_store.RESERVED_BYTES["cpu"]
+    storage.free_memory = lambda device: limit + free[rank()]
+    map_file = segmentation_store.map_file
+
+    def mapped(*arguments, **options):
+        if not mappable[rank()]:
+            raise RuntimeError("unable to open file")
+        return map_file(*arguments, **options)
+
+    segmentation_store.map_file, lines = mapped, []
+    store = PixelStore(split, (64, 32), CPU, folder, tier, 0, lines.append)
+    right = all_reduce(torch.tensor([int(torch.equal(store.pixels, pixels))]))
+    print(int(right), lines[-1])
+
+
 @pytest.mark.parametrize(("tier", "free", "mappable", "expected"), [
     ("auto", (4096, -4096), (True, True), "in a mapped file"),
     ("auto", (4096, 4096), (True, True), "in memory"),
@@ -169,25 +189,7 @@ def test_processes_agree_on_where_images_are(launch, tmp_path, tier, free, mappa
     for i in range(3):
         write_pair(tmp_path / "img/train", tmp_path / "ann/train", name=str(i), size=(40 + i, 30), label=i + 1)
     split = open_segmentation("lip", tmp_path, "train")
-    pixels = torch.cat([pack_pixels(*split.load(i)).flatten() for i in range(3)])
-    limit = 4 * len(pixels) + segmentation_store.RESERVED_BYTES["cpu"]
-
-    def main():
-        init_processes("cpu")
-        storage.free_memory = lambda device: limit + free[rank()]
-        map_file = segmentation_store.map_file
-
-        def mapped(*arguments, **options):
-            if not mappable[rank()]:
-                raise RuntimeError("unable to open file")
-            return map_file(*arguments, **options)
-
-        segmentation_store.map_file, lines = mapped, []
-        store = PixelStore(split, (64, 32), CPU, tmp_path, tier, 0, lines.append)
-        right = all_reduce(torch.tensor([int(torch.equal(store.pixels, pixels))]))
-        print(int(right), lines[-1])
-
-    out, _ = launch(main, [], processes=2)
+    out, _ = launch(partial(fill_a_store, split, tmp_path, tier, free, mappable), [], processes=2)
     assert out.startswith("2 3 training images") and expected in out
 
 

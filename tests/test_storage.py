@@ -1,5 +1,6 @@
 """Where arrays live: all processes take the same tier, whatever each of them has free."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,37 +14,34 @@ FLOAT = torch.float32
 
 def allocate_with(free_by_rank, full_disk_on=None):
     """One process of several: allocates 1,000 floats with that much memory free, and prints what it got."""
-    def main():
-        init_processes("cpu")
-        storage.free_memory = lambda device: free_by_rank[rank()]
+    init_processes("cpu")
+    storage.free_memory = lambda device: free_by_rank[rank()]
 
-        def on_disk():
-            if rank() == full_disk_on:
-                raise OSError(28, "No space left on device")
-            return torch.zeros(1000)
+    def on_disk():
+        if rank() == full_disk_on:
+            raise OSError(28, "No space left on device")
+        return torch.zeros(1000)
 
-        lines, cpu = [], torch.device("cpu")
-        try:
-            array = storage.allocate((1000,), FLOAT, cpu, "auto", Path("folder"), on_disk, "array", "buy more",
-                                     lines.append)
-        except UserError as error:
-            array, lines = (), [str(error)]
-        # Waits for ever, or fails, where only some processes came here.
-        total = all_reduce(torch.ones(1) * len(array))
-        print(int(total), "; ".join(lines))
-    return main
+    lines, cpu = [], torch.device("cpu")
+    try:
+        array = storage.allocate((1000,), FLOAT, cpu, "auto", Path("folder"), on_disk, "array", "buy more",
+                                 lines.append)
+    except UserError as error:
+        array, lines = (), [str(error)]
+    # Waits for ever, or fails, where only some processes came here.
+    total = all_reduce(torch.ones(1) * len(array))
+    print(int(total), "; ".join(lines))
 
 
-def test_processes_that_differ_in_free_memory_take_one_tier(launch, monkeypatch):
-    monkeypatch.setattr(storage, "free_memory", storage.free_memory)
+def test_processes_that_differ_in_free_memory_take_one_tier(launch):
     # 4,000 bytes are needed, and 0.8 of what is free may be taken.
     for free, where in (((5100, 5100), "in memory"), ((5100, 4900), "in a mapped file"), ((4900, 5100), "in a mapped")):
-        out, _ = launch(allocate_with(free), [], processes=2)
+        out, _ = launch(partial(allocate_with, free), [], processes=2)
         assert out.startswith("2000 array") and where in out
 
 
 def test_a_disk_that_fails_for_one_process_fails_for_all(launch):
-    out, _ = launch(allocate_with((0, 0), full_disk_on=1), [], processes=2)
+    out, _ = launch(partial(allocate_with, (0, 0), full_disk_on=1), [], processes=2)
     assert out.startswith("0 array")
     assert "fit nowhere: only 0.00 GB are free in memory, another process was refused; buy more" in out
 
