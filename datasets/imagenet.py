@@ -4,15 +4,16 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, has_file_allowed_extension, pil_loader
-from torchvision.transforms import functional as F
 
 from utils import UserError
 
-from .patches import BICUBIC, PatchDataset, PatchImage
+from .patches import PatchDataset, PatchImage, load_image
 
+# What torchvision's ImageFolder takes.
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Boxes (left, upper, right, lower) of the grid in the 224 x 224 image, row by row: 56 x 56, stride 28.
 GRID_BOXES = tuple((x, y, x + 56, y + 56) for y in range(0, 169, 28) for x in range(0, 169, 28))
 
@@ -24,6 +25,8 @@ def load_image_folder(root: str | Path, split: str, transform: Callable[[Image.I
     transform: PIL image -> uint8 tensor [3, h, w]. The classes are the folders of this split: labels of two splits
     agree only if their .classes are equal. Raises UserError for another layout.
     """
+    from torchvision.datasets import ImageFolder  # as in patches.py
+
     folder = Path(root, split)
     try:
         found = ImageFolder(folder, allow_empty=True)
@@ -42,14 +45,16 @@ def load_image_folder(root: str | Path, split: str, transform: Callable[[Image.I
 def list_images(folder: str | Path, num_images: int | None = None, seed: int = 0) -> list[str]:
     """The sorted paths of the image files below a folder, at any depth; with num_images, a sample drawn by the seed."""
     paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    paths = sorted(path for path in paths if has_file_allowed_extension(path, IMG_EXTENSIONS))
+    paths = sorted(path for path in paths if path.lower().endswith(IMG_EXTENSIONS))
     chosen = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[:num_images]
     return [paths[index] for index in sorted(chosen.tolist())]
 
 
 def central(image: Image.Image) -> Image.Image:
     """The 224 x 224 image that GRID_BOXES divides: short side 256, bicubic, central crop."""
-    return F.center_crop(F.resize(image, 256, BICUBIC), 224)
+    from torchvision import transforms
+
+    return transforms.CenterCrop(224)(transforms.Resize(256, Image.BICUBIC)(image))
 
 
 def grid_patches(image: Image.Image, size: int = 224) -> torch.Tensor:
@@ -58,19 +63,19 @@ def grid_patches(image: Image.Image, size: int = 224) -> torch.Tensor:
 
     image: PIL, RGB. size: even. Returns uint8 [49, 3, size, size], in the order of GRID_BOXES.
     """
-    image = F.resize(central(image), 4 * size, BICUBIC)
-    windows = F.pil_to_tensor(image).unfold(1, size, size // 2).unfold(2, size, size // 2)
-    return windows.permute(1, 2, 0, 3, 4).reshape(49, 3, size, size)
+    image = central(image).resize((4 * size, 4 * size), Image.BICUBIC)
+    windows = torch.from_numpy(np.array(image)).unfold(0, size, size // 2).unfold(1, size, size // 2)
+    return windows.reshape(49, 3, size, size)
 
 
 def shown_patch(path: str, position: int) -> Image.Image:
     """A grid patch, 56 x 56."""
-    return central(pil_loader(path)).crop(GRID_BOXES[position])
+    return central(load_image(path)).crop(GRID_BOXES[position])
 
 
 def query_image(path: str, position: int) -> Image.Image:
     """The query's image with a red box around its patch."""
-    image = central(pil_loader(path))
+    image = central(load_image(path))
     left, upper, right, lower = GRID_BOXES[position]
     ImageDraw.Draw(image).rectangle((left, upper, right - 1, lower - 1), outline=(255, 0, 0), width=3)
     return image

@@ -14,15 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torchvision import transforms
-from torchvision.datasets.folder import pil_loader
-from torchvision.transforms import InterpolationMode
 
 from utils import UserError
 
 from . import check_data_path
 from .cub import check_complete, read_rows
-from .patches import BAD_IMAGE, PatchDataset, PatchImage, reason
+from .patches import BAD_IMAGE, PatchDataset, PatchImage, load_image, reason
 from .synthetic import OBJECT_NAMES, compose, draw_image, image_seeds
 
 PAIR_DATASETS = ("spair", "cub-pairs", "synthetic-pairs")
@@ -66,6 +63,8 @@ class PairDataset:
 
     def __init__(self, pairs: Iterable[Pair], image_size: int, load: Callable | None = None,
                  size: Callable | None = None):
+        from torchvision import transforms  # as in patches.py
+
         self.pairs, self.image_size = sorted(pairs, key=lambda pair: pair.category), image_size
         if not self.pairs:
             raise UserError("there is no pair of images that share keypoints; check the data set and the split")
@@ -84,10 +83,10 @@ class PairDataset:
             if not len(pair.source_points) == len(pair.target_points) > 0:
                 raise UserError(f"pair {pair.name}: {len(pair.source_points)} keypoints in the source, "
                                 f"{len(pair.target_points)} in the target; restore the annotation")
-        squash = transforms.Compose([transforms.Resize((image_size, image_size), InterpolationMode.BILINEAR),
+        squash = transforms.Compose([transforms.Resize((image_size, image_size), Image.BILINEAR),
                                      transforms.PILToTensor()])
         self.images = PatchDataset([PatchImage(path, None, [0]) for path in sizes], ["image"], squash,
-                                   load or load_image)
+                                   load or load_whole)
         _, categories, sources, targets, source_points, target_points, boxes, _ = zip(*self.pairs, strict=True)
         self.categories, numbers = list(dict.fromkeys(categories)), {path: number for number, path in enumerate(sizes)}
         self.category = torch.tensor([self.categories.index(category) for category in categories])
@@ -109,9 +108,9 @@ def image_size_of(path: str) -> tuple[int, int]:
         return image.size
 
 
-def load_image(path: str) -> Image.Image:
+def load_whole(path: str) -> Image.Image:
     try:
-        return pil_loader(path)
+        return load_image(path)
     except BAD_IMAGE as error:
         raise UserError(f"{path} cannot be decoded ({reason(error)}); restore the file") from None
 

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.datasets.folder import pil_loader
 
 from utils import UserError
 
 # What Pillow raises on a file that is missing, truncated, not an image, or far too large.
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-BICUBIC = transforms.InterpolationMode.BICUBIC
+# A transform of patches.
+Transform = Callable[[Image.Image], torch.Tensor]
 # Workers send groups of about this many patches: the cost of a transfer hardly depends on its size.
 PATCHES_PER_GROUP = 16
 
@@ -61,21 +60,33 @@ def patch_image(path: str, points: Sequence[Sequence[float]], labels: Sequence[i
     return PatchImage(path, boxes, [labels[index] for index in kept])
 
 
-def resize_square(size: int = 224) -> transforms.Compose:
+# torchvision is imported where it is used: it takes longer than all else that a script's --help needs.
+def resize_square(size: int = 224) -> Transform:
     """The published transform of part patches, which are square: bicubic (Pillow). PIL -> uint8 [3, size, size]."""
-    return transforms.Compose([transforms.Resize(size, BICUBIC), transforms.PILToTensor()])
+    from torchvision import transforms
+
+    return transforms.Compose([transforms.Resize(size, Image.BICUBIC), transforms.PILToTensor()])
 
 
-def resize_center_crop(resize: int = 256, crop: int = 224) -> transforms.Compose:
+def resize_center_crop(resize: int = 256, crop: int = 224) -> Transform:
     """Bicubic (Pillow) to a short side of resize, then the central crop. PIL image -> uint8 [3, crop, crop]."""
-    return transforms.Compose([transforms.Resize(resize, BICUBIC), transforms.CenterCrop(crop),
+    from torchvision import transforms
+
+    return transforms.Compose([transforms.Resize(resize, Image.BICUBIC), transforms.CenterCrop(crop),
                                transforms.PILToTensor()])
 
 
-def random_crop_flip(size: int = 224) -> transforms.Compose:
+def random_crop_flip(size: int = 224) -> Transform:
     """RandomResizedCrop (bicubic) and horizontal flip. PIL image -> uint8 [3, size, size]."""
-    crop = transforms.RandomResizedCrop(size, interpolation=BICUBIC)
+    from torchvision import transforms
+
+    crop = transforms.RandomResizedCrop(size, interpolation=Image.BICUBIC)
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+
+
+def load_image(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 class PatchDataset(Dataset):
@@ -91,7 +102,7 @@ class PatchDataset(Dataset):
 
     def __init__(self, images: Sequence[PatchImage], classes: Sequence[str],
                  transform: Callable[[Image.Image], torch.Tensor] | None = None,
-                 load: Callable[[str], Image.Image] = pil_loader, skip_bad_images: bool = False):
+                 load: Callable[[str], Image.Image] = load_image, skip_bad_images: bool = False):
         self.images, self.classes = images, list(classes)
         self.transform, self.load, self.skip_bad_images = transform or resize_square(), load, skip_bad_images
         self.labels = torch.tensor([label for image in images for label in image.labels], dtype=torch.int64)

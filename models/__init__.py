@@ -10,7 +10,7 @@ import torch
 from utils import UserError
 from utils.distributed import local_main_first
 
-from . import own, timm_vit
+from . import own
 from .checkpoints import as_official, fetch, file_hash, open_checkpoint, state_dicts
 from .encoder import CheckpointError, Encoder
 
@@ -35,12 +35,15 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
     """
     method = None
     if name.startswith("timm/"):
-        method, method_options["name"] = timm_vit, name.removeprefix("timm/")
+        method = importlib.import_module(".timm_vit", __name__)
+        method_options["name"] = name.removeprefix("timm/")
     elif name in METHODS:
         method = importlib.import_module(f".{name}", __name__)
     elif ".py:" not in name:
+        from .timm_vit import suggestion
+
         raise CheckpointError(f"unknown model {name!r}: take one of {', '.join(METHODS)}, FILE.py:FUNCTION or timm/NAME"
-                              f"{timm_vit.suggestion(name, METHODS)}")
+                              f"{suggestion(name, METHODS)}")
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -50,8 +53,8 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
         elif weights == "random":
             encoder = method.random(**method_options)
             encoder.weights = "random"
-        elif weights == "official" and method is timm_vit:
-            encoder = timm_vit.pretrained(**method_options)
+        elif weights == "official" and name.startswith("timm/"):
+            encoder = method.pretrained(**method_options)
             encoder.weights = name
         else:
             path = _weights_file(name, weights, method, full=bool(projector or decoder))
@@ -114,7 +117,7 @@ def _from_file(name: str, method, path: Path, num_heads: int | None, weights_key
     where weights_key names them."""
     checkpoint = open_checkpoint(path)
     try:
-        if method is timm_vit:
+        if name.startswith("timm/"):
             options = options | {"weights_key": weights_key}
         elif weights_key is not None:
             checkpoint = as_official(checkpoint, weights_key, method.NESTING)

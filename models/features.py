@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-import timm
 import torch
 
 from utils import UserError
@@ -285,7 +285,7 @@ def fingerprint(encoder: Encoder, dataset, precision: str, with_tokens: bool) ->
     transform, precision, device type, versions, and the code of the encoder and of the data set."""
     digest = hashlib.sha256()
     device = next(encoder.parameters()).device.type
-    for value in (precision, device, torch.__version__, timm.__version__, with_tokens, dataset.transform,
+    for value in (precision, device, torch.__version__, version("timm"), with_tokens, dataset.transform,
                   dataset.classes, encoder, encoder.num_heads, getattr(encoder, "shuffle", None) is not None):
         digest.update(f"{value}\0".encode())
     for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers()):

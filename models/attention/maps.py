@@ -9,8 +9,6 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models.beit import Attention as BeitAttention
-from timm.models.vision_transformer import Attention as VitAttention
 
 from utils import UserError
 from utils.distributed import all_reduce
@@ -27,7 +25,7 @@ def query_key(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torc
     rows = len(weight) // 3 * 2
     both = F.linear(tokens.to(weight.dtype), weight[:rows], None if bias is None else bias[:rows])
     query, key = both.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    if isinstance(attn, VitAttention):
+    if hasattr(attn, "q_norm"):
         query, key = attn.q_norm(query), attn.k_norm(key)
     return query * attn.scale, key
 
@@ -62,6 +60,10 @@ def watch_attention(blocks: Sequence[nn.Module], receive: Callable) -> Iterator[
             bias = own if bias is None else bias + own
         with torch.autocast(inputs[0].device.type, enabled=False):
             receive(layer, attn, inputs[0], bias)
+
+    # As in models/encoder.py.
+    from timm.models.beit import Attention as BeitAttention
+    from timm.models.vision_transformer import Attention as VitAttention
 
     modules = [getattr(block, "attn", block) for block in blocks]
     # By exact type: a subclass may compute its weights differently.
