@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 from . import UserError
 from .distributed import is_main, world_size
+from .provenance import this_run
 
 # {"models": {name: printed name}, task: {table: {column: {model: published number}}}}; columns of ours alone are empty.
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
@@ -25,18 +25,6 @@ FIGURE6 = {title: ("segment", f"{data}-object mIoU", f"{data}-part mIoU") for ti
 FIGURE6 |= {f"Part retrieval, {data}: AP": ("retrieval", "", f"{data} encoded") for data in ("cub", "coco")}
 FIGURE6 |= {f"Keypoint transfer, {data}: PCK@0.1": ("transfer", "", data)
             for data in ("spair", "cub-pairs", "synthetic-pairs")}
-
-
-def revision() -> str:
-    """The commit of this code, with "+changes" where the files differ from it; "unknown" outside a checkout."""
-    def git(*words):
-        return subprocess.run(("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def run_slug(name: str) -> str:
@@ -57,10 +45,11 @@ def start_line(task: str, args: Namespace, encoder: object) -> dict:
 
 
 def append_result(folder: Path, result: dict) -> None:
-    """Appends a line to results.jsonl, from the main process, in one write: runs may share a folder."""
+    """Appends the result and what run it is of to results.jsonl, from the main process, in one write: runs may share a
+    folder."""
     if not is_main():
         return
-    line = json.dumps(result) + "\n"
+    line = json.dumps(result | this_run()) + "\n"
     with open(folder / "results.jsonl", "a") as file:
         file.write(line)
         file.flush()

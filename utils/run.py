@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from . import UserError
 from .distributed import init_processes, is_main, world_size
-from .results import args_to_json, revision
+from .provenance import this_run
+from .results import args_to_json
 from .storage import check_archive
 
 
@@ -89,14 +90,17 @@ def non_negative_int(text: str) -> int:
 
 def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     """Starts a run: joins the processes, chooses device, precision and name (kept in args), makes the output folder,
-    and logs revision, versions, processes and arguments. Raises UserError."""
+    and logs run, revision, versions, processes and arguments. Raises UserError."""
     device = init_processes(args.device)
     args.precision, args.name = args.precision or default_precision(device), args.name or args.model
     if vars(args).get("cache") == "gpu" and device.type == "cpu":
         raise UserError("--cache gpu: this run has no GPU; use --cache cpu or disk")
     open_output(args.output_dir)
     log = Log()
-    log(f"{Path(sys.argv[0]).name} revision {revision()}, torch {torch.__version__}, processes {world_size()}")
+    this_run.cache_clear()
+    run = this_run()
+    log(f"{Path(sys.argv[0]).name} run {run['run']}, {run['date']}, revision {run['revision']}, "
+        + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + f", processes {world_size()}")
     log(" ".join(f"{name}={value}" for name, value in sorted(args_to_json(args).items())))
     return device, log
 
