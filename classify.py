@@ -23,10 +23,11 @@ import torch.nn as nn
 from datasets.classification import (
     CLASSIFICATION_IMAGES,
     CLASSIFICATION_PARTS,
-    held_out_images,
     hold_out,
+    images_with,
     open_classification,
 )
+from datasets.coco import KeypointFiles
 from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
@@ -49,6 +50,7 @@ from utils.run import (
     OneLineParser,
     Progress,
     add_common_arguments,
+    add_keypoint_arguments,
     check_same_run,
     exit_with_one_line_errors,
     load_saved,
@@ -205,6 +207,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                        help="attentive: test with the statistics of test batches, as the authors' code does; MAE: with "
                             "shuffled tokens")
     group.add_argument("--skip-bad-images", action="store_true", help="leave out images that cannot be decoded")
+    add_keypoint_arguments(parser, "one FILE for training and one for the test, or one, a fifth of whose images, drawn "
+                                   "by --seed, is the test set")
     group = parser.add_argument_group("cache and files")
     group.add_argument("--cache", choices=("auto", "gpu", "cpu", "disk"), default="auto",
                        help="where tokens live; auto: the first with room")
@@ -282,7 +286,7 @@ def encode_subsets(encode: Callable, train: PatchDataset, test: PatchDataset, he
     training, holding = (Subset(trained, ids[side[ids]]) for side in (~held_out, held_out))
     choosing = holding if held_out.any() else testing
     if augmented and held_out.any() and set(kinds) != {"knn"}:
-        images = held_out_images(train, held_out)
+        images = images_with(train, held_out)
         chosen = encode(images, "held-out", tokens)
         choosing = Subset(chosen, decoded_ids(images, chosen))
     return training, holding, choosing, testing
@@ -390,7 +394,8 @@ def main() -> None:
 
     # Data and encoder
     train, test = open_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images,
-                                      args.image_size)
+                                      args.image_size, args.keypoints,
+                                      KeypointFiles(args.annotations, args.images, args.category), args.seed)
     held_out = hold_out(train, args.seed) if args.select == "held-out" else torch.zeros(train.num_patches).bool()
     options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
     encoder = load_encoder(args, device, log, projector=False, **options)

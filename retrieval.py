@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from datasets.coco import KeypointFiles
 from datasets.imagenet import GRID_BOXES, query_image, shown_patch
 from datasets.pairs import PAIR_DATASETS, PairDataset, load_pairs
 from datasets.patches import PatchDataset
@@ -40,6 +41,7 @@ from utils.run import (
     OneLineParser,
     Progress,
     add_common_arguments,
+    add_keypoint_arguments,
     autocast,
     exit_with_one_line_errors,
     load_saved,
@@ -373,7 +375,6 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--crop-scale", type=float, default=0.5,
                        help="patch side / distance to the next keypoint: 0.5 as the authors' code, 1.0 as the paper's "
                             "text (default: %(default)s)")
-    group.add_argument("--keypoints", nargs="+", metavar="N", help="numbers from 1 (synthetic: names), or all")
     group.add_argument("--exclude-query", action="store_true", help="leave the query out of its own ranking")
     group.add_argument("--num-queries", type=positive_int, metavar="N", help="a seeded sample, with its standard error")
     group.add_argument("--save-features", type=Path, metavar="FILE")
@@ -383,6 +384,7 @@ def parse_arguments() -> argparse.Namespace:
                        help="of imagenet (drawn by the seed; default: all) or synthetic (default: 60)")
     group.add_argument("--skip-bad-images", action="store_true", help="count undecodable images instead of stopping")
     group.add_argument("--authors-defects", action="store_true", help="MAE: shuffled tokens; DINO: the student")
+    add_keypoint_arguments(parser, "one FILE")
     group = parser.add_argument_group(f"keypoint transfer (--dataset {', '.join(PAIR_DATASETS)})")
     group.add_argument("--split", choices=("trn", "val", "test"), default="test", help="of spair (default: test)")
     group.add_argument("--num-pairs", type=positive_int, metavar="N",
@@ -449,7 +451,8 @@ def main() -> None:
         sources = [load_features(path) for path in args.load_features]
     else:
         dataset = open_retrieval(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
-                                 args.seed, args.skip_bad_images, args.image_size)
+                                 args.seed, args.skip_bad_images, args.image_size,
+                                 KeypointFiles(args.annotations, args.images, args.category))
         # The paper's table has a projected column wherever the official full file has a projector.
         official = args.weights == "official" and args.model in WITH_PROJECTOR
         projector = "projected" in args.features if args.features else official or None

@@ -7,5 +7,5 @@ from utils import UserError
 
 def check_data_path(name: str, data_path: Path | None) -> None:
     """Raises UserError where a data set that lies in files has no --data-path."""
-    if data_path is None and not name.startswith("synthetic"):
+    if data_path is None and name != "keypoints" and not name.startswith("synthetic"):
         raise UserError(f"--dataset {name} needs --data-path DIR; --dataset synthetic needs no files")

@@ -1,30 +1,37 @@
-"""Part patches of people in COCO 2017, from the person keypoints (Lin et al. 2014; https://cocodataset.org)."""
+"""Part patches from files of COCO keypoints: of people in COCO 2017 (Lin et al. 2014; https://cocodataset.org), and of
+any objects in a file of the user's own."""
 
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from PIL import Image
+from typing import NamedTuple
 
 from utils import UserError
 
-from .patches import PatchDataset, keypoint_patches
+from .patches import PatchDataset, Transform, choose_keypoints, keypoint_patches
 
 KEYPOINTS = (1, 11, 16)  # nose, right wrist, left ankle: the paper's three, in its order
 
 
-def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int] = KEYPOINTS, crop_scale: float = 0.5,
-              transform: Callable[[Image.Image], torch.Tensor] | None = None,
+class KeypointFiles(NamedTuple):
+    """A data set of the user's own: files of COCO keypoints, the folder of all their images or one for each, and names
+    of categories."""
+    annotations: Sequence[Path] | None = None
+    images: Sequence[Path] | None = None
+    categories: Sequence[str] | None = None
+
+
+NO_FILES = KeypointFiles()
+
+
+def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int | str] = KEYPOINTS,
+              crop_scale: float = 0.5, transform: Transform | None = None,
               skip_bad_images: bool = False) -> PatchDataset:
-    """The part patches of the people of COCO 2017 (by the rule of select_keypoints).
+    """The part patches of the people of COCO 2017, by load_keypoints.
 
     root: holds annotations/person_keypoints_{split}2017.json, and images/{split}2017 or {split}2017. split: "train" (as
-    in part retrieval) or "val". keypoints: numbers from 1 to 17, in the file's order; class k is the k-th. Only
-    visibility 2 counts, and only persons with at least two such keypoints. All persons of an image are pooled, with the
-    annotation's id as a third coordinate of distances. Order: the file's images, its annotations, then keypoints.
-    Raises UserError for another layout, a malformed file, an unknown keypoint, and where no patch is left.
+    in part retrieval) or "val". Raises UserError for another layout, and as load_keypoints.
     """
     annotations = Path(root, "annotations", f"person_keypoints_{split}2017.json")
     folders = [Path(root, "images", f"{split}2017"), Path(root, f"{split}2017")]
@@ -33,26 +40,58 @@ def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int] =
         missing = annotations if folder else f"{folders[0]} (or {folders[1]})"
         raise UserError(f"{missing} does not exist; --data-path must be a folder with "
                         f"annotations/person_keypoints_{split}2017.json and images/{split}2017/*.jpg")
-    names, file_names, persons = read_person_keypoints(annotations)
-    known = [(label, keypoint) for label, keypoint in enumerate(keypoints) if 1 <= keypoint <= len(names)]
+    return load_keypoints(annotations, folder, None, keypoints, crop_scale, transform, skip_bad_images)
+
+
+def open_keypoints(files: KeypointFiles, most: int, **options) -> list[PatchDataset]:
+    """load_keypoints (options: its) of each of 1 to most annotation files. Raises UserError."""
+    annotations, images, categories = files
+    if not annotations or not images:
+        raise UserError("--dataset keypoints needs --annotations FILE (COCO keypoints, JSON) and --images DIR")
+    if len(annotations) > most or len(images) not in (1, len(annotations)):
+        raise UserError(f"--annotations takes {'one FILE' if most == 1 else 'one or two FILEs'} here, and --images one "
+                        f"DIR, or one for each FILE; {len(annotations)} and {len(images)} were given")
+    for path, there in (*((path, path.is_file()) for path in annotations), *((path, path.is_dir()) for path in images)):
+        if not there:
+            raise UserError(f"{path} does not exist; give --annotations FILE and --images DIR")
+    folders = images if len(images) > 1 else images * len(annotations)
+    return [load_keypoints(path, folder, categories, **options)
+            for path, folder in zip(annotations, folders, strict=True)]
+
+
+def load_keypoints(annotations: Path, folder: Path, categories: Sequence[str] | None = None,
+                   keypoints: Sequence[int | str] = ("all",), crop_scale: float = 0.5,
+                   transform: Transform | None = None, skip_bad_images: bool = False) -> PatchDataset:
+    """The part patches of a file of COCO keypoints (by the rule of select_keypoints); folder: its images.
+
+    categories: names, or None for all; several are pooled where their keypoints are the same. keypoints: numbers from 1
+    in the category's order, names, or ["all"]; class k is the k-th. Only visibility 2 counts, and only objects with at
+    least two such keypoints. All objects of an image are pooled, with the annotation's id as a third coordinate of
+    distances. Order: the file's images, its annotations, then keypoints. Raises UserError for a malformed file, unknown
+    categories or keypoints, categories with different keypoints, and where no patch is left.
+    """
+    names, file_names, objects = read_keypoints(annotations, categories)
+    names = dict(enumerate(names, 1))
+    keypoints = choose_keypoints(keypoints, names, "keypoint", annotations)
     points = {image: [] for image in file_names}  # (class, (x, y, annotation id))
-    for image, annotation, values in persons:
+    for image, annotation, values in objects:
         visible = [(label, (*values[3 * keypoint - 3:3 * keypoint - 1], annotation))
-                   for label, keypoint in known if values[3 * keypoint - 1] == 2]
+                   for label, keypoint in enumerate(keypoints) if values[3 * keypoint - 1] == 2]
         if len(visible) >= 2:
             points[image] += visible
     by_path = ((str(folder / name), points[image]) for image, name in file_names.items())
-    return keypoint_patches(by_path, keypoints, dict(enumerate(names, 1)), "keypoint", annotations, crop_scale,
-                            transform, skip_bad_images)
+    return keypoint_patches(by_path, keypoints, names, "keypoint", crop_scale, transform, skip_bad_images)
 
 
-def read_person_keypoints(path: Path) -> tuple[list[str], dict[int, str], list[tuple[int, int, array]]]:
-    """(keypoint names, image id -> file name, persons in the file's order), a person being (image id, annotation id,
-    array of x, y, visibility of each keypoint). The outlines, nine tenths of the file, are dropped while it is parsed.
+def read_keypoints(path: Path, categories: Sequence[str] | None = None,
+                   ) -> tuple[list[str], dict[int, str], list[tuple[int, int, array]]]:
+    """(keypoint names, image id -> file name, objects in the file's order), an object being (image id, annotation id,
+    array of x, y, visibility of each keypoint). categories: names, whose keypoints must be the same; None: all. The
+    outlines, nine tenths of the file, are dropped while it is parsed.
     Raises UserError for a file that is not JSON or not of this kind."""
     def compact(entry: dict):
         if "image_id" in entry:
-            return entry["image_id"], entry["id"], array("d", entry["keypoints"])
+            return entry["image_id"], entry["id"], entry["category_id"], array("d", entry.get("keypoints", ()))
         if "file_name" in entry:
             return entry["id"], entry["file_name"]
         return entry
@@ -60,16 +99,27 @@ def read_person_keypoints(path: Path) -> tuple[list[str], dict[int, str], list[t
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_hook=compact)
-        [category] = content["categories"]
-        names, file_names, persons = category["keypoints"], dict(content["images"]), content["annotations"]
-        for image, annotation, values in persons:
+        known = {category["name"]: category for category in content["categories"]}
+        for name in categories or ():
+            if name not in known:
+                raise UserError(f"{path} has no category {name!r}; choose --category from {', '.join(known)}")
+        chosen = [known[name] for name in categories or known]
+        names, file_names = chosen[0]["keypoints"], dict(content["images"])
+        if different := [category["name"] for category in chosen if category.get("keypoints") != names]:
+            raise UserError(f"{path}: the categories {chosen[0]['name']} and {different[0]} have different keypoints; "
+                            f"choose --category from {', '.join(known)} (--dataset keypoints)")
+        numbers, objects = {category["id"] for category in chosen}, []
+        for image, annotation, category, values in content["annotations"]:
+            if category not in numbers:
+                continue
             if image not in file_names or len(values) != 3 * len(names):
                 raise UserError(f"{path}: annotation {annotation} has {len(values)} keypoint values, of image {image}; "
                                 f"expected {3 * len(names)} and an image of the file's list; unpack the file again")
+            objects.append((image, annotation, values))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; "
                         "unpack the file again") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a COCO person keypoints file ({type(error).__name__}: {error}); "
-                        "unpack the file again") from None
-    return names, file_names, persons
+        raise UserError(f"{path} is not a COCO keypoints file ({type(error).__name__}: {error}); "
+                        "restore the file") from None
+    return names, file_names, objects

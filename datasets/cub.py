@@ -8,19 +8,20 @@ from PIL import Image
 
 from utils import UserError
 
-from .patches import PatchDataset, keypoint_patches
+from .patches import PatchDataset, choose_keypoints, keypoint_patches
 
 PARTS = (11, 12, 9, 14)  # right eye, right leg, left wing, tail: the paper's four, in its order
 
 
-def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int] = PARTS, crop_scale: float = 0.5,
+def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | str] = PARTS, crop_scale: float = 0.5,
              transform: Callable[[Image.Image], torch.Tensor] | None = None,
              skip_bad_images: bool = False) -> PatchDataset:
     """The part patches of the official folder CUB_200_2011 (by the rule of select_keypoints): 30,543 of 11,730 images.
 
-    split: "train", "test", or None for all images, as in part retrieval. parts: ids of parts/parts.txt; class k is the
-    k-th of them. Only visible parts count, in the distances too. Order: images.txt, within an image that of parts.
-    Raises UserError for another layout, a malformed or contradictory line, an unknown part, and where no patch is left.
+    split: "train", "test", or None for all images, as in part retrieval. parts: ids or names of parts/parts.txt, or
+    ["all"]; class k is the k-th of them. Only visible parts count, in the distances too. Order: images.txt, within an
+    image that of parts. Raises UserError for another layout, a malformed or contradictory line, an unknown part, and
+    where no patch is left.
     """
     images_txt, parts_txt, part_locs_txt, split_txt = files = [
         Path(root, name) for name in ("images.txt", "parts/parts.txt", "parts/part_locs.txt", "train_test_split.txt")]
@@ -45,9 +46,10 @@ def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int] = 
         check_complete(split_txt, paths, is_train)
         paths = {image: path for image, path in paths.items() if is_train[image] == (split == "train")}
 
+    parts = choose_keypoints(parts, names, "part", parts_txt)
     by_path = ((path, [(label, points[image][part]) for label, part in enumerate(parts) if points[image].get(part)])
                for image, path in paths.items())
-    return keypoint_patches(by_path, parts, names, "part", parts_txt, crop_scale, transform, skip_bad_images)
+    return keypoint_patches(by_path, parts, names, "part", crop_scale, transform, skip_bad_images)
 
 
 def check_complete(path: Path, images: dict, found: dict) -> None:

@@ -169,27 +169,36 @@ class PatchDataset(Dataset):
         return torch.cat([patches for patches, _ in items]), torch.cat([ids for _, ids in items])
 
 
-def keypoint_patches(points: Iterable[tuple[str, list[tuple[int, Sequence[float]]]]], chosen: Sequence[int],
-                     names: dict[int, str], word: str, source: Path, crop_scale: float,
-                     transform: Callable[[Image.Image], torch.Tensor] | None, skip_bad_images: bool) -> PatchDataset:
-    """The patches of the chosen keypoints; class k is the k-th of them. Images without a patch are left out.
-
-    points: (path, [(class, point), ...]) of every image, only visible ones. names: of all keypoints, by number. word:
-    for a keypoint in messages; source: the file of names. Raises UserError for an unknown or repeated keypoint, and
-    where no patch is left.
-    """
+def choose_keypoints(chosen: Sequence[int | str], names: dict[int, str], word: str, source: Path) -> list[int]:
+    """The numbers of keypoints that are given by number or name, or by ["all"]. names: of all, by number. word: for a
+    keypoint in messages; source: the file of names. Raises UserError for an unknown or repeated one."""
+    if [*chosen] == ["all"]:
+        return [*names]
+    numbers = {str(number): number for number in names} | {name: number for number, name in names.items()}
     for keypoint in chosen:
-        if keypoint not in names:
+        if str(keypoint) not in numbers:
             known = ", ".join(f"{number} {name}" for number, name in names.items())
             raise UserError(f"{word} {keypoint} is not in {source}; choose from {known}")
-    listed = ", ".join(map(str, chosen))
-    if len(set(chosen)) < len(chosen):
-        raise UserError(f"a {word} is named twice: {listed}; name each once")
+    found = [numbers[str(keypoint)] for keypoint in chosen]
+    if len(set(found)) < len(found):
+        raise UserError(f"a {word} is named twice: {', '.join(map(str, chosen))}; name each once")
+    return found
+
+
+def keypoint_patches(points: Iterable[tuple[str, list[tuple[int, Sequence[float]]]]], chosen: Sequence[int],
+                     names: dict[int, str], word: str, crop_scale: float, transform: Transform | None,
+                     skip_bad_images: bool) -> PatchDataset:
+    """The patches of the chosen keypoints; class k is the k-th of them. Images without a patch are left out.
+
+    points: (path, [(class, point), ...]) of every image, only visible ones. chosen, names, word: as of
+    choose_keypoints. Raises UserError where no patch is left.
+    """
     images = [patch_image(path, [point for _, point in pairs], [label for label, _ in pairs], crop_scale)
               for path, pairs in points]
     images = [image for image in images if image.boxes]
     if not images:
-        raise UserError(f"no patch of the {word}s {listed} is left; use two or more")
+        raise UserError(f"no patch of the {word}s {', '.join(map(str, chosen))} is left; use two or more, of which an "
+                        "object shows at least two, over 40 pixels apart")
     return PatchDataset(images, [names[keypoint] for keypoint in chosen], transform, skip_bad_images=skip_bad_images)
 
 

@@ -6,38 +6,36 @@ from pathlib import Path
 from utils import UserError
 
 from . import check_data_path
-from .coco import load_coco
+from .coco import NO_FILES, KeypointFiles, load_coco, open_keypoints
 from .cub import load_cub
 from .imagenet import list_images, load_grid
 from .patches import PatchDataset, PatchImage, resize_center_crop, resize_square
-from .synthetic import KEYPOINT_NAMES, draw_image, image_seeds, load_synthetic_patches
+from .synthetic import draw_image, image_seeds, load_synthetic_patches
 
-RETRIEVAL_DATASETS = ("cub", "coco", "imagenet", "synthetic")
+RETRIEVAL_DATASETS = ("cub", "coco", "keypoints", "imagenet", "synthetic")
 
 
 def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
-                   num_images: int | None, seed: int, skip_bad_images: bool, image_size: int = 224) -> PatchDataset:
-    """The patches of one of RETRIEVAL_DATASETS: all of CUB, COCO's training set, the grid of any images, or synthetic.
+                   num_images: int | None, seed: int, skip_bad_images: bool, image_size: int = 224,
+                   files: KeypointFiles = NO_FILES) -> PatchDataset:
+    """The patches of one of RETRIEVAL_DATASETS: all of CUB, COCO's training set, the keypoints of one of the user's
+    files, the grid of any images, or synthetic.
 
-    keypoints: numbers (synthetic: names), ["all"], or None for the paper's. num_images: drawn by the seed, of imagenet
-    (default all) and synthetic (60). Raises UserError for an unknown keypoint, and files that are missing or wrong.
+    keypoints: numbers or names (synthetic: names), ["all"], or None for the paper's (of files: all). num_images: drawn
+    by the seed, of imagenet (default all) and synthetic (60). Raises UserError for an unknown keypoint, and files that
+    are missing or wrong.
     """
     check_data_path(name, data_path)
     options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images, "transform": resize_square(image_size)}
     if name == "synthetic":
-        keypoints = KEYPOINT_NAMES if keypoints == ["all"] else keypoints
         return load_synthetic_patches("train", num_images or 60, seed, keypoints, **options)
     if name == "imagenet":
         return load_grid(data_path, skip_bad_images, num_images, seed, image_size)
-    load, word, count = (load_cub, "parts", 15) if name == "cub" else (load_coco, "keypoints", 17)
-    if keypoints == ["all"]:
-        options[word] = range(1, count + 1)
-    elif keypoints is not None:
-        try:
-            options[word] = [int(number) for number in keypoints]
-        except ValueError:
-            raise UserError(f"--keypoints {' '.join(keypoints)}: {name} numbers them, from 1 to {count}") from None
-    return load(data_path, **options)
+    if keypoints is not None:
+        options["parts" if name == "cub" else "keypoints"] = keypoints
+    if name == "keypoints":
+        return open_keypoints(files, 1, **options)[0]
+    return (load_cub if name == "cub" else load_coco)(data_path, **options)
 
 
 def open_images(name: str, data_path: Path | None, num_images: int, seed: int, image_size: int,

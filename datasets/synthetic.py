@@ -296,10 +296,10 @@ def load_synthetic_patches(split: str, num_images: int | None = None, seed: int 
     """The part patches of a split's pictures (select_keypoints has the rule; all figures of a picture count together).
 
     split: "train", "test" or "val" (the same as "test"). num_images: pictures drawn (default NUM_IMAGES); those without
-    a patch are left out. keypoints: names of KEYPOINT_NAMES (default the first four), class k is the k-th of them. The
+    a patch are left out. keypoints: of KEYPOINT_NAMES, or ["all"] (default the first four), class k is the k-th. The
     `path` of an image is its seed. Raises UserError for an unknown keypoint.
     """
-    names = list(keypoints or DEFAULT_KEYPOINTS)
+    names = list(KEYPOINT_NAMES if keypoints == ["all"] else keypoints or DEFAULT_KEYPOINTS)
     unknown = set(names) - set(KEYPOINT_NAMES)
     if unknown:
         raise UserError(f"synthetic figures have no keypoint {min(unknown)}; choose from {', '.join(KEYPOINT_NAMES)}")

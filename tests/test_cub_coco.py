@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+import classify
+import retrieval
 from datasets.classification import CLASSIFICATION_IMAGES, CLASSIFICATION_PARTS, open_classification
-from datasets.coco import load_coco, read_person_keypoints
+from datasets.coco import KeypointFiles, load_coco, read_keypoints
 from datasets.cub import load_cub
 from datasets.retrieval import RETRIEVAL_DATASETS, open_retrieval
 from datasets.segmentation import PROTOCOLS, open_segmentation
@@ -171,7 +173,9 @@ def test_data_sets_without_a_data_path(names, factory, arguments):
         else:
             with pytest.raises(UserError) as error:
                 factory(name, None, *arguments)
-            assert str(error.value) == f"--dataset {name} needs --data-path DIR; --dataset synthetic needs no files"
+            needs = ("--annotations FILE (COCO keypoints, JSON) and --images DIR" if name == "keypoints" else
+                     "--data-path DIR; --dataset synthetic needs no files")
+            assert str(error.value) == f"--dataset {name} needs {needs}"
 
 
 @needs_cub
@@ -183,7 +187,10 @@ def test_keypoints_of_retrieval():
     assert classes("cub", CUB, ["all"]) == load_cub(CUB, parts=ALL_PARTS).classes
     assert classes("coco", COCO, ["all"]) == load_coco(COCO, keypoints=ALL_KEYPOINTS).classes
     assert classes("coco", COCO, ["17", "6"]) == ["right_ankle", "left_shoulder"]
-    expect_line(["--keypoints nose", "coco numbers them, from 1 to 17"], classes, "coco", COCO, ["nose"])
+    assert classes("coco", COCO, ["right_ankle", "6"]) == ["right_ankle", "left_shoulder"]
+    assert classes("cub", CUB, ["tail", "left wing"]) == ["tail", "left wing"]
+    expect_line(["keypoint snout", "1 nose, 2 left_eye"], classes, "coco", COCO, ["snout", "nose"])
+    expect_line(["named twice", "1, nose"], classes, "coco", COCO, ["1", "nose"])
     expect_line(["keypoint 18"], classes, "coco", COCO, ["1", "18"])
 
 
@@ -335,18 +342,18 @@ def test_coco_malformed_json_names_the_line(coco):
     path.write_text('{"images": [{"id": 1}')
     expect_line([str(path), "line 1"], load_coco, coco[0])
     path.write_bytes(b"\x1f\x8b\xff\x00")
-    expect_line([str(path), "not a COCO person keypoints file"], load_coco, coco[0])
+    expect_line([str(path), "not a COCO keypoints file"], load_coco, coco[0])
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda c: c["annotations"][0].pop("keypoints"), ["not a COCO person keypoints file", "'keypoints'"]),
-    (lambda c: c["annotations"][0].pop("image_id"), ["not a COCO person keypoints file"]),
-    (lambda c: c["annotations"][0].update(keypoints="many"), ["not a COCO person keypoints file"]),
+    (lambda c: c["annotations"][0].pop("keypoints"), ["annotation 1 has 0 keypoint values", "expected 51"]),
+    (lambda c: c["annotations"][0].pop("image_id"), ["not a COCO keypoints file"]),
+    (lambda c: c["annotations"][0].update(keypoints="many"), ["not a COCO keypoints file"]),
     (lambda c: c["annotations"][0]["keypoints"].pop(), ["annotation 1 has 50 keypoint values", "expected 51"]),
     (lambda c: c["annotations"][0].update(image_id=99), ["annotation 1", "image 99"]),
-    (lambda c: c.pop("images"), ["not a COCO person keypoints file", "'images'"]),
-    (lambda c: c["categories"].append({"id": 2, "name": "bicycle"}), ["not a COCO person keypoints file"]),
-    (lambda c: c["categories"][0].pop("keypoints"), ["not a COCO person keypoints file", "'keypoints'"]),
+    (lambda c: c.pop("images"), ["not a COCO keypoints file", "'images'"]),
+    (lambda c: c["categories"].append({"id": 2, "name": "bicycle"}), ["person and bicycle", "different keypoints"]),
+    (lambda c: c["categories"][0].pop("keypoints"), ["not a COCO keypoints file", "'keypoints'"]),
     (lambda c: c.update(annotations=[]), ["no patch of the keypoints 1, 11, 16 is left"]),
 ])
 def test_coco_other_json(coco, spoil, words):
@@ -374,8 +381,88 @@ def test_coco_outlines_are_dropped_while_reading(coco):
     write(content)
     path = root / "annotations/person_keypoints_train2017.json"
     tracemalloc.start()
-    _, _, persons = read_person_keypoints(path)
+    _, _, persons = read_keypoints(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(persons) == 1000 and persons[0][:2] == (10, 1)
     assert peak < 3 * path.stat().st_size
+
+
+@needs_coco
+def test_the_person_file_as_ones_own_gives_the_patches_of_coco():
+    files = [COCO / f"annotations/person_keypoints_{split}2017.json" for split in ("train", "val")]
+    folders = [COCO / f"images/{split}2017" for split in ("train", "val")]
+    ours = open_retrieval("keypoints", None, ["nose", "11", "left_ankle"], 0.5, None, 0, False,
+                          files=KeypointFiles(files[:1], folders[:1]))
+    official = load_coco(COCO)
+    assert ours.images == official.images and ours.classes == official.classes == ["nose", "right_wrist", "left_ankle"]
+    both = open_classification("keypoints", None, keypoints=["1", "11", "16"], files=KeypointFiles(files, folders))
+    for found, expected in zip(both, open_classification("coco", COCO), strict=True):
+        assert found.images == expected.images and torch.equal(found.labels, expected.labels)
+        assert repr(found.transform) == repr(expected.transform)
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """A file of three categories, two of which share their keypoints, and its images: (file, folder)."""
+    def animal(image, category, x):
+        points = {"eye": (x, 20), "tail": (x + 100, 20), "paw": (x + 50, 110)}
+        return {"image_id": image, "id": 1000 * image + x, "category_id": category,
+                "keypoints": [value for point in points.values() for value in (*point, 2)]}
+    content = {
+        "categories": [{"id": 4, "name": "cat", "keypoints": ["eye", "tail", "paw"]},
+                       {"id": 7, "name": "dog", "keypoints": ["eye", "tail", "paw"]},
+                       {"id": 9, "name": "fish", "keypoints": ["fin", "gill", "eye"]}],
+        "images": [{"id": number, "file_name": f"{number}.png"} for number in range(1, 11)],
+        "annotations": [animal(number, 4 if number % 2 else 7, 30) for number in range(1, 10)] + [animal(10, 9, 40)]}
+    for number in range(1, 11):
+        Image.new("RGB", (180, 160), (20 * number, 90, 200)).save(tmp_path / f"{number}.png")
+    (tmp_path / "zoo.json").write_text(json.dumps(content))
+    return tmp_path / "zoo.json", tmp_path
+
+
+def test_several_categories(zoo):
+    """Those that share their keypoints are pooled by the keypoint's name; others are an error until one is chosen."""
+    def dataset(categories, keypoints=None):
+        return open_retrieval("keypoints", None, keypoints, 0.5, None, 0, False,
+                              files=KeypointFiles(zoo[:1], zoo[1:], categories))
+    pooled = dataset(["cat", "dog"])
+    assert pooled.classes == ["eye", "tail", "paw"] and len(pooled) == 9 and pooled.num_patches == 27
+    assert [Path(image.path).name for image in dataset(["dog"]).images] == ["2.png", "4.png", "6.png", "8.png"]
+    assert dataset(["cat"], ["paw", "1"]).classes == ["paw", "eye"]
+    assert dataset(["fish"]).classes == ["fin", "gill", "eye"]
+    expect_line(["cat and fish have different keypoints", "--category from cat, dog, fish"], dataset, None)
+    expect_line(["no category 'cow'", "cat, dog, fish"], dataset, ["cow"])
+
+
+def test_one_file_is_split_by_image(zoo):
+    def split(seed, **options):
+        files = KeypointFiles(zoo[:1], zoo[1:], ["cat", "dog"])
+        return [[image.path for image in part.images]
+                for part in open_classification("keypoints", None, files=files, seed=seed, **options)]
+    train, test = split(0)
+    assert len(test) == 1 and len(train) == 8 and not set(train) & set(test)
+    assert split(0) == [train, test] and any(split(seed)[1] != test for seed in range(1, 5))
+    expect_line(["--keypoints", "imagenet"], open_classification, "imagenet", zoo[1], 0.5, False, 224, ["eye"])
+
+
+def test_files_that_do_not_fit_are_one_line(zoo, tmp_path):
+    def opened(*files):
+        return open_retrieval("keypoints", None, None, 0.5, None, 0, False, files=KeypointFiles(*files))
+    expect_line(["--annotations takes one FILE", "2 and 1 were given"], opened, [zoo[0]] * 2, zoo[1:])
+    expect_line(["none.json does not exist"], opened, [tmp_path / "none.json"], zoo[1:])
+    expect_line(["nowhere does not exist"], opened, zoo[:1], [tmp_path / "nowhere"])
+
+
+def test_own_keypoints_through_both_scripts(zoo, tmp_path, launch):
+    options = ["--model", "timm/vit_tiny_patch16_224", "--weights", "random", "--workers", 0, "--output-dir", tmp_path,
+               "--dataset", "keypoints", "--annotations", zoo[0], "--images", zoo[1], "--category", "cat", "dog"]
+    launch(retrieval.main, [*options, "--keypoints", "eye", "paw"])
+    launch(classify.main, [*options, "--epochs", 1])
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["dataset"] for line in lines] == ["keypoints"] * 2
+    assert lines[0]["patches_per_class"] == {"eye": 9, "paw": 9}
+    assert lines[1]["classes"] == ["eye", "tail", "paw"] and (lines[1]["num_train"], lines[1]["num_test"]) == (24, 3)
+    for main in (retrieval.main, classify.main):
+        assert "have different keypoints; choose --category" in launch(main, options[:-3], status=2)[1]
+        assert "are for --dataset keypoints, not for synthetic" in launch(main, ["--images", tmp_path], status=2)[1]

@@ -123,7 +123,8 @@ def classify_entry(result: dict) -> Entry:
                args["crop_scale"] != 0.5 and f"crop scale {args['crop_scale']}",
                f"{result.get('num_train')} training patches")
     # A head that was only tested (--evaluate) has no best_acc1 and no num_train.
-    return Entry({column: result.get("best_acc1")}, remark=f"{column}: {', '.join(filter(None, remarks))}")
+    keypoints = args.get("keypoints") and f"keypoints {' '.join(args['keypoints'])}"
+    return Entry({column: result.get("best_acc1")}, (keypoints,), f"{column}: {', '.join(filter(None, remarks))}")
 
 
 def segment_entry(result: dict) -> Entry:

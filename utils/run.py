@@ -76,6 +76,20 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
                        help="no run: print the results in --output-dir beside the paper's numbers")
 
 
+def add_keypoint_arguments(parser: argparse.ArgumentParser, files: str) -> None:
+    """Adds the options of data sets of keypoints. files: how many annotation files are taken, for the help."""
+    group = parser.add_argument_group("keypoints")
+    group.add_argument("--keypoints", nargs="+", metavar="K",
+                       help="numbers from 1 or names, or all (default: the paper's; of --dataset keypoints all)")
+    group.add_argument("--annotations", type=Path, nargs="+", metavar="FILE",
+                       help=f"--dataset keypoints: your own, in COCO's form (JSON): {files}")
+    group.add_argument("--images", type=Path, nargs="+", metavar="DIR",
+                       help="--dataset keypoints: the folder that file_name counts from, one or one for each FILE")
+    group.add_argument("--category", nargs="+", metavar="NAME",
+                       help="--dataset keypoints: of these categories alone; several are pooled, and must have the "
+                            "same keypoints (default: all)")
+
+
 def positive_int(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
@@ -95,6 +109,8 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     args.precision, args.name = args.precision or default_precision(device), args.name or args.model
     if vars(args).get("cache") == "gpu" and device.type == "cpu":
         raise UserError("--cache gpu: this run has no GPU; use --cache cpu or disk")
+    if args.dataset != "keypoints" and any(vars(args).get(name) for name in ("annotations", "images", "category")):
+        raise UserError(f"--annotations, --images and --category are for --dataset keypoints, not for {args.dataset}")
     open_output(args.output_dir)
     log = Log()
     this_run.cache_clear()
