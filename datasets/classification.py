@@ -83,10 +83,15 @@ def check_classes(train: PatchDataset, test: PatchDataset) -> None:
 
 
 def hold_out(dataset: PatchDataset, seed: int, parts: int = 10) -> torch.Tensor:
-    """bool [num_patches]: the patches of one in `parts` images, chosen at random."""
+    """bool [num_patches]: the patches of one in `parts` images, chosen at random. Raises UserError where a class would
+    have no patch left to train on."""
     count = max(1, len(dataset.images) // parts)
     images = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))[:count]
-    return torch.isin(dataset.image_index, images)
+    held_out = torch.isin(dataset.image_index, images)
+    if lost := sorted({*dataset.labels.unique().tolist()} - {*dataset.labels[~held_out].unique().tolist()}):
+        raise UserError(f"the images held out by --seed {seed} are all that {len(lost)} classes have to train on, the "
+                        f"first {dataset.classes[lost[0]]}; use another --seed or more images, or hold none out")
+    return held_out
 
 
 def images_with(dataset: PatchDataset, chosen: torch.Tensor) -> PatchDataset:

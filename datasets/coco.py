@@ -2,6 +2,7 @@
 any objects in a file of the user's own."""
 
 import json
+import math
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 from utils import UserError
 
+from .files import path_below
 from .patches import PatchDataset, Transform, choose_keypoints, keypoint_patches
 
 KEYPOINTS = (1, 11, 16)  # nose, right wrist, left ankle: the paper's three, in its order
@@ -79,7 +81,8 @@ def load_keypoints(annotations: Path, folder: Path, categories: Sequence[str] | 
                    for label, keypoint in enumerate(keypoints) if values[3 * keypoint - 1] == 2]
         if len(visible) >= 2:
             points[image] += visible
-    by_path = ((str(folder / name), points[image]) for image, name in file_names.items())
+    by_path = ((path_below(folder, name, f"{annotations}, image {image}"), points[image])
+               for image, name in file_names.items())
     return keypoint_patches(by_path, keypoints, names, "keypoint", crop_scale, transform, skip_bad_images)
 
 
@@ -91,10 +94,14 @@ def read_keypoints(path: Path, categories: Sequence[str] | None = None,
     Raises UserError for a file that is not JSON or not of this kind."""
     def compact(entry: dict):
         if "image_id" in entry:
-            return entry["image_id"], entry["id"], entry["category_id"], array("d", entry.get("keypoints", ()))
-        if "file_name" in entry:
-            return entry["id"], entry["file_name"]
-        return entry
+            try:
+                return entry["image_id"], entry["id"], entry["category_id"], array("d", entry.get("keypoints", ()))
+            except (KeyError, TypeError, OverflowError) as error:
+                raise ValueError(f"annotation {entry.get('id')}, {error}") from None
+        return (entry["id"], entry["file_name"]) if "file_name" in entry else entry
+
+    def refuse(what: str):
+        raise UserError(f"{path}: {what}; correct it, or unpack the file again")
 
     try:
         with open(path, encoding="utf-8") as file:
@@ -104,22 +111,36 @@ def read_keypoints(path: Path, categories: Sequence[str] | None = None,
             if name not in known:
                 raise UserError(f"{path} has no category {name!r}; choose --category from {', '.join(known)}")
         chosen = [known[name] for name in categories or known]
-        names, file_names = chosen[0]["keypoints"], dict(content["images"])
+        names, file_names = chosen[0]["keypoints"], {}
         if different := [category["name"] for category in chosen if category.get("keypoints") != names]:
             raise UserError(f"{path}: the categories {chosen[0]['name']} and {different[0]} have different keypoints; "
                             f"choose --category from {', '.join(known)} (--dataset keypoints)")
-        numbers, objects = {category["id"] for category in chosen}, []
+        if not all(isinstance(name, str) for name in names):
+            refuse(f"the names of its keypoints are {str(names)[:40]}")
+        for image, name in content["images"]:
+            if image in file_names:
+                refuse(f"image {image} is listed twice")
+            file_names[image] = name
+        if len(set(file_names.values())) < len(file_names):
+            refuse("two images have one file_name")
+        numbers, objects, ids = {category["id"] for category in chosen}, [], set()
         for image, annotation, category, values in content["annotations"]:
             if category not in numbers:
                 continue
             if image not in file_names or len(values) != 3 * len(names):
-                raise UserError(f"{path}: annotation {annotation} has {len(values)} keypoint values, of image {image}; "
-                                f"expected {3 * len(names)} and an image of the file's list; unpack the file again")
+                refuse(f"annotation {annotation} has {len(values)} keypoint values, of image {image}; expected "
+                       f"{3 * len(names)} and an image of the file's list")
+            if not math.isfinite(sum(values)):
+                refuse(f"annotation {annotation} has a keypoint that is not finite")
+            # The id is a coordinate of the distances.
+            if type(annotation) is not int or abs(annotation) > 2**53 or annotation in ids:
+                refuse(f"annotation {annotation}: its id is used twice, or is not a whole number")
+            ids.add(annotation)
             objects.append((image, annotation, values))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; "
                         "unpack the file again") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise UserError(f"{path} is not a COCO keypoints file ({type(error).__name__}: {error}); "
                         "restore the file") from None
     return names, file_names, objects

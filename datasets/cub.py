@@ -1,6 +1,7 @@
 """CUB-200-2011 part patches (Wah et al. 2011; https://www.vision.caltech.edu/datasets/cub_200_2011/)."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from PIL import Image
 
 from utils import UserError
 
+from .files import path_below, read_lines
 from .patches import PatchDataset, choose_keypoints, keypoint_patches
 
 PARTS = (11, 12, 9, 14)  # right eye, right leg, left wing, tail: the paper's four, in its order
@@ -31,44 +33,85 @@ def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | s
             raise UserError(f"{path} does not exist; --data-path must be a folder CUB_200_2011/{{images.txt, "
                             "train_test_split.txt, parts/parts.txt, parts/part_locs.txt, images/CLASS/*.jpg}")
 
-    names = {part: name for _, part, name in read_rows(parts_txt, part_id=int, part_name=str)}
-    paths = {image: str(folder / name) for _, image, name in read_rows(images_txt, image_id=int, name=str)}
-    points = {}  # by image, then by part: (x, y), or None where it is not visible
-    rows = read_rows(part_locs_txt, image_id=int, part_id=int, x=float, y=float, visible=int)
-    for number, image, part, x, y, visible in rows:
-        if image not in paths or part not in names:
-            listing, what = (images_txt, f"image {image}") if image not in paths else (parts_txt, f"part {part}")
-            raise UserError(f"{part_locs_txt}, line {number}: {what} is not in {listing}; unpack the data set again")
-        points.setdefault(image, {})[part] = (x, y) if visible == 1 else None
-    check_complete(part_locs_txt, paths, points)
+    names, paths = read_table(parts_txt, part_id=int, part_name=str), image_paths(images_txt, folder)
+    points = visible_points(part_locs_txt, paths, names)
     if split is not None:
-        is_train = {image: flag == 1 for _, image, flag in read_rows(split_txt, image_id=int, is_training_image=int)}
+        is_train = read_table(split_txt, image_id=int, is_training_image=flag)
         check_complete(split_txt, paths, is_train)
         paths = {image: path for image, path in paths.items() if is_train[image] == (split == "train")}
 
     parts = choose_keypoints(parts, names, "part", parts_txt)
-    by_path = ((path, [(label, points[image][part]) for label, part in enumerate(parts) if points[image].get(part)])
+    by_path = ((path, [(label, points[image][part]) for label, part in enumerate(parts) if part in points[image]])
                for image, path in paths.items())
     return keypoint_patches(by_path, parts, names, "part", crop_scale, transform, skip_bad_images)
 
 
-def check_complete(path: Path, images: dict, found: dict) -> None:
+def image_paths(images_txt: Path, folder: Path) -> dict[int, str]:
+    """The path of every image by its id. Raises UserError for a repeated id or image."""
+    paths, numbers = {}, {}
+    for number, image, name in read_rows(images_txt, image_id=int, name=str):
+        path = path_below(folder, name, f"{images_txt}, line {number}")
+        for seen, value in ((paths, image), (numbers, path)):
+            if value in seen:
+                raise UserError(f"{images_txt}, line {number}: image {value} is listed twice; remove one of the lines")
+        paths[image], numbers[path] = path, number
+    return paths
+
+
+def visible_points(part_locs_txt: Path, images: Mapping, parts: Mapping | None = None) -> dict[int, dict]:
+    """By image, (x, y) of its visible parts by id. Raises UserError at a line of an unknown image or part, for a part
+    with two lines, and for an image with none."""
+    points, seen = {}, set()
+    rows = read_rows(part_locs_txt, image_id=int, part_id=int, x=finite, y=finite, visible=flag)
+    for number, image, part, x, y, visible in rows:
+        problem = (f"image {image} is not in images.txt" if image not in images else
+                   f"part {part} is not in parts.txt" if parts is not None and part not in parts else
+                   f"image {image} has two lines of part {part}" if (image, part) in seen else "")
+        if problem:
+            raise UserError(f"{part_locs_txt}, line {number}: {problem}; unpack the data set again")
+        seen.add((image, part))
+        points.setdefault(image, {}).update({part: (x, y)} if visible else {})
+    check_complete(part_locs_txt, images, points)
+    return points
+
+
+def check_complete(path: Path, images: Mapping, found: Mapping) -> None:
     for image in images:
         if image not in found:
             raise UserError(f"{path} has no line of image {image}; unpack the data set again")
 
 
-def read_rows(path: Path, **columns: type) -> Iterator[tuple]:
+def finite(text: str | float) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def flag(text: str) -> bool:
+    return bool(("0", "1").index(text))
+
+
+def read_table(path: Path, **columns: Callable) -> dict:
+    """The rows of read_rows by their first value: the other, or the tuple of the others. Raises UserError, also for a
+    repeated first value."""
+    table = {}
+    for number, key, *values in read_rows(path, **columns):
+        if key in table:
+            raise UserError(f"{path}, line {number}: {key} has a line already; remove one of them")
+        table[key] = values[0] if len(values) == 1 else tuple(values)
+    return table
+
+
+def read_rows(path: Path, **columns: Callable) -> Iterator[tuple]:
     """Yields (line number, value, ...) of every line with text in a file of columns separated by spaces; the last may
-    contain spaces. columns: name = type. Raises UserError at a line that does not fit."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            fields = line.strip().split(maxsplit=len(columns) - 1)
-            if not fields:
-                continue
-            try:
-                row = [kind(field) for kind, field in zip(columns.values(), fields, strict=True)]
-            except ValueError:
-                raise UserError(f"{path}, line {number}: found {line.strip()[:60]!r} instead of '{' '.join(columns)}'; "
-                                "unpack the data set again") from None
-            yield number, *row
+    contain spaces. columns: name = what converts its text. Raises UserError at a line that does not fit."""
+    for number, line in enumerate(read_lines(path), 1):
+        fields = line.strip().split(maxsplit=len(columns) - 1)
+        if not fields:
+            continue
+        try:
+            row = [convert(field) for convert, field in zip(columns.values(), fields, strict=True)]
+        except ValueError:  # of the conversions, and of too few fields
+            raise UserError(f"{path}, line {number}: found {line.strip()[:60]!r} instead of '{' '.join(columns)}'; "
+                            "unpack the data set again") from None
+        yield number, *row

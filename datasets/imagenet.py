@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 
 from utils import UserError
 
-from .patches import PatchDataset, PatchImage, load_image
+from .files import load_rgb
+from .patches import PatchDataset, PatchImage
 
 # What torchvision's ImageFolder takes.
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -25,27 +26,40 @@ def load_image_folder(root: str | Path, split: str, transform: Callable[[Image.I
     transform: PIL image -> uint8 tensor [3, h, w]. The classes are the folders of this split: labels of two splits
     agree only if their .classes are equal. Raises UserError for another layout.
     """
-    from torchvision.datasets import ImageFolder  # as in patches.py
-
     folder = Path(root, split)
-    try:
-        found = ImageFolder(folder, allow_empty=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} has no class folders; --data-path must be a folder with "
-                        f"{split}/CLASS/*.JPEG") from None
-    labels = [[index] for index in range(len(found.classes))]  # one list per class, shared by its images
-    images = [PatchImage(path, None, labels[index]) for path, index in found.samples]
-    empty = sorted(set(range(len(labels))) - set(found.targets))
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+    if not classes:
+        raise UserError(f"{folder} has no class folders; --data-path must be a folder with {split}/CLASS/*.JPEG")
+    images, empty, seen = [], [], {os.path.realpath(folder)}
+    for label, name in enumerate(classes):
+        paths = image_files(folder / name, seen)
+        labels = [label]  # one list per class, shared by its images
+        images += [PatchImage(path, None, labels) for path in paths]
+        empty += [name] * (not paths)
     if empty:
-        raise UserError(f"{folder / found.classes[empty[0]]} holds no image ({len(empty)} of {len(labels)} class "
-                        "folders are empty); fill or remove them")
-    return PatchDataset(images, found.classes, transform, skip_bad_images=skip_bad_images)
+        raise UserError(f"{folder / empty[0]} holds no image ({len(empty)} of {len(classes)} class folders "
+                        "are empty, or links to others); fill or remove them")
+    return PatchDataset(images, classes, transform, skip_bad_images=skip_bad_images)
+
+
+def image_files(folder: str | Path, seen: set[str]) -> list[str]:
+    """The paths of the image files below a folder, folder by folder in the order of torchvision's ImageFolder. Links
+    are followed, but no folder is entered twice: seen holds the real paths of those that were."""
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found.append((parent, sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))))
+    return [os.path.join(parent, name) for parent, names in sorted(found) for name in names]
 
 
 def list_images(folder: str | Path, num_images: int | None = None, seed: int = 0) -> list[str]:
     """The sorted paths of the image files below a folder, at any depth; with num_images, a sample drawn by the seed."""
-    paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    paths = sorted(path for path in paths if path.lower().endswith(IMG_EXTENSIONS))
+    paths = sorted(image_files(folder, set()))
     chosen = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[:num_images]
     return [paths[index] for index in sorted(chosen.tolist())]
 
@@ -70,12 +84,12 @@ def grid_patches(image: Image.Image, size: int = 224) -> torch.Tensor:
 
 def shown_patch(path: str, position: int) -> Image.Image:
     """A grid patch, 56 x 56."""
-    return central(load_image(path)).crop(GRID_BOXES[position])
+    return central(load_rgb(path)).crop(GRID_BOXES[position])
 
 
 def query_image(path: str, position: int) -> Image.Image:
     """The query's image with a red box around its patch."""
-    image = central(load_image(path))
+    image = central(load_rgb(path))
     left, upper, right, lower = GRID_BOXES[position]
     ImageDraw.Draw(image).rectangle((left, upper, right - 1, lower - 1), outline=(255, 0, 0), width=3)
     return image

@@ -6,6 +6,7 @@ ours, drawn by a seed: their results compare with nothing published.
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ from PIL import Image
 from utils import UserError
 
 from . import check_data_path
-from .cub import check_complete, read_rows
-from .patches import BAD_IMAGE, PatchDataset, PatchImage, load_image, reason
+from .cub import check_complete, finite, flag, image_paths, read_table, visible_points
+from .files import BAD_IMAGE, load_rgb, open_image, path_below, read_lines, reason
+from .patches import PatchDataset, PatchImage
 from .synthetic import OBJECT_NAMES, compose, draw_image, image_seeds
 
 PAIR_DATASETS = ("spair", "cub-pairs", "synthetic-pairs")
@@ -86,7 +88,7 @@ class PairDataset:
         squash = transforms.Compose([transforms.Resize((image_size, image_size), Image.BILINEAR),
                                      transforms.PILToTensor()])
         self.images = PatchDataset([PatchImage(path, None, [0]) for path in sizes], ["image"], squash,
-                                   load or load_whole)
+                                   load or load_rgb)
         _, categories, sources, targets, source_points, target_points, boxes, _ = zip(*self.pairs, strict=True)
         self.categories, numbers = list(dict.fromkeys(categories)), {path: number for number, path in enumerate(sizes)}
         self.category = torch.tensor([self.categories.index(category) for category in categories])
@@ -104,15 +106,8 @@ class PairDataset:
 
 
 def image_size_of(path: str) -> tuple[int, int]:
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return image.size
-
-
-def load_whole(path: str) -> Image.Image:
-    try:
-        return load_image(path)
-    except BAD_IMAGE as error:
-        raise UserError(f"{path} cannot be decoded ({reason(error)}); restore the file") from None
 
 
 def load_pairs(name: str, root: Path | None, image_size: int, split: str = "test", num_pairs: int | None = None,
@@ -158,22 +153,27 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
     if not annotations.is_dir():
         raise UserError(f"{annotations} does not exist; --data-path must be a folder SPair-71k/{{JPEGImages, "
                         "PairAnnotation/{trn,val,test}} and --split one of trn, val, test")
-    names = layout.read_text().split() if layout.is_file() else sorted(path.stem for path in annotations.glob("*.json"))
+    names = [name for line in read_lines(layout) for name in line.split()] if layout.is_file() else sorted(
+        path.stem for path in annotations.glob("*.json"))
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{layout}: pair {repeated[0]} is listed twice; remove one of the lines")
     pairs = []
     for name in draw(names, num_pairs, seed):
-        path = annotations / f"{name}.json"
+        path = Path(path_below(annotations, f"{name}.json", str(layout)))
         if not path.is_file():
             path = annotations / f"{name.replace(':', '_')}.json"
+        if not path.is_file():
+            raise UserError(f"pair {name}: its annotation {path} does not exist; unpack the data set again")
         try:
-            found = json.loads(path.read_text())
-            images = [str(root / "JPEGImages" / found["category"] / found[key]) for key in ("src_imname", "trg_imname")]
-            points = [[(float(x), float(y)) for x, y in found[key]] for key in ("src_kps", "trg_kps")]
-            x1, y1, x2, y2 = map(float, found["trg_bndbox"])
-            attributes = {ours: levels[found[key]] for key, (ours, levels) in ATTRIBUTES.items() if key in found}
+            found = json.loads(path.read_text(encoding="utf-8"))
+            folder = path_below(root / "JPEGImages", found["category"], str(path))
+            images = [path_below(folder, found[key], str(path)) for key in ("src_imname", "trg_imname")]
+            points = [[(finite(x), finite(y)) for x, y in found[key]] for key in ("src_kps", "trg_kps")]
+            x1, y1, x2, y2 = map(finite, found["trg_bndbox"])
+            attributes = {ours: dict(enumerate(levels))[found[key]] for key, (ours, levels) in ATTRIBUTES.items()
+                          if key in found}
             pairs.append(Pair(name, found["category"], *images, *points, (x1, y1, x2, y2), attributes))
-        except FileNotFoundError:
-            raise UserError(f"pair {name}: its annotation {path} does not exist; unpack the data set again") from None
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"pair {name}: {path} is not a pair's annotation ({type(error).__name__}: {error}); "
                             "unpack the data set again") from None
     return PairDataset(pairs, image_size)
@@ -183,25 +183,22 @@ def load_cub_pairs(root: str | Path, image_size: int, num_pairs: int, seed: int 
     """Ordered pairs of test images of one species of CUB_200_2011 that share at least one visible part, of all 15; the
     category is the species, the points are all parts visible in both. Raises UserError."""
     root = Path(root)
-    columns = {"images.txt": {"image": int, "name": str}, "train_test_split.txt": {"image": int, "training": int},
-               "bounding_boxes.txt": {"image": int, "x": float, "y": float, "width": float, "height": float},
-               "parts/part_locs.txt": {"image": int, "part": int, "x": float, "y": float, "visible": int}}
-    for name in columns:
-        if not (root / name).is_file():
-            raise UserError(f"{root / name} does not exist; --data-path must be a folder CUB_200_2011/{{"
-                            f"{', '.join(columns)}, images/CLASS/*.jpg}}")
-    names, split, boxes, parts = ([row[1:] for row in read_rows(root / name, **kinds)]
-                                  for name, kinds in columns.items())
-    names, split, points = dict(names), dict(split), {}
-    boxes = {image: (x, y, x + width, y + height) for image, x, y, width, height in boxes}
-    for name, found in (("train_test_split.txt", split), ("bounding_boxes.txt", boxes)):
-        check_complete(root / name, names, found)
-    for image, part, x, y, visible in parts:
-        if visible == 1:
-            points.setdefault(image, {})[part] = (x, y)
-    species = {image: name.split("/")[0] for image, name in names.items() if not split[image] and image in points}
+    images_txt, split_txt, boxes_txt, parts_txt = files = [root / name for name in (
+        "images.txt", "train_test_split.txt", "bounding_boxes.txt", "parts/part_locs.txt")]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; --data-path must be a folder CUB_200_2011/{{images.txt, "
+                            "train_test_split.txt, bounding_boxes.txt, parts/part_locs.txt, images/CLASS/*.jpg}")
+    paths, split = image_paths(images_txt, root / "images"), read_table(split_txt, image_id=int, is_training_image=flag)
+    boxes = read_table(boxes_txt, image_id=int, x=finite, y=finite, width=finite, height=finite)
+    for path, found in ((split_txt, split), (boxes_txt, boxes)):
+        check_complete(path, paths, found)
+    boxes = {image: (x, y, x + width, y + height) for image, (x, y, width, height) in boxes.items()}
+    points = visible_points(parts_txt, paths)
+    names = {image: str(Path(path).relative_to(root / "images")) for image, path in paths.items()}
+    species = {image: name.split("/")[0] for image, name in names.items() if not split[image] and points[image]}
     pairs = [Pair(f"{names[source]} to {names[target]}", species[source],
-                  *(str(root / "images" / names[image]) for image in (source, target)), *matched, boxes[target], {})
+                  paths[source], paths[target], *matched, boxes[target], {})
              for source, target, *matched in draw_matches(points, species, num_pairs, seed)]
     return PairDataset(pairs, image_size)
 

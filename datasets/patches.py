@@ -5,7 +5,6 @@ patches have sides of about d / 2, where the paper's text says d: crop_scale 0.5
 """
 
 import random
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils import UserError
 
-# What Pillow raises on a file that is missing, truncated, not an image, or far too large.
-BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+from .files import BAD_IMAGE, read_rgb, reason
+
 # A transform of patches.
 Transform = Callable[[Image.Image], torch.Tensor]
 # Workers send groups of about this many patches: the cost of a transfer hardly depends on its size.
@@ -84,11 +83,6 @@ def random_crop_flip(size: int = 224) -> Transform:
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
-def load_image(path: str) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
 class PatchDataset(Dataset):
     """The patches of a list of images, one item per image, so that each image is decoded once.
 
@@ -96,13 +90,13 @@ class PatchDataset(Dataset):
     image in the order of the boxes; labels and image_index, int64 [num_patches], are by id.
 
     classes: names, by class index. transform: PIL patch -> uint8 [3, h, w] (default resize_square()); the encoder
-    normalises on its device. load: path -> PIL RGB image. An image that cannot be decoded raises UserError; with
+    normalises on its device. load: path -> PIL RGB image. An image that cannot be decoded or cut raises UserError; with
     skip_bad_images its item is empty, and its ids never appear.
     """
 
     def __init__(self, images: Sequence[PatchImage], classes: Sequence[str],
                  transform: Callable[[Image.Image], torch.Tensor] | None = None,
-                 load: Callable[[str], Image.Image] = load_image, skip_bad_images: bool = False):
+                 load: Callable[[str], Image.Image] = read_rgb, skip_bad_images: bool = False):
         self.images, self.classes = images, list(classes)
         self.transform, self.load, self.skip_bad_images = transform or resize_square(), load, skip_bad_images
         self.labels = torch.tensor([label for image in images for label in image.labels], dtype=torch.int64)
@@ -120,13 +114,12 @@ class PatchDataset(Dataset):
         if len(ids) == 0:
             return nothing, ids
         try:
-            image = self.load(entry.path)
+            return self.cut(self.load(entry.path), entry.boxes), ids
         except BAD_IMAGE as error:
             if self.skip_bad_images:
                 return nothing, ids[:0]
             raise UserError(f"{entry.path} cannot be decoded ({reason(error)}); restore the file, "
                             "or leave such images out with --skip-bad-images") from None
-        return self.cut(image, entry.boxes), ids
 
     def cut(self, image: Image.Image, boxes: Sequence[tuple] | None) -> torch.Tensor:
         """uint8 [n, 3, h, w]. Pillow rounds the boxes; outside the image is black."""
@@ -200,13 +193,6 @@ def keypoint_patches(points: Iterable[tuple[str, list[tuple[int, Sequence[float]
         raise UserError(f"no patch of the {word}s {', '.join(map(str, chosen))} is left; use two or more, of which an "
                         "object shows at least two, over 40 pixels apart")
     return PatchDataset(images, [names[keypoint] for keypoint in chosen], transform, skip_bad_images=skip_bad_images)
-
-
-def reason(error: Exception) -> str:
-    """Why a file could not be read, without its path."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
 
 
 def received(loader: DataLoader) -> Iterator:

@@ -8,7 +8,6 @@ A split has names, num_classes, len(), name(i), subset(indices), sizes(workers) 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import copy
 from functools import cache
 from itertools import islice
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from utils import UserError
 
 from . import check_data_path
-from .patches import BAD_IMAGE, reason
+from .files import image_errors, load_rgb, open_image
 from .segmentation_classes import class_names
 from .segmentation_transforms import IGNORE
 from .synthetic import NUM_IMAGES, OBJECT_NAMES, PART_NAMES, synthetic_segmentation
@@ -124,7 +122,7 @@ class FolderSplit:
     def sizes(self, workers: int) -> list[tuple[int, int]]:
         """(height, width) of all images, from the headers. Raises UserError that lists label maps of another size."""
         def size(path):
-            with open_image(path) as image:
+            with image_errors(path), open_image(path) as image:
                 return image.size
         pairs = list(in_order(lambda pair: [*map(size, pair)], self.pairs, workers))
         different = [f"{self.name(i)} ({' / '.join(f'{w} x {h}' for w, h in pair)})"
@@ -191,28 +189,15 @@ def pair_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
     return [(image_files[stem], label_files[stem]) for stem in sorted(image_files)]
 
 
-@contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """The opened image. What Pillow raises, at opening or within the context, becomes a UserError."""
-    failure = "read as an image"
-    try:
-        with Image.open(path) as image:
-            failure = "decoded"
-            yield image
-    except BAD_IMAGE as error:
-        raise UserError(f"{path} cannot be {failure} ({reason(error)}); replace the file") from None
-
-
 def read_image(path: Path) -> np.ndarray:
     """uint8 [H, W, 3], whatever the file's colours."""
-    with open_image(path) as image:
-        return np.array(image.convert("RGB"))
+    return np.array(load_rgb(path))
 
 
 def read_label(path: Path, largest: int, background: int = 0) -> np.ndarray:
     """A label map as uint8 [H, W], reduced by reduce_label; palette and 16-bit files give their indices.
     Raises UserError for a colour image or a label above largest."""
-    with open_image(path) as image:
+    with image_errors(path), open_image(path) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
             raise UserError(f"{path} is a picture of mode {image.mode}; a label map holds one class number per pixel")
         raw = np.asarray(image)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from utils import UserError
 
+from .files import read_lines
+
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(" ".join(text.split()).split(", "))
@@ -100,7 +102,7 @@ def read_names(path: Path) -> tuple[str, ...]:
     """The lines of a file of class names. Raises UserError if it is missing or empty or repeats a name."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; it is a text file of class names, one a line")
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    names = tuple(line.strip() for line in read_lines(path) if line.strip())
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path} is empty or holds a name twice; write each class name once, one a line")
     return names

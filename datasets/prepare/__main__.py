@@ -22,6 +22,7 @@ import numpy as np
 from utils import UserError
 from utils.run import OneLineParser, exit_with_one_line_errors, positive_int
 
+from ..files import read_lines
 from ..segmentation import LAYOUTS, LONG_NAMES
 from ..segmentation_classes import ADE20K_150, CLASS_NAMES, PASCAL_OBJECT_16, PASCAL_PART_193, read_names
 from .ade20k_part import prepare_ade20k_part
@@ -85,7 +86,10 @@ def prepare_pascal(source: Path, target: Path, workers: int, lists: Path | None,
         if not path.is_file():
             raise UserError(f"{path} does not exist; it is a list of image names of VOC 2010's ImageSets/Main; "
                             "--lists names another folder")
-        names[split] = {line.split()[0] for line in path.read_text().splitlines() if line.strip()}
+        names[split] = {line.split()[0] for line in read_lines(path) if line.strip()}
+        for name in names[split]:
+            if "/" in name or "\\" in name:
+                raise UserError(f"{path}: {name!r} is no image name of VOC 2010; correct it")
         pairs[split] = [(images / f"{name}.jpg", annotations / f"{name}.mat") for name in sorted(names[split])]
     if names["train"] & names["val"]:
         raise UserError(f"{min(names['train'] & names['val'])} is in train.txt and in val.txt; remove it from one")

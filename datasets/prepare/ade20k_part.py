@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from utils import UserError
 from utils.run import open_output
 
+from ..files import open_image
 from ..segmentation import LONG_NAMES, ROOTS
 from ..segmentation_classes import ADE20K_OBJECT_59, read_names
 from .common import attempt_all, first_folder, import_loadmat, prepare, raise_failures, write_text
@@ -35,7 +35,7 @@ MAX_CLASSES = 254
 
 def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Class indices (uint16) and instance codes (uint8) of a _seg.png or _parts_N.png, each [height, width]."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         pixels = np.asarray(image.convert("RGB"))
     high_byte = (np.arange(256) // 10 * 256).astype(np.uint16)
     return high_byte[pixels[..., 0]] + pixels[..., 1], pixels[..., 2]
@@ -46,7 +46,7 @@ def part_instances(segmentation: Path) -> tuple[np.ndarray, np.ndarray]:
     object index (0 where no object is under the part), part index. ValueError where the files differ in size."""
     parts_file = segmentation.with_name(segmentation.name.replace("_seg.png", "_parts_1.png"))
     if not parts_file.is_file():
-        with Image.open(segmentation) as image:
+        with open_image(segmentation) as image:
             return np.zeros((image.height, image.width), dtype=np.int32), np.zeros((0, 2), dtype=np.int64)
     parts, codes = read_classes(parts_file)
     objects, _ = read_classes(segmentation)
@@ -144,7 +144,7 @@ def find_parts(root: Path, release: Path, pairs: dict[str, list[tuple[Path, Path
             known = json.loads(report.read_text(encoding="utf-8"))
             if {key: known[key] for key in numbers} == numbers:
                 return known["parts"]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{report} is not the list of an earlier run; remove it") from None
     names = read_index(release)
     everything = pairs["train"] + pairs["val"]

@@ -106,7 +106,7 @@ def prepare(dataset: str, target: Path, pairs: dict[str, list[tuple[Path, Path]]
         items += [(*pair, *folders[-2:]) for pair in listed]
     open_output(root)
     path, text = root / "names.txt", "\n".join(names) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if path.is_file() and path.read_bytes() != text.encode():
         raise UserError(f"{path} is the class list of an earlier run and differs from this one's; "
                         "remove that folder or use another --target")
     if not path.is_file() and any(next(folder.glob("*.png"), None) for folder in folders):
