@@ -2,7 +2,7 @@
 
 A split has names, num_classes, len(), name(i), subset(indices), sizes(workers) -> [(height, width)] and load(i) ->
 (uint8 [H, W, 3], uint8 [H, W]): the image and its label map by reduce_label (appendix A.4); the ignored label is
-"other", 0, or of PartImageNet "background", the last.
+"other", 0, of PartImageNet "background", the last, or none (255 only) of a folder whose names.txt begins with "0 NAME".
 """
 
 from collections import deque
@@ -41,8 +41,9 @@ PAPER_PROTOCOLS = {
 }
 # None is published for linear heads on PartImageNet: these are ADE20K's values, with val as the test split. All its
 # images are ImageNet training images: an encoder trained on ImageNet has seen those of the test split too.
-PROTOCOLS = PAPER_PROTOCOLS | dict.fromkeys(("partimagenet-object", "partimagenet-part"), _ADE20K) | dict.fromkeys(
-    ("synthetic", "synthetic-object", "synthetic-part"), Protocol((1024, 256), 256, (1024, 256), 171))
+PROTOCOLS = PAPER_PROTOCOLS | dict.fromkeys(("partimagenet-object", "partimagenet-part", "folder"), _ADE20K)
+PROTOCOLS |= dict.fromkeys(("synthetic", "synthetic-object", "synthetic-part"),
+                           Protocol((1024, 256), 256, (1024, 256), 171))
 
 # Folders below --data-path; the first that holds images and label maps is used, the last choice is --data-path itself.
 ROOTS = {
@@ -50,20 +51,19 @@ ROOTS = {
     "ade20k-object": ("ade_59object/ADEChallengeData2016", "ADEChallengeData2016"),
     "ade20k-part": ("ADE20K_Part",), "pascal-object": ("pascal_semantic",), "pascal-part": ("pascal_part",),
     "lip": ("LIP",), "partimagenet-object": ("PartImageNet_Seg",), "partimagenet-part": ("PartImageNet_Seg",),
+    "folder": (),
 }
-# Images, label maps. {0} is train or val, {1} training or validation. The last three are LIP's: its own folders, those
-# its archives unpack to, and mmsegmentation's.
-LAYOUTS = (
-    ("img/{0}", "ann/{0}"),
-    ("images/{1}", "annotations/{1}"),
-    ("TrainVal_images/{0}_images", "TrainVal_parsing_annotations/{0}_segmentations"),
-    ("TrainVal_images/TrainVal_images/{0}_images",
-     "TrainVal_parsing_annotations/TrainVal_parsing_annotations/{0}_segmentations"),
-    ("{0}_images", "{0}_segmentations"),
-)
-PARTIMAGENET_LAYOUTS = {
+# Images, label maps. {0} is train or val, {1} training or validation. LIP has its own folders, those its archives
+# unpack to, and mmsegmentation's.
+LAYOUTS = (("img/{0}", "ann/{0}"), ("images/{1}", "annotations/{1}"))
+OTHER_LAYOUTS = {
+    "lip": (*LAYOUTS, ("TrainVal_images/{0}_images", "TrainVal_parsing_annotations/{0}_segmentations"),
+            ("TrainVal_images/TrainVal_images/{0}_images",
+             "TrainVal_parsing_annotations/TrainVal_parsing_annotations/{0}_segmentations"),
+            ("{0}_images", "{0}_segmentations")),
     "partimagenet-object": (("images/{0}", "annotations/{0}_whole"),),
     "partimagenet-part": (("images/{0}", "annotations/{0}"),),
+    "folder": (("images/{0}", "labels/{0}"),),
 }
 PARTIMAGENET_NOTE = ("all images of PartImageNet are ImageNet training images: an encoder trained on ImageNet has seen "
                      "those of the test split too")
@@ -84,15 +84,18 @@ def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path,
     """The root, the image folder and the label folder of a split. Raises UserError where no known layout is there."""
     if not data_path.is_dir():
         raise UserError(f"--data-path {data_path} is not a folder")
-    known = PARTIMAGENET_LAYOUTS.get(dataset) or (LAYOUTS if dataset == "lip" else LAYOUTS[:2])
+    known = OTHER_LAYOUTS.get(dataset, LAYOUTS)
     layouts = [tuple(folder.format(split, LONG_NAMES[split]) for folder in pair) for pair in known]
     for root in (data_path / name for name in (*ROOTS[dataset], "")):
         for images, labels in layouts:
             if (root / images).is_dir() and (root / labels).is_dir():
                 return root, root / images, root / labels
-    source = "unpack it there" if dataset in PARTIMAGENET_LAYOUTS else "python -m datasets.prepare makes them"
-    raise UserError(f"{data_path} does not hold {dataset}: expected {' or '.join(map(' and '.join, layouts))}, there "
-                    f"or in {' or '.join(ROOTS[dataset])}; {source}")
+    expected = f"expected {' or '.join(map(' and '.join, layouts))}"
+    if dataset == "folder":
+        raise UserError(f"{data_path} does not hold images and label maps: {expected}")
+    source = "unpack it there" if dataset.startswith("partimagenet") else "python -m datasets.prepare makes them"
+    raise UserError(f"{data_path} does not hold {dataset}: {expected}, there or in {' or '.join(ROOTS[dataset])}; "
+                    f"{source}")
 
 
 class FolderSplit:
@@ -103,8 +106,12 @@ class FolderSplit:
         self.num_classes = len(self.names)
         if self.num_classes > 254:
             raise UserError(f"{root / 'names.txt'} holds {self.num_classes} names; 8-bit label maps hold up to 254")
-        self.background = self.num_classes if dataset in PARTIMAGENET_LAYOUTS else 0
+        self.background = self.num_classes if dataset.startswith("partimagenet") else 0
         self.largest_label = self.num_classes + (extra_label and not self.background)
+        if dataset == "folder" and self.names[0].startswith("0 "):
+            # Label 0 is a class too.
+            self.names = (self.names[0][2:].strip(), *self.names[1:])
+            self.background, self.largest_label = IGNORE, self.num_classes - 1
         self.pairs = pair_files(images, labels)
 
     def __len__(self) -> int:

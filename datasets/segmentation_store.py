@@ -63,7 +63,8 @@ class PixelStore:
         listing = [(self.split.name(i), self.stored[i]) for i in range(len(self.split))]
         if isinstance(self.split, FolderSplit):
             stats = [path.stat() for pair in self.split.pairs for path in pair]
-            listing += [(str(self.split.pairs[0][0].parent), [(stat.st_size, stat.st_mtime_ns) for stat in stats])]
+            listing += [(str(self.split.pairs[0][0].parent), [(stat.st_size, stat.st_mtime_ns) for stat in stats]),
+                        self.split.background]
         else:
             listing += [self.split.kind]
         path = folder / f"pixels-{hashlib.sha256(repr(listing).encode()).hexdigest()[:16]}.int32"

@@ -39,6 +39,34 @@ def test_protocols_are_those_of_the_paper():
         "lip": ((1024, 320), 320, (4096, 320), 161)}
 
 
+def test_folders_of_ones_own(tmp_path):
+    """Labels 1, 2, ... are those of the lines of names.txt; with a first line "0 NAME" 0 is a class as well."""
+    for split, label in (("train", 1), ("val", 2)):
+        write_pair(tmp_path / f"images/{split}", tmp_path / f"labels/{split}", label=label)
+    with pytest.raises(UserError, match=r"names.txt does not exist; it is a text file of class names, one a line"):
+        open_segmentation("folder", tmp_path, "val")
+    raw = np.array([[0, 1, 2, 255]], np.uint8)
+    for text, names, expected in (("left\nright\n", ("left", "right"), [255, 0, 1, 255]),
+                                  ("0 sky\nleft\nright\n", ("sky", "left", "right"), [0, 1, 2, 255])):
+        (tmp_path / "names.txt").write_text(text)
+        Image.fromarray(raw).save(tmp_path / "labels/val/a.png")
+        Image.new("RGB", (4, 1)).save(tmp_path / "images/val/a.jpg")
+        split = open_segmentation("folder", tmp_path, "val")
+        assert split.names == names and split.load(0)[1].tolist() == [expected]
+        Image.fromarray(raw + np.uint8(1)).save(tmp_path / "labels/val/a.png")  # 1, 2, 3, 0
+        with pytest.raises(UserError, match="label 3 is above the class count 2"):
+            split.load(0)
+    paths = set()
+    for text in ("left\nright\n", "0 sky\nleft\nright\n"):
+        (tmp_path / "names.txt").write_text(text)
+        store = PixelStore(open_segmentation("folder", tmp_path, "train"), (32, 32), CPU, tmp_path, "disk")
+        paths |= {*tmp_path.glob("pixels-*")}
+        assert store.pixels[0] >> 24 & 255 == len(text.split("\n")) - 3, "label 1 is class 0, or 1"
+    assert len(paths) == 2
+    with pytest.raises(UserError, match="does not hold images and label maps: expected images/val and labels/val$"):
+        open_segmentation("folder", tmp_path / "labels", "val")
+
+
 @pytest.mark.parametrize(("dataset", "images", "labels", "classes"), [
     ("ade20k", "ADEChallengeData2016/images/validation", "ADEChallengeData2016/annotations/validation", 150),
     ("ade20k", "images/validation", "annotations/validation", 150),

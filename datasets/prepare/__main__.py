@@ -23,7 +23,7 @@ from utils import UserError
 from utils.run import OneLineParser, exit_with_one_line_errors, positive_int
 
 from ..files import read_lines
-from ..segmentation import LAYOUTS, LONG_NAMES
+from ..segmentation import LAYOUTS, LONG_NAMES, OTHER_LAYOUTS
 from ..segmentation_classes import ADE20K_150, CLASS_NAMES, PASCAL_OBJECT_16, PASCAL_PART_193, read_names
 from .ade20k_part import prepare_ade20k_part
 from .common import first_folder, import_loadmat, pair_by_name, prepare, read_index_map
@@ -39,7 +39,7 @@ PASCAL_WITHOUT_PARTS = ("boat", "chair", "diningtable", "sofa", "table")
 def prepare_lip(source: Path, target: Path, workers: int) -> None:
     """LIP, in any of its layouts: the labels stay, only the folders change."""
     images, labels = (first_folder(source, [folder.format("train") for folder in folders], LIP_TREE).parent
-                      for folders in zip(*LAYOUTS[2:], strict=True))
+                      for folders in zip(*OTHER_LAYOUTS["lip"][2:], strict=True))
     pairs = {split: pair_by_name(images / f"{split}_images", labels / f"{split}_segmentations") for split in LONG_NAMES}
     unchanged = np.arange(len(CLASS_NAMES["lip"]) + 1, dtype=np.uint8)
     prepare("lip", target, pairs, CLASS_NAMES["lip"], partial(read_and_renumber, table=unchanged), workers)
