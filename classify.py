@@ -54,6 +54,8 @@ from utils.run import (
     check_same_run,
     exit_with_one_line_errors,
     load_saved,
+    non_negative_float,
+    positive_float,
     positive_int,
     setup,
 )
@@ -188,7 +190,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--probe", nargs="+", choices=("linear", "attentive", "knn"), default=["linear"],
                        help="one or several, on the same features (default: linear)")
     group.add_argument("--epochs", type=positive_int, default=90, help="(default: %(default)s)")
-    group.add_argument("--lr", type=float, nargs="+", metavar="LR",
+    group.add_argument("--lr", type=positive_float, nargs="+", metavar="LR",
                        help="one or several, for the batch size as it is (default: parts 0.4 linear, 0.04 attentive at "
                             "1024; images 6.4 linear at 16384, 0.4 attentive at 8192; in proportion at others)")
     group.add_argument("--seeds", type=positive_int, default=1, metavar="N",
@@ -196,7 +198,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--select", choices=("test", "held-out"), default="test",
                        help="what chooses epoch, learning rate and k: the test set, as in the paper (default), or a "
                             "tenth of the training images, which are then not trained on")
-    group.add_argument("--crop-scale", type=float, default=0.5,
+    group.add_argument("--crop-scale", type=positive_float, default=0.5,
                        help="side of a part patch / distance to the next keypoint (default: 0.5, the authors' code; "
                             "the paper's text: 1.0)")
     group.add_argument("--image-size", type=positive_int, default=224, metavar="N",
@@ -214,7 +216,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                        help="where tokens live; auto: the first with room")
     group.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep the features there for later runs")
     group.add_argument("--resume", action="store_true", help="continue the run whose checkpoint lies in --output-dir")
-    group.add_argument("--checkpoint-seconds", type=float, default=60, metavar="S",
+    group.add_argument("--checkpoint-seconds", type=non_negative_float, default=60, metavar="S",
                        help="write a checkpoint after an epoch if the last is older (default: 60)")
     group.add_argument("--evaluate", type=Path, metavar="HEAD", help="no training: test a head that was saved")
     group.add_argument("--save-plots", action="store_true", help="accuracy over epochs, confusion matrix, as PNG")
@@ -222,11 +224,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    args.probe = list(dict.fromkeys(args.probe))
-    if args.lr and (min(args.lr) <= 0 or len(set(args.lr)) < len(args.lr)):
-        raise UserError(f"--lr {' '.join(map(str, args.lr))}: learning rates must be positive and differ")
-    if args.crop_scale <= 0:
-        raise UserError(f"--crop-scale {args.crop_scale} must be positive")
     if args.no_augment and args.dataset in CLASSIFICATION_PARTS:
         raise UserError(f"--no-augment is for whole images; {args.dataset} is never augmented")
     if args.save_plots:

@@ -46,6 +46,7 @@ from utils.run import (
     exit_with_one_line_errors,
     load_saved,
     non_negative_int,
+    positive_float,
     positive_int,
     setup,
 )
@@ -305,7 +306,7 @@ def find_query(text: str, paths: Sequence[str]) -> int:
     """PATH:POSITION -> the patch's id. Raises UserError."""
     path, _, position = text.rpartition(":")
     matches = [index for index, candidate in enumerate(paths) if path and Path(candidate).match(path)]
-    if len(matches) != 1 or not position.isdigit() or int(position) >= len(GRID_BOXES):
+    if len(matches) != 1 or not position.isdecimal() or int(position) >= len(GRID_BOXES):
         raise UserError(f"--query {text}: {len(matches)} images match; give PATH:POSITION, PATH the end of one image's "
                         f"path and POSITION 0 to {len(GRID_BOXES) - 1}, row by row")
     return matches[0] * len(GRID_BOXES) + int(position)
@@ -372,7 +373,7 @@ def parse_arguments() -> argparse.Namespace:
                        help="of what the encoder gets, patches or whole images (default: %(default)s)")
     group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
                        help="(default: cls and avg, and projected where the checkpoint has a projector)")
-    group.add_argument("--crop-scale", type=float, default=0.5,
+    group.add_argument("--crop-scale", type=positive_float, default=0.5,
                        help="patch side / distance to the next keypoint: 0.5 as the authors' code, 1.0 as the paper's "
                             "text (default: %(default)s)")
     group.add_argument("--exclude-query", action="store_true", help="leave the query out of its own ranking")

@@ -37,7 +37,9 @@ from utils.run import (
     Progress,
     add_common_arguments,
     exit_with_one_line_errors,
+    non_negative_float,
     non_negative_int,
+    positive_float,
     positive_int,
     setup,
 )
@@ -65,9 +67,9 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--norm", action="store_true", help="apply the encoder's final norm to these tokens")
     group.add_argument("--batch-norm", action="store_true", help="batch normalisation of the tokens before the head")
     group.add_argument("--iterations", type=positive_int, default=160_000, help="(default: %(default)s)")
-    group.add_argument("--lr", type=float, nargs="+", default=[4e-4],
+    group.add_argument("--lr", type=positive_float, nargs="+", default=[4e-4],
                        help="one or several: a head for each pair with --weight-decay (default: 4e-4)")
-    group.add_argument("--weight-decay", type=float, nargs="+", default=[0.05], help="(default: 0.05)")
+    group.add_argument("--weight-decay", type=non_negative_float, nargs="+", default=[0.05], help="(default: 0.05)")
     group.add_argument("--select", choices=("test", "held-out"), default="test",
                        help="what chooses among several heads: the test images (default), or a tenth of the training "
                             "images, which are then not trained on")
@@ -103,13 +105,10 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         setattr(args, name, getattr(args, name) or getattr(protocol, name))
     if args.warmup_iterations is None:
         args.warmup_iterations = min(1500, args.iterations // 10)
-    args.probe = ["linear"] if args.evaluate else list(dict.fromkeys(args.probe))
-    if min(*args.lr, 1) <= 0 or min(args.weight_decay) < 0:
-        raise UserError("--lr must be positive and --weight-decay must not be negative")
-    for name in ("lr", "weight_decay"):
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} is negative; use a whole number from 0")
+    args.probe = ["linear"] if args.evaluate else args.probe
+    if args.stride > args.crop_size:
+        raise UserError(f"--stride {args.stride} is above --crop-size {args.crop_size}: pixels between the windows "
+                        f"would have no logits; use --stride {max(1, args.crop_size * 2 // 3)}")
     return args
 
 
@@ -127,8 +126,11 @@ def slide_inference(model: Callable, images: torch.Tensor | Sequence[torch.Tenso
     """Sliding windows over images, batched across them; logits are summed and divided by how many windows saw a pixel.
 
     model: maps [B, 3, h, w] to logits [B, K, h, w]. images: [B, 3, H, W] -> returns [B, K, H, W]; or a list of
-    [3, H, W] of any sizes -> a list of [K, H, W]. window_batch: windows in one call of the model.
+    [3, H, W] of any sizes -> a list of [K, H, W]. window_batch: windows in one call of the model. Raises ValueError
+    for a stride above crop_size, which would leave pixels without logits.
     """
+    if not 0 < stride <= crop_size:
+        raise ValueError(f"stride {stride} is not from 1 to the crop size, {crop_size}")
     windows = [(index, box) for index, image in enumerate(images)
                for box in window_boxes(*image.shape[1:], crop_size, stride)]
     by_size = {}

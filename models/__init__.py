@@ -83,7 +83,7 @@ def choose_layers(words: Sequence[str] | None, depth: int) -> list[int]:
         return sorted({round(share * depth) - 1 for share in DEPTH_SHARES})
     if len(words) == 1 and words[0] in named:
         return list(named[words[0]])
-    if not all(word.isdigit() and int(word) < depth for word in words):
+    if not all(word.isdecimal() and int(word) < depth for word in words):
         raise UserError(f"--layers {' '.join(words)}: this encoder has blocks 0 to {depth - 1}; "
                         "or use last, last4, all")
     return [int(word) for word in words]

@@ -508,7 +508,7 @@ def test_an_image_that_cannot_be_decoded(monkeypatch, cub, tmp_path, capsys):
 @pytest.mark.parametrize(("words", "message"), [
     (["--batch-size", "65"], r"--batch-size 65 is larger than the training set \(64 patches\)"),
     (["--cache", "gpu"], "--cache gpu: this run has no GPU"),
-    (["--lr", "0.1", "0.1"], "must be positive and differ"),
+    (["--lr", "0.1", "0.1"], "the values must differ"),
     (["--no-augment"], "--no-augment is for whole images"),
     (["--evaluate", "nothing.pth"], "--evaluate nothing.pth does not exist"),
     (["--evaluate", str(WEIGHTS)], "is not a head that classify.py saved"),

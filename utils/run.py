@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +26,21 @@ class OneLineParser(argparse.ArgumentParser):
         examples = "\n".join(line for line in doc.splitlines() if line.startswith("    "))
         super().__init__(description=doc.split("\n")[0], epilog=examples and f"examples:\n{examples}",
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(self, words: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """As argparse's. Raises UserError where a list holds a value twice."""
+        args = super().parse_args(words, namespace)
+        for action in self._actions:
+            values = vars(args).get(action.dest) if action.nargs == "+" else None
+            if values and len(set(values)) < len(values):
+                raise UserError(f"{action.option_strings[0]} {' '.join(map(str, values))}: the values must differ")
+        return args
+
+    def check_used(self, args: argparse.Namespace, mode: str, *unused: str) -> None:
+        """Raises UserError for options other than their default that a mode does not read."""
+        changed = [f"--{name.replace('_', '-')}" for name in unused if vars(args)[name] != self.get_default(name)]
+        if changed:
+            raise UserError(f"{' '.join(changed)} has no effect with {mode}; leave one of them out")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (all options: --help)\n")
@@ -65,11 +81,11 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
     group.add_argument("--batch-size", type=positive_int, default=batch_size,
                        help=f"over all processes together (default: {batch_size or 'the published one'})")
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    group.add_argument("--workers", type=non_negative_int, default=max(1, min(16, cores)),
+    group.add_argument("--workers", type=worker_count, default=max(1, min(16, cores)),
                        help="data loading processes per process (default: its share of the cores, here %(default)s)")
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"),
                        help="of the encoder (default: bf16 on CUDA, fp32 on CPU)")
-    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     group.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     group.add_argument("--table", action="store_true",
@@ -90,16 +106,25 @@ def add_keypoint_arguments(parser: argparse.ArgumentParser, files: str) -> None:
                             "same keypoints (default: all)")
 
 
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
+def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float]:
+    """The argparse type of an int or a float from low to high."""
+    def parse(text: str) -> float:
+        with suppress(ValueError, OverflowError):
+            # Not true of nan either.
+            if low <= (value := kind(text)) <= high:
+                return value
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {low} to {high}")
+    return parse
 
 
-def non_negative_int(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
+positive_int, non_negative_int = number(int, 1), number(int, 0)
+# What float32 holds with room to multiply.
+positive_float, non_negative_float = number(float, 1e-30, 1e30), number(float, 0, 1e30)
+# More threads or processes do not start on common systems.
+worker_count = number(int, 0, 256)
+# Seeds are multiplied by up to a million on the way to a generator of 64 bits.
+seed_number = number(int, 0, 2**32 - 1)
 
 
 def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import UserError
-from utils.run import OneLineParser, exit_with_one_line_errors, positive_int
+from utils.run import OneLineParser, exit_with_one_line_errors, number
 
 from ..files import read_lines
 from ..segmentation import LAYOUTS, LONG_NAMES, OTHER_LAYOUTS
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = commands.add_parser(name)
         command.add_argument("--source", type=Path, required=True, metavar="DIR", help="the unpacked release")
         command.add_argument("--target", type=Path, required=True, metavar="DIR", help="where to make the folder")
-        command.add_argument("--workers", type=positive_int, default=os.cpu_count() or 1,
+        command.add_argument("--workers", type=number(int, 1, 256), default=min(256, os.cpu_count() or 1),
                              help="processes (default: %(default)s)")
         if name.startswith("ade20k"):
             command.add_argument("--classes", type=Path, metavar="FILE",

@@ -51,6 +51,7 @@ from utils.run import (
     add_common_arguments,
     autocast,
     exit_with_one_line_errors,
+    non_negative_float,
     non_negative_int,
     positive_int,
     setup,
@@ -160,7 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("attention (--dataset imagenet: any folder of images)")
     group.add_argument("--num-images", type=positive_int, default=256, metavar="N",
                        help="drawn by the seed (default: %(default)s)")
-    group.add_argument("--mask-ratios", type=float, nargs="+", default=MASK_RATIOS, metavar="R",
+    group.add_argument("--mask-ratios", type=non_negative_float, nargs="+", default=MASK_RATIOS, metavar="R",
                        help="of MAE's decoder (default: 0 0.25 0.5 0.75 0.9)")
     group.add_argument("--queries", type=non_negative_int, default=1, metavar="N",
                        help="per image, for the receptive fields; 0: none of them (default: %(default)s)")

@@ -1,0 +1,78 @@
+"""What the command lines of all scripts refuse, in one line that names the option."""
+
+import importlib
+
+import pytest
+import torch
+
+import segment
+from utils.run import OneLineParser
+
+SCRIPTS = {"retrieval": [], "classify": [], "segment": [], "models.attention.__main__": [],
+           "datasets.prepare.__main__": ["lip", "--source", ".", "--target", "x"]}
+SENSELESS = ("nan", "inf", "-inf", "-1", "1e400", "1" + 40 * "0", "x", "", "0x10")
+
+
+def parse(name):
+    """The function of a script that reads its command line."""
+    module = importlib.import_module(name)
+    return getattr(module, "parse_arguments", module.main)
+
+
+def parser_of(name):
+    """The parser that a script's main makes."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        def stop(parser, words=None, namespace=None):
+            found.append(parser)
+            raise InterruptedError
+        patch.setattr(OneLineParser, "parse_args", stop)
+        with pytest.raises(InterruptedError):
+            parse(name)()
+    parser = found[0]
+    return parser._subparsers._group_actions[0].choices["lip"] if "prepare" in name else parser
+
+
+def numeric_options(name):
+    return [(name, action.option_strings[0], action.nargs) for action in parser_of(name)._actions
+            if action.type not in (None, str) and "Path" not in str(action.type)]
+
+
+@pytest.mark.parametrize(("script", "option", "nargs"), [
+    found for name in SCRIPTS for found in numeric_options(name)])
+def test_numbers_that_cannot_be(launch, monkeypatch, tmp_path, script, option, nargs):
+    monkeypatch.chdir(tmp_path)
+    for value in SENSELESS:
+        words = [f"{option}={value}"] if nargs is None else [option, *[value] * 2] if nargs == 2 else [option, value]
+        out, err = launch(parse(script), [*SCRIPTS[script], *words], status=2)
+        assert len(err.splitlines()) == 1 and option in err and "Traceback" not in err, (words, err)
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(("script", "words"), [
+    ("retrieval", ["--features", "cls", "cls"]), ("retrieval", ["--layers", "3", "3"]),
+    ("classify", ["--probe", "knn", "knn"]), ("classify", ["--lr", "0.1", "1e-1"]),
+    ("segment", ["--layers", "3", "3"]), ("segment", ["--lr", "0.1", "0.10"]), ("segment", ["--probe", "knn", "knn"]),
+    ("segment", ["--weight-decay", "0", "0"]), ("models.attention.__main__", ["--mask-ratios", "0.5", "0.5"])])
+def test_a_value_given_twice(launch, tmp_path, script, words):
+    out, err = launch(parse(script), [*words, "--output-dir", tmp_path / "out"], status=2)
+    assert len(err.splitlines()) == 1 and words[0] in err and "differ" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("script", "words"), [
+    ("segment", ["--workers", "100000"]), ("classify", ["--seed", "-1"]), ("retrieval", ["--image-size", "0"]),
+    ("classify", ["--lr", "0"]), ("segment", ["--stride", "0"]), ("retrieval", ["--crop-scale", "0"])])
+def test_numbers_out_of_range(launch, script, words):
+    err = launch(parse(script), words, status=2)[1]
+    assert len(err.splitlines()) == 1 and words[0] in err and "is not a" in err
+
+
+def test_a_stride_above_the_crop(launch, tmp_path):
+
+    words = ["--crop-size", "64", "--stride", "65", "--output-dir", tmp_path / "out"]
+    err = launch(parse("segment"), words, status=2)[1]
+    assert len(err.splitlines()) == 1 and "--stride 65 is above --crop-size 64" in err and "--stride 42" in err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="stride 65"):
+        segment.slide_inference(lambda windows: windows, torch.zeros(1, 3, 128, 128), 64, 65)
