@@ -31,9 +31,17 @@ from datasets.coco import KeypointFiles
 from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
-from models.features import Batch, Features, decoded_ids, encode_batch_size, encode_features, encode_tokens
+from models.features import (
+    Batch,
+    Features,
+    decoded_ids,
+    encode_batch_size,
+    encode_features,
+    encode_tokens,
+    encoder_identity,
+)
 from models.probe_training import RECIPES, Probe, Recipe
-from models.probes import build_heads, knn_predict, load_head
+from models.probes import build_heads, head_of, knn_predict
 from utils import UserError
 from utils.distributed import (
     all_reduce,
@@ -44,22 +52,20 @@ from utils.distributed import (
     world_size,
 )
 from utils.drawing import draw_confusion, draw_curves, require_matplotlib
-from utils.provenance import NO_EFFECT
-from utils.results import append_result, args_to_json, paper_tables, run_slug, run_title, start_line
+from utils.provenance import RESUME_MEND, check_same
+from utils.results import append_result, paper_tables, run_slug, run_title, settings_of, start_line
 from utils.run import (
     OneLineParser,
     Progress,
     add_common_arguments,
     add_keypoint_arguments,
-    check_same_run,
     exit_with_one_line_errors,
-    load_saved,
     non_negative_float,
     positive_float,
     positive_int,
     setup,
 )
-from utils.storage import atomic_write
+from utils.storage import load_checked, save_checked
 
 NEIGHBOURS = (10, 20, 100, 200)
 CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out tenth of the training images"}
@@ -232,9 +238,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def save_checkpoint(path: Path, settings: dict, epoch: int, probes: Sequence[Probe]) -> None:
-    content = {"settings": settings, "epoch": epoch, "probes": [probe.state() for probe in probes]}
     if is_main():
-        atomic_write(path, lambda temporary: torch.save(content, temporary))
+        save_checked(path, {"settings": settings, "epoch": epoch, "probes": [probe.state() for probe in probes]})
 
 
 def load_checkpoint(path: Path, settings: dict, probes: Sequence[Probe], log: Callable[[str], None]) -> int:
@@ -242,8 +247,8 @@ def load_checkpoint(path: Path, settings: dict, probes: Sequence[Probe], log: Ca
     if not path.is_file():
         log(f"{path} does not exist: starting from the beginning")
         return 0
-    content = load_saved(path, "a checkpoint of classify.py", ("settings", "epoch", "probes"))
-    check_same_run(path, content["settings"], settings)
+    content = load_checked(path, "a checkpoint of classify.py", ("settings", "epoch", "probes"))
+    check_same(path, content["settings"], settings, "--resume", RESUME_MEND)
     for probe, state in zip(probes, content["probes"], strict=True):
         probe.load_state(state)
     log(f"resumed after epoch {content['epoch']}")
@@ -251,18 +256,13 @@ def load_checkpoint(path: Path, settings: dict, probes: Sequence[Probe], log: Ca
 
 
 def open_head(path: Path, encoder: Encoder, classes: Sequence[str]) -> nn.Module:
-    """A saved head. Raises UserError for a file that is none, and for a head of another width or of other classes."""
-    load_saved(path, "a head that classify.py saved", ("head", "kind", "num_heads", "classes"), option="--evaluate ")
-    heads = load_head(path)
-    width, known = heads.weight.shape[2], heads.info["classes"]
-    if width != encoder.embed_dim:
-        raise UserError(f"--evaluate {path}: the head takes features of width {width}, the encoder gives "
-                        f"{encoder.embed_dim}; use the encoder it was trained on, {heads.info['model']}")
-    if known != list(classes):
-        raise UserError(f"--evaluate {path}: the head knows {len(known)} classes ({', '.join(known[:4])}, ...), "
-                        f"the data set has {len(classes)} ({', '.join(classes[:4])}, ...); use the data set it was "
-                        f"trained on, {heads.info['dataset']}")
-    return heads
+    """A saved head. Raises UserError for a file that is none, and for a head of another encoder or other classes."""
+    keys = ("kind", "num_heads", "head", "encoder", "classes", "model", "dataset")
+    content = load_checked(path, "a head that classify.py saved", keys, option="--evaluate ")
+    check_same(path, content["encoder"] | {"the list of classes": content["classes"]},
+               encoder_identity(encoder) | {"the list of classes": list(classes)}, "--evaluate",
+               f"use the encoder and the data set it was trained on, {content['model']} and {content['dataset']}")
+    return head_of(content)
 
 
 def encode_subsets(encode: Callable, train: PatchDataset, test: PatchDataset, held_out: torch.Tensor,
@@ -352,10 +352,10 @@ def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_
                    "epochs": probe.epochs, "batch_size": probe.batch_size, **summary, **per_class(matrix)}
     path = Path(f"{prefix}_{probe.kind}_head.pth")
     info = ("classes", "model", "weights", "sha256", "dataset", "precision", "lr", "best_epoch")
-    content = {"kind": probe.kind, "num_heads": encoder.num_heads, "head": heads.state_dict(),
-               "accuracy": accuracy(matrix).item(), **{key: line[key] for key in info}}
     if is_main():
-        atomic_write(path, lambda temporary: torch.save(content, temporary))
+        save_checked(path, {"kind": probe.kind, "num_heads": encoder.num_heads, "head": heads.state_dict(),
+                            "encoder": encoder_identity(encoder), "accuracy": accuracy(matrix).item(),
+                            **{key: line[key] for key in info}})
     spread = f" +- {summary['best_acc1_std']:.2f}" if "best_acc1_std" in summary else ""
     log(f"{probe.kind}: best {summary['best_acc1']:.2f}%{spread} (epoch {summary['best_epoch']}, learning rate "
         f"{summary['lr']:g}; chosen on {CHOSEN_BY[line['select']]}), last {summary['acc1']:.2f}%; head in {path}")
@@ -416,8 +416,8 @@ def main() -> None:
     probes = make_probes([kind for kind in args.probe if kind != "knn"], recipes, args.batch_size, args.lr,
                          range(args.seed, args.seed + args.seeds), args.epochs, num_train, encoder,
                          len(train.classes), log)
-    settings = {key: value for key, value in args_to_json(args).items() if key not in NO_EFFECT}
-    settings |= {"the weights' SHA-256": encoder.sha256, "the number of training patches": num_train}
+    settings = {**settings_of(args), **encoder_identity(encoder), **train.identity("training set"),
+                **test.identity("test set")}
     prefix = args.output_dir / f"{run_slug(args.name)}_{args.dataset}"
     checkpoint = Path(f"{prefix}_checkpoint.pth")
     done = load_checkpoint(checkpoint, settings, probes, log) if args.resume else 0

@@ -29,12 +29,14 @@ from datasets.pairs import PAIR_DATASETS, PairDataset, load_pairs
 from datasets.patches import PatchDataset
 from datasets.retrieval import RETRIEVAL_DATASETS, open_images, open_retrieval
 from models import METHODS, WITH_PROJECTOR, Encoder, choose_layers, load_encoder
+from models.features import encoder_identity
 from models.pca import pca_run
 from models.transfer import ALPHAS, draw_pairs, transfer_run
 from models.transfer import transfer_keypoints as transfer_keypoints
 from utils import UserError
 from utils.distributed import all_reduce, gather_rows, is_main, shard, world_size
 from utils.drawing import draw_curves, draw_sheet, require_matplotlib
+from utils.provenance import check_same, this_run
 from utils.results import append_result, args_to_json, paper_tables, run_slug, run_title, start_line
 from utils.run import (
     Log,
@@ -44,17 +46,17 @@ from utils.run import (
     add_keypoint_arguments,
     autocast,
     exit_with_one_line_errors,
-    load_saved,
     non_negative_int,
     positive_float,
     positive_int,
     setup,
 )
-from utils.storage import atomic_write, free_memory
+from utils.storage import atomic_write, free_memory, load_checked, save_checked
 
 # The arguments that features are made with, and all that a source of features (and its file) holds.
 PROTOCOL = ("name", "model", "dataset", "precision", "crop_scale", "image_size", "keypoints", "authors_defects")
-FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "weights", "sha256", "cls_from", *PROTOCOL)
+ABOUT = ("weights", "sha256", "cls_from", "features_made_by", *PROTOCOL)
+FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "encoder", "data", *ABOUT)
 
 
 def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: torch.Tensor | None = None,
@@ -208,20 +210,24 @@ def save_features(path: Path, source: dict, device: torch.device) -> None:
     content = {**source, "features": whole, "ids": gather_rows(source["ids"].to(device)).cpu()}
     try:
         if is_main():
-            atomic_write(path, lambda temporary: torch.save(content, temporary))
+            save_checked(path, content)
     except (OSError, RuntimeError) as error:
         raise UserError(f"--save-features {path}: cannot be written ({error}); choose another path") from None
 
 
-def load_features(path: Path) -> dict:
-    """Reads what save_features wrote; of its rows, this process's share. Raises UserError."""
-    content = load_saved(path, "a whole feature file", FEATURE_FILE, option="--load-features ")
-    try:
-        share = slice(shard(len(content["ids"])).start, shard(len(content["ids"])).stop)
-        features = {name: rows[share] for name, rows in content["features"].items()}
-        return {**content, "features": features, "ids": content["ids"][share]}
-    except (TypeError, AttributeError):
-        raise UserError(f"--load-features {path} is not a whole feature file; write it again") from None
+def load_features(paths: Sequence[Path]) -> list[dict]:
+    """Reads what save_features wrote; of the rows, this process's share. Raises UserError, also for files of different
+    data."""
+    sources = [load_checked(path, "a whole feature file", FEATURE_FILE, option="--load-features ") for path in paths]
+    for path, source in zip(paths, sources, strict=True):
+        # Not the transform: encoders of other patch sizes see other image sizes.
+        this, first = ({name: value for name, value in one["data"].items() if not name.startswith("the transform")}
+                       for one in (source, sources[0]))
+        check_same(path, this, first, "--load-features", "name files of one data set", f"in {paths[0]}")
+        share = slice(shard(len(source["ids"])).start, shard(len(source["ids"])).stop)
+        source["features"] = {name: rows[share] for name, rows in source["features"].items()}
+        source["ids"] = source["ids"][share]
+    return sources
 
 
 def defect_options(model: str, weights: str) -> dict:
@@ -319,8 +325,6 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
     chosen: queries as PATH:POSITION, PATH the end of an image's path, POSITION 0 to 48 in the 7 x 7 grid, row by row.
     """
     paths = sources[0]["paths"]
-    if any(source["paths"] != paths for source in sources):
-        raise UserError("the feature files are of different images; write them with one --data-path and --num-images")
     per_image = len(GRID_BOXES)
     ids = gather_rows(sources[0]["ids"].to(device)).cpu()
     queries = [find_query(text, paths) for text in chosen]
@@ -449,7 +453,7 @@ def main() -> None:
 
     # Features: from files, or encoded here
     if args.load_features:
-        sources = [load_features(path) for path in args.load_features]
+        sources = load_features(args.load_features)
     else:
         dataset = open_retrieval(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
                                  args.seed, args.skip_bad_images, args.image_size,
@@ -465,8 +469,9 @@ def main() -> None:
         features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device)
         paths = [image.path for image in dataset.images] if args.dataset == "imagenet" else []
         sources = [{"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
-                    "paths": paths, "weights": encoder.weights, "sha256": encoder.sha256, "cls_from": encoder.cls_from,
-                    **{name: vars(args)[name] for name in PROTOCOL}}]
+                    "paths": paths, "encoder": encoder_identity(encoder), "data": dataset.identity("data set"),
+                    "weights": encoder.weights, "sha256": encoder.sha256, "cls_from": encoder.cls_from,
+                    "features_made_by": this_run(), **{name: vars(args)[name] for name in PROTOCOL}}]
     if args.save_features:
         save_features(args.save_features, sources[0], device)
 
@@ -484,7 +489,7 @@ def main() -> None:
 
     # Results, of what the features were made with: they may come from files
     for source, result in zip(sources, results, strict=False):
-        made_with = {name: source[name] for name in ("weights", "sha256", "cls_from", *PROTOCOL)}
+        made_with = {name: source[name] for name in ABOUT}
         append_result(args.output_dir, {**made_with, "world_size": world_size(), "seed": args.seed,
                                         "args": args_to_json(args), "seconds": time.monotonic() - started, **result})
 

@@ -26,12 +26,13 @@ from datasets.segmentation import PARTIMAGENET_NOTE, PROTOCOLS, FolderSplit, Syn
 from datasets.segmentation_store import PixelStore, prefetched, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from models import METHODS, Encoder, choose_layers, load_encoder
+from models.features import encoder_identity
 from models.knn_segmentation import NEIGHBOURS, KNNSegmenter, fill_memory
-from models.segmentation_probe import SETTINGS, Segmenter, linear_probe, load_segmenter, summary
+from models.segmentation_probe import Segmenter, linear_probe, load_segmenter, summary
 from utils import UserError
 from utils.distributed import all_reduce, shard, world_size
 from utils.drawing import draw_figure6, save_picture
-from utils.results import append_result, figure6_panels, paper_tables, run_slug, run_title, start_line
+from utils.results import append_result, figure6_panels, paper_tables, run_slug, run_title, settings_of, start_line
 from utils.run import (
     OneLineParser,
     Progress,
@@ -46,6 +47,8 @@ from utils.run import (
 
 # Logits of one pass over sliding windows, in bytes.
 WINDOW_BYTES = {"cuda": 8 << 30, "cpu": 512 << 20}
+# A linear head may be resumed with others of these.
+KNN_ARGUMENTS = ("probe", "memory_size", "neighbours", "passes")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -311,7 +314,8 @@ def main() -> None:
         raise UserError(f"--crop-size {args.crop_size} is not divisible by the patch size {encoder.patch_size}")
     args.layers = choose_layers(args.layers, encoder.depth)
     line = start_line("segment", args, encoder)
-    settings = {key: line["args"][key] for key in SETTINGS} | {"sha256": encoder.sha256}
+    settings = {name: value for name, value in settings_of(args).items() if name not in KNN_ARGUMENTS}
+    settings |= encoder_identity(encoder) | (train_split.identity("training set") if train_split else {})
     log(f"{run_title(line)}: {len(names)} classes, {len(train_split or ())} training and {len(test_split)} test images")
 
     @cache
@@ -332,8 +336,7 @@ def main() -> None:
     for probe in args.probe:
         prefix = run_slug(f"{args.name}_{args.dataset}_{probe}".removesuffix("_linear"))
         if args.evaluate:
-            fixed = {name: settings[name] for name in ("model", "sha256")}
-            segmenter, about = load_segmenter(args.evaluate, encoder, fixed, args.dataset, len(names), args.precision)
+            segmenter, about = load_segmenter(args.evaluate, encoder, names, args.precision)
         elif probe == "linear":
             segmenter, about = linear_probe(encoder, batches, names, settings, test,
                                             partial(test, split=held_out or test_split),

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from utils import UserError
+from utils.provenance import digest, files_digest
 
 from .files import BAD_IMAGE, read_rgb, reason
 
@@ -106,6 +107,16 @@ class PatchDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def identity(self, what: str) -> dict:
+        """All that the patches depend on but the code, by name in words. what: this data set in these words."""
+        return {f"the number of images of the {what}": len(self.images),
+                f"the list of images of the {what}": files_digest([image.path for image in self.images]),
+                f"the list of classes of the {what}": self.classes,
+                f"the list of labels of the {what}": digest(self.labels),
+                f"the list of boxes of the {what}": digest([image.boxes for image in self.images]),
+                f"the kind of patches of the {what}": type(self).__name__,
+                f"the transform of the {what}": f"{self.transform} {vars(self).get('image_size', '')}"}
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         entry = self.images[index]

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from utils import UserError
+from utils.provenance import digest, files_digest
 
 from . import check_data_path
 from .files import image_errors, load_rgb, open_image
@@ -117,6 +118,13 @@ class FolderSplit:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def identity(self, what: str) -> dict:
+        """What the split holds, by name in words. what: this split in these words."""
+        return {f"the number of images of the {what}": len(self),
+                f"the list of classes of the {what}": list(self.names),
+                f"the ignored label of the {what}": self.background,
+                f"the list of images and label maps of the {what}": files_digest([*chain(*self.pairs)])}
+
     def name(self, index: int) -> str:
         return self.pairs[index][0].stem
 
@@ -160,6 +168,10 @@ class SyntheticSplit:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def identity(self, what: str) -> dict:
+        return {f"the list of classes of the {what}": list(self.names),
+                f"the list of images of the {what}": digest(self.kind, self.split, list(self.numbers))}
 
     def name(self, index: int) -> str:
         return f"{self.split}_{self.numbers[index]:05}"

@@ -3,7 +3,6 @@
 Nothing is decoded twice, and the batches of a run are a pure function of seed, iteration and place in the batch.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 
 from utils.distributed import local_main_first, shard
+from utils.provenance import digest, this_run
 from utils.run import Progress
-from utils.storage import allocate, atomic_write, create_file, map_file
+from utils.storage import allocate, atomic_write, create_file, map_file, record_problem, write_record
 
 from . import segmentation_transforms as transforms
 from .segmentation import FolderSplit, SyntheticSplit, in_order
@@ -41,7 +41,7 @@ class PixelStore:
         self.starts = torch.tensor([0, *(height * width for height, width in self.stored)]).cumsum(0)
         self.mapped = None
         self.pixels = allocate((int(self.starts[-1]),), torch.int32, device, tier, folder,
-                               lambda: self._on_disk(folder), f"{len(split)} training images, decoded",
+                               lambda: self._on_disk(folder, log), f"{len(split)} training images, decoded",
                                "use a larger disk with --output-dir", log, reserve=RESERVED_BYTES, pin=False)
         # The file is filled already; where another process cannot map it, all processes hold the images elsewhere.
         if self.pixels is not self.mapped:
@@ -59,24 +59,23 @@ class PixelStore:
             image, label = shrink(image, label, *self.stored[index])
         return transforms.pack_pixels(image, label).flatten()
 
-    def _on_disk(self, folder: Path) -> torch.Tensor:
-        listing = [(self.split.name(i), self.stored[i]) for i in range(len(self.split))]
-        if isinstance(self.split, FolderSplit):
-            stats = [path.stat() for pair in self.split.pairs for path in pair]
-            listing += [(str(self.split.pairs[0][0].parent), [(stat.st_size, stat.st_mtime_ns) for stat in stats]),
-                        self.split.background]
-        else:
-            listing += [self.split.kind]
-        path = folder / f"pixels-{hashlib.sha256(repr(listing).encode()).hexdigest()[:16]}.int32"
-        shape = (int(self.starts[-1]),)
+    def _on_disk(self, folder: Path, log: Callable[[str], None]) -> torch.Tensor:
+        made_with = {**self.split.identity("training set"), "the list of sizes": digest(self.stored),
+                     "the versions of packages": this_run()["versions"]}
+        path, shape = folder / f"pixels-{digest(made_with)[:16]}.int32", (int(self.starts[-1]),)
+        record = path.with_suffix(".json")
 
         def write(temporary):
             create_file(temporary, shape, torch.int32)
             self._fill(map_file(temporary, shape, torch.int32))
 
-        with local_main_first():
-            if not path.exists():
+        with local_main_first() as first:
+            wrong = first and path.exists() and record_problem(record, made_with, [path], log)
+            if wrong:
+                log(f"{path} is {wrong}: refused, it is written anew")
+            if first and wrong != "":
                 atomic_write(path, write)
+                write_record(record, made_with, [path])
         self.mapped = map_file(path, shape, torch.int32, writable=False)
         return self.mapped
 

@@ -5,16 +5,12 @@ layer-normalised, as attentive heads use them, class tokens as the encoder gives
 """
 
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -22,10 +18,12 @@ import torch
 
 from utils import UserError
 from utils.distributed import any_process, barrier, gather_rows, is_main, shard
+from utils.provenance import digest, this_run
 from utils.run import Progress, autocast
-from utils.storage import allocate, atomic_write, create_file, map_file, temporary_file
+from utils.storage import allocate, create_file, map_file, record_problem, temporary_file, write_record
 
 from .encoder import Encoder
+from .own import OwnEncoder
 from .probes import normalise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -135,8 +133,9 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
     if keep:
         full = {"cls": ((total, width), dtype), "decoded": ((total,), torch.uint8)}
         full |= {"tokens": ((total, length, width), dtype)} if with_tokens else {}
-        name = f"{fingerprint(encoder, dataset, precision, with_tokens)[:20]}-{'tokens' if with_tokens else 'cls'}"
-        kept = FeatureCache.open(keep / name, full, slice(start, stop), log)
+        made_with = fingerprint(encoder, dataset, precision, with_tokens)
+        name = f"{digest(made_with)[:20]}-{'tokens' if with_tokens else 'cls'}"
+        kept = FeatureCache.open(keep / name, full, slice(start, stop), made_with, log)
     if with_tokens:
         arrays["tokens"] = allocate(
             shape, dtype, device, tier, keep if kept else folder,
@@ -200,31 +199,34 @@ def copy_arrays(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]
 class FeatureCache:
     """A folder with a file for each array, written as PATH.partial and renamed when it is complete.
 
-    arrays: mapped, this process's rows. lock: an open file, of the main process while the cache is written.
+    arrays: mapped, this process's rows. lock: an open file, of the main process while the cache is written. made_with:
+    the fingerprint of the features, in complete.json beside the sizes and checksums of the files.
     """
     path: Path
+    made_with: dict
     complete: bool
     arrays: dict[str, torch.Tensor]
     lock: TextIO | None
 
     @classmethod
-    def open(cls, path: Path, full: dict, rows: slice, log: Callable[[str], None]) -> "FeatureCache | None":
+    def open(cls, path: Path, full: dict, rows: slice, made_with: dict,
+             log: Callable[[str], None]) -> "FeatureCache | None":
         """The cache at path, complete or to be written; None, with a line in the log, where it cannot be written. full:
         name -> (shape over all processes, dtype). rows: this process's."""
         partial, lock, problem, complete = path.with_name(path.name + ".partial"), None, "", False
         if is_main():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with suppress(OSError, ValueError, KeyError):
-                    sizes = json.loads((path / "complete.json").read_text())
-                    complete = all(sizes[name] == (path / name).stat().st_size for name in full)
+                wrong = path.exists() and record_problem(path / "complete.json", made_with,
+                                                         [path / name for name in full], log)
+                complete = wrong == ""
                 if not complete:
                     lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115  held until it is complete
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    for half in (path, partial):
-                        if half.exists():
-                            log(f"{half} is half-written: refused, it is written anew")
-                            shutil.rmtree(half)
+                    for refused, why in ((path, wrong), (partial, "half-written")):
+                        if refused.exists():
+                            log(f"{refused} is {why}: refused, it is written anew")
+                            shutil.rmtree(refused)
                     partial.mkdir()
                     for name, (shape, dtype) in full.items():
                         create_file(partial / name, shape, dtype)
@@ -244,19 +246,15 @@ class FeatureCache:
         if any_process(bool(problem)):
             log(f"the features are not kept in {path}: {problem or 'not every process can write it'}")
             return None
-        return cls(path, complete, arrays, lock)
+        return cls(path, made_with, complete, arrays, lock)
 
     def write(self, arrays: dict[str, torch.Tensor]) -> None:
         """Called by every process with its rows; the cache is complete when it returns."""
         copy_arrays(arrays, self.arrays)
         barrier()
         if is_main():
-            partial, sizes = self.path.with_name(self.path.name + ".partial"), {}
-            for name in self.arrays:
-                with open(partial / name, "rb+") as file:
-                    os.fsync(file.fileno())
-                    sizes[name] = os.stat(file.fileno()).st_size
-            atomic_write(partial / "complete.json", lambda path: path.write_text(json.dumps(sizes)))
+            partial = self.path.with_name(self.path.name + ".partial")
+            write_record(partial / "complete.json", self.made_with, [partial / name for name in self.arrays])
             os.replace(partial, self.path)
             Path(self.lock.name).unlink(missing_ok=True)
             self.lock.close()
@@ -280,23 +278,32 @@ def source_files(*objects: object) -> set[str]:
     return files
 
 
-def fingerprint(encoder: Encoder, dataset, precision: str, with_tokens: bool) -> str:
-    """SHA-256 of all that the features depend on: weights, heads, images (path, size, time of change, boxes, labels),
-    transform, precision, device type, versions, and the code of the encoder and of the data set."""
-    digest = hashlib.sha256()
-    device = next(encoder.parameters()).device.type
-    for value in (precision, device, torch.__version__, version("timm"), with_tokens, dataset.transform,
-                  dataset.classes, encoder, encoder.num_heads, getattr(encoder, "shuffle", None) is not None):
-        digest.update(f"{value}\0".encode())
-    for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers()):
-        digest.update(name.encode() + str(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def encoder_identity(encoder: Encoder) -> dict:
+    """All that an encoder's tokens depend on but the code, by name in words; kept in encoder.identity, as a timm model
+    fits its tables to the images that it gets."""
+    if "identity" not in vars(encoder):
+        unused = ("projector", "decoder")
+        tensors = {name: tensor for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())
+                   if name.split(".")[0] not in unused}
+        # What is absent or off in evaluation is left out: timm's versions differ in what they list.
+        layers = [line for name, child in encoder.named_children() if name not in unused
+                  for line in str(child).splitlines() if "Identity()" not in line and "Drop" not in line]
+        encoder.identity = {
+            "the content of the encoder's weights": digest(tensors),
+            "the architecture of the encoder": digest(layers),
+            "the number of heads": encoder.num_heads, "the patch size": encoder.patch_size,
+            "the first token": encoder.cls_from,
+            "the position embedding": getattr(encoder.position_embedding, "__name__", None),
+            "the order of patches": "shuffled" if getattr(encoder, "shuffle", None) else "in place",
+            "the file of the network": encoder.sha256 if isinstance(encoder, OwnEncoder) else None}
+    return encoder.identity
+
+
+def fingerprint(encoder: Encoder, dataset, precision: str, with_tokens: bool) -> dict:
+    """All that the features depend on, by name in words: encoder and data set, the code of both, versions, precision,
+    type of device."""
     code = source_files(encoder, encoder.position_embedding, encoder.projector, dataset, dataset.load)
-    for path in sorted({*code, __file__, encoder.method}):
-        digest.update(Path(path).read_bytes())
-    for image in dataset.images:
-        digest.update(repr(image).encode())
-        if isinstance(image.path, str) and os.path.exists(image.path):
-            status = os.stat(image.path)
-            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()
+    return {**encoder_identity(encoder), **dataset.identity("data set"), "the precision": precision,
+            "the type of device": next(encoder.parameters()).device.type, "the kind of tokens": with_tokens,
+            "the versions of packages": this_run()["versions"],
+            "the code": digest([Path(path).read_bytes() for path in sorted({*code, __file__, encoder.method})])}

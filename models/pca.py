@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
 from utils.run import autocast
-from utils.storage import atomic_write
+from utils.storage import atomic_write, load_checked, save_checked
 
 from .encoder import Encoder
 
@@ -104,10 +104,10 @@ def pca_run(encoder: Encoder, dataset, name: str, foreground: str, precision: st
         tokens = torch.cat([encoder(part)[:, 1:] for part in batch.split(16)]).unflatten(1, encoder.grid(batch))
     colours, mask, ratios = token_colours(tokens.float(), foreground)
     key = {"images": [image.path for image in dataset.images], "size": list(images.shape), "foreground": foreground}
-    atomic_write(folder / f"pca_{name}.pt", lambda path: torch.save({**key, "colours": colours}, path))
+    save_checked(folder / f"pca_{name}.pt", {**key, "colours": colours})
     rows = {}
     for path in sorted(folder.glob("pca_*.pt")):
-        content = torch.load(path, weights_only=True)
+        content = load_checked(path, "a row of principal components", ("images", "size", "foreground", "colours"))
         if {part: content[part] for part in key} == key:
             rows[path.stem.removeprefix("pca_")] = content["colours"]
     sheet, path = draw_sheet(images, rows), folder / "pca.png"

@@ -265,6 +265,11 @@ def load_head(path: str | Path) -> nn.Module:
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping) or "head" not in content or content.get("kind") not in ("linear", "attentive"):
         raise ValueError("it holds no head")
+    return head_of(content)
+
+
+def head_of(content: Mapping) -> nn.Module:
+    """load_head of a file's content."""
     state = content["head"]
     _, num_classes, width = state["weight"].shape
     heads = build_heads(content["kind"], 1, width, num_classes, content["num_heads"], "norm.running_mean" in state)

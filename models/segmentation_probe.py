@@ -15,19 +15,18 @@ import torch.nn.functional as F
 
 from utils import UserError
 from utils.distributed import all_reduce, is_main
-from utils.run import Progress, autocast, check_same_run, load_saved
-from utils.storage import atomic_write
+from utils.provenance import RESUME_MEND, check_same
+from utils.run import Progress, autocast
+from utils.storage import load_checked, save_checked
 
 from .encoder import Encoder
+from .features import encoder_identity
 from .probes import BatchNorm
 from .segmentation_head import LinearHead, upsampled_cross_entropy
 
 # The study decays the bias too, but not in its configurations of these methods.
 NO_BIAS_DECAY = ("mae", "beit", "cae")
-# What a checkpoint must agree on with the run that resumes it.
 HEAD_INPUT = ("layers", "norm", "batch_norm")
-SETTINGS = ("model", "dataset", *HEAD_INPUT, "select", "iterations", "batch_size", "lr", "weight_decay",
-            "warmup_iterations", "base_scale", "crop_size", "seed", "precision")
 CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the training images"}
 
 
@@ -161,7 +160,7 @@ def save_checkpoint(path: Path, segmenter: Segmenter, heads: nn.ModuleList, opti
     if segmenter.batch_norm is not None:
         content["batch_norm"] = segmenter.batch_norm.state_dict()
     try:
-        atomic_write(path, lambda temporary: torch.save(content, temporary))
+        save_checked(path, content)
     except (OSError, RuntimeError) as error:
         raise UserError(f"checkpoint {path} could not be written ({error}); what was there before is unchanged; make "
                         "room and go on with --resume") from None
@@ -170,7 +169,7 @@ def save_checkpoint(path: Path, segmenter: Segmenter, heads: nn.ModuleList, opti
 def load_checkpoint(path: Path, option: str) -> dict:
     """What save_checkpoint wrote. option: what names the file in messages. Raises UserError."""
     keys = ("head", "heads", "optimizer", "iteration", "settings", "class_names")
-    return load_saved(path, "a checkpoint of segment.py", keys, option)
+    return load_checked(path, "a checkpoint of segment.py", keys, option)
 
 
 def restore(checkpoint: dict, segmenter: Segmenter) -> None:
@@ -179,16 +178,16 @@ def restore(checkpoint: dict, segmenter: Segmenter) -> None:
         segmenter.batch_norm.load_state_dict(checkpoint["batch_norm"])
 
 
-def load_segmenter(path: Path, encoder: Encoder, fixed: dict, dataset: str, num_classes: int,
-                   precision: str) -> tuple[Segmenter, dict]:
-    """The head of a checkpoint, for --evaluate: what linear_probe returns. fixed: the settings that must be the
-    checkpoint's. Raises UserError where they are not, or where the head is for another number of classes."""
+def load_segmenter(path: Path, encoder: Encoder, names: Sequence[str], precision: str) -> tuple[Segmenter, dict]:
+    """The head of a checkpoint, for --evaluate: what linear_probe returns. names: of the classes. Raises UserError for
+    the head of another encoder or of other classes."""
     checkpoint = load_checkpoint(path, "--evaluate ")
-    count, settings = len(checkpoint["head"]["bias"]), checkpoint["settings"]
-    if count != num_classes:
-        raise UserError(f"{path} is a head for {count} classes; {dataset} has {num_classes}")
-    check_same_run(path, settings, fixed, "--evaluate")
-    head = LinearHead(len(settings["layers"]) * encoder.embed_dim, count)
+    settings, identity = checkpoint["settings"], encoder_identity(encoder)
+    saved = {name: settings.get(name) for name in identity}
+    check_same(path, saved | {"the list of classes": checkpoint["class_names"]},
+               identity | {"the list of classes": list(names)}, "--evaluate",
+               f"use the encoder and the classes it was trained on, {settings['model']} and {settings['dataset']}")
+    head = LinearHead(len(settings["layers"]) * encoder.embed_dim, len(names))
     segmenter = Segmenter(encoder, head, settings["layers"], precision, settings["norm"], settings["batch_norm"])
     restore(checkpoint, segmenter)
     about = {"probe": "linear", "iterations": checkpoint["iteration"]} | {name: settings[name] for name in HEAD_INPUT}
@@ -200,9 +199,10 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
                  save_every: int, test_every: int | None, log: Callable[[str], None]) -> tuple[Segmenter, dict]:
     """Trains a head for every pair of a learning rate and a weight decay, and chooses one.
 
-    batches: training batches of a range of iterations. settings: by the names in SETTINGS. test, choose: segmenter ->
-    metrics, of the test images and of those that choose. path: of the checkpoint. Returns a segmenter with the chosen
-    head, and what a results line says of it. Raises UserError.
+    batches: training batches of a range of iterations. settings: the arguments by name, and the identities of encoder
+    and training set, all of which must be those of a checkpoint that is resumed. test, choose: segmenter -> metrics, of
+    the test images and of those that choose. path: of the checkpoint. Returns a segmenter with the chosen head, and
+    what a results line says of it. Raises UserError.
     """
     device, rates, decays = encoder.mean.device, settings["lr"], settings["weight_decay"]
     heads, optimizer = make_heads(len(settings["layers"]) * encoder.embed_dim, len(names), rates, decays,
@@ -214,7 +214,7 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
     done, total = 0, settings["iterations"]
     if resume and path.exists():
         checkpoint = load_checkpoint(path, "--resume: ")
-        check_same_run(path, checkpoint["settings"], settings)
+        check_same(path, checkpoint["settings"], settings, "--resume", RESUME_MEND)
         restore(checkpoint, segmenter)
         heads.load_state_dict(checkpoint["heads"])
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -22,6 +22,7 @@ from retrieval import (
     ranked_precision,
     ranked_precision_cpu,
 )
+from utils.storage import save_checked
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests/golden"
@@ -280,8 +281,8 @@ def test_mistakes_get_one_line_and_no_result(run, tmp_path):
     (tmp_path / "odd/results.jsonl").write_text('{"task": "retrieval"}\n')
     content = {**dict.fromkeys(retrieval.FEATURE_FILE, "x"), "features": {"cls": torch.full((4, 3), float("nan"))},
                "ids": torch.arange(4), "labels": torch.zeros(4, dtype=torch.int64), "classes": ["a"], "paths": []}
-    torch.save(content, tmp_path / "nan.pt")
-    torch.save({name: content[name] for name in ("features", "ids")}, tmp_path / "part.pt")
+    save_checked(tmp_path / "nan.pt", content | {"data": {}})
+    save_checked(tmp_path / "part.pt", {name: content[name] for name in ("features", "ids")})
     for words, parts in (
         (("--model", "dinov9", "--weights", "random"), ["dinov9", "deit"]),
         (("--dataset", "cup"), ["--dataset", "cup", "synthetic"]),

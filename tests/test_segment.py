@@ -521,12 +521,59 @@ def test_mistakes_are_one_line(monkeypatch, capsys, lip, tmp_path, more, words):
 def test_a_head_of_another_class_count(monkeypatch, capsys, finished, lip, tmp_path):
     head = finished[0] / "mae_lip_segment.pt"
     line = fails(monkeypatch, capsys, lip, tmp_path, "--evaluate", head, "--dataset", "pascal-object")
-    assert "head for 19 classes; pascal-object has 16" in line
+    assert "the list of classes, from number 1 on, was ['hat', 'hair'] when" in line
+    assert "and is ['aeroplane', 'bicycle'] now; use the encoder and the classes it was trained on, mae and lip" in line
 
 
 def test_resuming_another_run(monkeypatch, capsys, finished, lip, tmp_path):
     shutil.copy(finished[0] / "mae_lip_segment.pt", tmp_path)
     assert "lr was [0.05] when" in fails(monkeypatch, capsys, lip, tmp_path, "--resume", "--lr", "0.1")
+
+
+def test_another_encoder_or_other_data_do_not_take_a_head_or_go_on(monkeypatch, capsys, finished, lip, tmp_path):
+    """The number of heads, which no weight shows, and label maps that were changed, moved, or are fewer."""
+    head = tmp_path / "mae_lip_segment.pt"
+    shutil.copy(finished[0] / head.name, head)
+
+    def two_heads(*args, **kwargs):
+        encoder = small_encoder()
+        encoder.num_heads = 2
+        return encoder
+
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "build_model", two_heads)
+        for option in (("--evaluate", head), ("--resume",)):
+            line = fails(patched, capsys, lip, tmp_path, *option)
+            assert f"{option[0]}: the number of heads was 1 when {head} was written and is 2 now; " in line
+    names = ["hair", "hat", *segmentation.class_names("lip", lip)[2:]]
+    with pytest.raises(UserError, match=r"classes, from number 1 on, was \['hat', 'hair'\] when .* is \['hair', 'hat'"):
+        segmentation_probe.load_segmenter(head, small_encoder(), names, "fp32")
+
+    moved = shutil.copytree(lip, tmp_path / "elsewhere")  # with the files' times
+    run(monkeypatch, moved, tmp_path, "--resume", "--workers", 1)
+    os.utime(moved / "ann" / "train" / "2.png", ns=(1, 1))
+    line = fails(monkeypatch, capsys, moved, tmp_path, "--resume")
+    assert "--resume: the list of images and label maps of the training set differs now from when" in line
+    for folder, suffix in (("img", "jpg"), ("ann", "png")):
+        (moved / folder / "train" / f"4.{suffix}").unlink()
+    line = fails(monkeypatch, capsys, moved, tmp_path, "--resume")
+    assert "the number of images of the training set was 5 when" in line and "and is 4 now" in line
+
+
+@pytest.mark.parametrize(("damage", "word"), [(lambda pixels: pixels[:-4000], "half-written"),
+                                              (lambda pixels: pixels[:-4000] + bytes(4000), "damaged")])
+def test_a_store_of_images_that_was_cut_or_zeroed_is_written_anew(finished, monkeypatch, capsys, lip, tmp_path, damage,
+                                                                   word):
+    run(monkeypatch, lip, tmp_path, "--cache", "disk")
+    [store] = tmp_path.glob("pixels-*.int32")
+    pixels = store.read_bytes()
+    store.write_bytes(damage(pixels))
+    capsys.readouterr()
+    run(monkeypatch, lip, tmp_path, "--cache", "disk")
+    assert f"{store} is {word}: refused, it is written anew" in capsys.readouterr().out
+    assert store.read_bytes() == pixels
+    for name, value in saved_head(finished[0]).items():
+        assert torch.equal(saved_head(tmp_path)[name], value)
 
 
 def test_disk_full_leaves_the_checkpoint_before(monkeypatch, capsys, finished, lip, tmp_path):

@@ -45,12 +45,13 @@ def barrier() -> None:
 
 @contextmanager
 def local_main_first():
-    """The first process of every node runs the body before the others: one download, then the others find the file."""
+    """The first process of every node runs the body before the others: one download, then the others find the file.
+    Gives the body whether this is the first process."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or not dist.is_initialized()
     if not first:
         barrier()
     try:
-        yield
+        yield first
     finally:
         # Also after an error: the others must not wait for ever.
         if first:

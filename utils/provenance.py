@@ -1,21 +1,32 @@
 """What a figure depends on: the arguments that matter, and what made each file that a later run uses."""
 
+import hashlib
+import os
 import secrets
 import subprocess
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
+
+import torch
+
+from . import UserError
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 # Arguments of all scripts that no figure depends on: where things lie, what is written, where it runs. A run may be
 # resumed with others (what lies in a data set is compared apart), and tables do not mark them.
 NO_EFFECT = frozenset((
-    "cache", "cache_dir", "checkpoint_every", "checkpoint_seconds", "columns", "data_path", "debug", "device",
-    "eval_every", "figure6", "name", "output_dir", "pictures", "query", "resume", "save_features", "save_pictures",
-    "save_plots", "table", "top", "workers"))
+    "annotations", "cache", "cache_dir", "checkpoint_every", "checkpoint_seconds", "columns", "data_path", "debug",
+    "device", "eval_every", "figure6", "images", "name", "output_dir", "pictures", "query", "resume", "save_features",
+    "save_pictures", "save_plots", "table", "top", "workers"))
+# Arguments that name an encoder, whose identity (models.features.encoder_identity) is compared in their place.
+NAME_ENCODER = frozenset(("weights", "weights_key", "num_heads"))
+RESUME_MEND = "give the same arguments and data, or start without --resume"
 
 
 @cache
@@ -39,3 +50,60 @@ def revision() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def digest(*values: object) -> str:
+    """SHA-256, in hexadecimal digits, of tensors (type, shape, content), plain values, and mappings and sequences of
+    them."""
+    found = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, Mapping | list | tuple):
+            found.update(f"{type(value).__name__} {len(value)}".encode())
+            for one in value.items() if isinstance(value, Mapping) else value:
+                add(one)
+        else:
+            found.update(f"{value!r}\0".encode())
+
+    add(values)
+    return found.hexdigest()
+
+
+def files_digest(paths: Sequence[str | Path | int]) -> str:
+    """The digest of a list of files, in its order: each by its place below their common folder, size and time of
+    change; of what is no path, the seed of a drawn image, the value alone."""
+    names = [str(path) for path in paths]
+    folders = {os.path.dirname(name) for name in names}
+    common = os.path.commonpath(folders) if folders else ""
+    places = {folder: os.path.relpath(folder or ".", common or ".") for folder in folders}
+    found = hashlib.sha256()
+    for path, name in zip(paths, names, strict=True):
+        size = time = None
+        if not isinstance(path, int):
+            with suppress(OSError):
+                status = os.stat(path)
+                size, time = status.st_size, status.st_mtime_ns
+        folder, base = os.path.split(name)
+        found.update(f"{places[folder]}/{base} {size} {time}\0".encode(errors="surrogateescape"))
+    return found.hexdigest()
+
+
+def check_same(path: Path, saved: Mapping, current: Mapping, option: str, mend: str, where: str = "now") -> None:
+    """Raises UserError that names all that differs between what made the file at path (saved) and what is to use it
+    (current): values by their names in words. option: what named the file; mend: what the user can do."""
+    differences = []
+    for name in {**saved, **current}:
+        was, now = saved.get(name), current.get(name)
+        if was == now:
+            continue
+        if isinstance(was, list) and isinstance(now, list) and len(f"{was}{now}") > 120:
+            at = [one == other for one, other in zip_longest(was, now)].index(False)
+            name, was, now = f"{name}, from number {at + 1} on,", was[at:at + 2], now[at:at + 2]
+        long = max(len(str(was)), len(str(now))) > 60
+        differences.append(f"{name} differs {where} from when {path} was written" if long else
+                           f"{name} was {was} when {path} was written and is {now} {where}")
+    if differences:
+        raise UserError(f"{option}: {'; '.join(differences)}; {mend}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from . import UserError
 from .distributed import is_main, world_size
-from .provenance import this_run
+from .provenance import NAME_ENCODER, NO_EFFECT, this_run
 
 # {"models": {name: printed name}, task: {table: {column: {model: published number}}}}; columns of ours alone are empty.
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
@@ -35,6 +35,11 @@ def run_slug(name: str) -> str:
 def args_to_json(args: Namespace) -> dict:
     """The arguments as values that JSON can hold: paths become strings, tuples lists."""
     return json.loads(json.dumps(vars(args), default=str))
+
+
+def settings_of(args: Namespace) -> dict:
+    """The arguments that must be the same when a run is resumed, as values that JSON can hold."""
+    return {name: value for name, value in args_to_json(args).items() if name not in NO_EFFECT | NAME_ENCODER}
 
 
 def start_line(task: str, args: Namespace, encoder: object) -> dict:

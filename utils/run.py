@@ -15,7 +15,6 @@ from . import UserError
 from .distributed import init_processes, is_main, world_size
 from .provenance import this_run
 from .results import args_to_json
-from .storage import check_archive
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -167,30 +166,6 @@ def open_output(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written ({error.strerror}); "
                         "choose another with --output-dir") from None
-
-
-def load_saved(path: Path, what: str, keys: Sequence[str], option: str = "") -> dict:
-    """The content, on the CPU, of a file that a script saved with these keys. what: "a checkpoint of classify.py".
-    option: the one that named the file. Raises UserError for a missing, damaged or other file."""
-    if not path.is_file():
-        raise UserError(f"{option}{path} does not exist; name {what}")
-    try:
-        check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content.keys() >= set(keys):
-            return content
-        reason = "keys are missing"
-    except Exception as error:  # torch.load raises many kinds on a file that is none of its own
-        reason = type(error).__name__
-    raise UserError(f"{option}{path} is not {what} ({reason}); name another file, or write it again")
-
-
-def check_same_run(path: Path, saved: dict, current: dict, option: str = "--resume") -> None:
-    """Raises UserError where a checkpoint's settings differ from this run's."""
-    different = [f"{name} was {saved.get(name)} when {path} was written and is {value} now"
-                 for name, value in current.items() if saved.get(name) != value]
-    if different:
-        raise UserError(f"{option}: {'; '.join(different)}; give the same arguments, or start without {option}")
 
 
 class Log:

@@ -1,8 +1,11 @@
 """Files that are written whole, and large arrays on the GPU, in host memory or in mapped files."""
 
+import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch
 
 from . import UserError
 from .distributed import any_process, gather_rows, rank, world_size
+from .provenance import digest
 
 TIERS = ("gpu", "cpu", "disk")
 
@@ -38,6 +42,63 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_checked(path: Path, content: dict) -> None:
+    """torch.save of tensors and plain values, whole (atomic_write), with a digest by which load_checked knows them."""
+    atomic_write(path, lambda temporary: torch.save({"digest": digest(content), **content}, temporary))
+
+
+def load_checked(path: Path, what: str, keys: Sequence[str], option: str = "") -> dict:
+    """The content, on the CPU, of a file that save_checked wrote with these keys at least. what: "a checkpoint of
+    classify.py". option: the one that named the file. Raises UserError for a missing, damaged, changed or other
+    file."""
+    if not path.is_file():
+        raise UserError(f"{option}{path} does not exist; name {what}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        recorded, reason = content.pop("digest", None), "keys are missing"
+        if recorded and content.keys() >= set(keys):
+            if recorded == digest(content):
+                return content
+            reason = "its content is not what was written: damaged, or changed by hand"
+    except Exception as error:  # torch.load raises many kinds on a file that is none of its own
+        reason = type(error).__name__
+    raise UserError(f"{option}{path} is not {what} ({reason}); name another file, or write it again")
+
+
+def checksums(path: Path) -> list[int]:
+    """The CRC-32 of every 16 MB of a file, read by several threads."""
+    piece = 16 << 20
+    with open(path, "rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda start: zlib.crc32(os.pread(file.fileno(), piece, start)),
+                             range(0, path.stat().st_size, piece)))
+
+
+def write_record(record: Path, made_with: dict, files: Sequence[Path]) -> None:
+    """Flushes files of one folder to disk and writes, as JSON, what they were made with, their sizes and checksums."""
+    sums = {}
+    for path in files:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        sums[path.name] = [path.stat().st_size, checksums(path)]
+    text = json.dumps({"made_with": made_with, "files": sums})
+    atomic_write(record, lambda temporary: temporary.write_text(text))
+
+
+def record_problem(record: Path, made_with: dict, files: Sequence[Path], log: Callable[[str], None]) -> str:
+    """What is wrong with files, in a word or two, if they are not those that write_record saw; "" if they are. Reads
+    them whole."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        content = json.loads(record.read_text())
+        saved = content["files"]
+        if json.dumps(content["made_with"]) != json.dumps(made_with):
+            return "of other inputs"
+        sizes = [path.stat().st_size for path in files]
+        if sizes == [saved[path.name][0] for path in files]:
+            log(f"comparing {sum(sizes) / 1e9:.2f} GB in {record.parent} with the checksums in {record.name}")
+            return "" if all(saved[path.name][1] == checksums(path) for path in files) else "damaged"
+    return "half-written"
 
 
 def check_archive(path: Path) -> None:
