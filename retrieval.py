@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from datasets.coco import KeypointFiles
-from datasets.imagenet import GRID_BOXES, query_image, shown_patch
+from datasets.imagenet import GRID_BOXES, overlap, query_image, shown_patch
 from datasets.pairs import PAIR_DATASETS, PairDataset, load_pairs
 from datasets.patches import PatchDataset
 from datasets.retrieval import RETRIEVAL_DATASETS, open_images, open_retrieval
@@ -289,10 +289,12 @@ def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None
     return metrics
 
 
-def nearest_patches(features: torch.Tensor, ids: torch.Tensor, queries: torch.Tensor, top: int) -> torch.Tensor:
-    """Ids of the `top` patches most similar to each query, most similar first, the query itself left out: [Q, top].
+def nearest_patches(features: torch.Tensor, ids: torch.Tensor, queries: torch.Tensor, top: int,
+                    leave_out: int = 1) -> torch.Tensor:
+    """Ids of the `top` patches most similar to each query, most similar first: [Q, top], fewer where there are fewer.
 
-    features [n, D] and ids [n] are this process's share; queries [Q] are ids, each in one process's share.
+    features [n, D] and ids [n] are this process's share; queries [Q] are ids, each in one process's share. leave_out:
+    1 leaves the query itself out, the number of patches in an image all that are of its image.
     """
     normalized = torch.nn.functional.normalize(features, dim=1)
     ids, queries = ids.to(features.device), queries.to(features.device)
@@ -300,12 +302,13 @@ def nearest_patches(features: torch.Tensor, ids: torch.Tensor, queries: torch.Te
     # Every query's row stands in one process: zeros elsewhere, so the sum is that row.
     own = normalized[mine.int().argmax(1)] if len(ids) else features.new_zeros(len(queries), features.shape[1])
     wanted = all_reduce(torch.where(mine.any(1, keepdim=True), own, 0.0))
-    similarity = (wanted @ normalized.T).masked_fill_(mine, float("-inf"))
-    best = similarity.topk(min(top + 1, len(ids)), dim=1)
+    left_out = ids[None] // leave_out == queries[:, None] // leave_out
+    best = (wanted @ normalized.T).masked_fill_(left_out, float("-inf")).topk(min(top, len(ids)), dim=1)
     values = gather_rows(best.values.T.contiguous()).T
     candidates = gather_rows(ids[best.indices].T.contiguous()).T
-    order = values.sort(dim=1, descending=True, stable=True).indices[:, :top]
-    return candidates.gather(1, order)
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    # Every query leaves out as many.
+    return candidates.gather(1, order)[:, :min(top, int((values[0] > float("-inf")).sum()))]
 
 
 def find_query(text: str, paths: Sequence[str]) -> int:
@@ -319,21 +322,25 @@ def find_query(text: str, paths: Sequence[str]) -> int:
 
 
 def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: int, top: int, columns: int, seed: int,
-                folder: Path, device: torch.device) -> list[str]:
+                 other_images: bool, folder: Path, device: torch.device) -> list[str]:
     """Writes a sheet per query, a row of blocks for each source in it; returns the files' names.
 
     chosen: queries as PATH:POSITION, PATH the end of an image's path, POSITION 0 to 48 in the 7 x 7 grid, row by row.
+    other_images: patches of the query's own image are left out; else those that overlap the query are marked.
     """
     paths = sources[0]["paths"]
     per_image = len(GRID_BOXES)
     ids = gather_rows(sources[0]["ids"].to(device)).cpu()
+    if len(images := (ids // per_image).unique()) <= other_images:
+        raise UserError(f"{len(images)} images could be read, too few to find patches in others; use more")
     queries = [find_query(text, paths) for text in chosen]
     if not queries:
         drawn = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:num_queries]
         queries = ids[drawn].tolist()
     if absent := [query for query in queries if query not in set(ids.tolist())]:
         raise UserError(f"{paths[absent[0] // per_image]} could not be decoded, so it cannot be a query")
-    found = [{name: nearest_patches(rows.to(device), source["ids"], torch.tensor(queries), top).cpu().tolist()
+    leave_out = per_image if other_images else 1
+    found = [{name: nearest_patches(rows.to(device), source["ids"], torch.tensor(queries), top, leave_out).tolist()
               for name, rows in source["features"].items()} for source in sources]
     files = []
     for number, query in enumerate(queries if is_main() else []):
@@ -342,7 +349,8 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
         for source, features in zip(sources, found, strict=True):
             mark = " (random weights)" if source["weights"] == "random" else ""
             rows.append((source["name"] + mark, [
-                (name, [shown_patch(paths[patch // per_image], patch % per_image) for patch in nearest[number]])
+                (name, [(shown_patch(paths[patch // per_image], patch % per_image), overlap(patch, query))
+                        for patch in nearest[number]])
                 for name, nearest in features.items()]))
         files.append(f"sheet_{number:03}_{Path(path).stem}_{position}.png")
         draw_sheet(folder / files[-1], query_image(path, position), rows, columns)
@@ -410,6 +418,8 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--query", nargs="+", default=[], metavar="PATH:POSITION", help="these instead")
     group.add_argument("--top", type=positive_int, default=24,
                        help="patches shown (paper 24, code 84; default: %(default)s)")
+    group.add_argument("--other-images", action="store_true",
+                       help="leave out the query's own image (default: patches that overlap the query are marked)")
     group.add_argument("--columns", type=positive_int, default=6, help="of patches in a block (default: %(default)s)")
     args = parser.parse_args()
     if args.save_features and not args.save_features.parent.is_dir():
@@ -477,8 +487,8 @@ def main() -> None:
 
     # Average precision of every source, or one sheet for all of them
     if sources[0]["paths"]:
-        files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed, args.output_dir,
-                             device)
+        files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed, args.other_images,
+                             args.output_dir, device)
         log(f"{len(files)} sheets in {args.output_dir}")
         results = [{"task": "retrieval-sheets", "sheets": files, "models": [source["model"] for source in sources]}]
     else:

@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--evaluate", type=Path, metavar="HEAD", help="no training: test this checkpoint's head")
     group.add_argument("--eval-every", type=positive_int, metavar="N", help="test every N iterations, and at the end")
     group.add_argument("--save-pictures", type=non_negative_int, default=0, metavar="N",
-                       help="image, truth and prediction of the first N test images")
+                       help="image, truth and prediction of the first N test images, and the predicted label maps")
     group.add_argument("--authors-defects", action="store_true",
                        help="test as the authors' code does: a label equal to the class count counts as the last "
                             "class, and a window smaller than the crop repeats the window before it")
@@ -247,7 +247,7 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
             confusion += confusion_matrix(pred, torch.from_numpy(truth).to(device), bins)
             if number < num_pictures:
                 path = picture_folder / f"{split.name(number)}.png"
-                save_picture(path, picture, truth, pred.cpu().numpy(), split.names)
+                save_picture(path, picture, truth, pred.cpu().numpy(), split.names, int(not split.background))
             progress.update()
         group, num_windows = [], 0
     metrics = segmentation_metrics(all_reduce(confusion).cpu(), classes if authors_defects else None)

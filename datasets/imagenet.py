@@ -64,11 +64,11 @@ def list_images(folder: str | Path, num_images: int | None = None, seed: int = 0
     return [paths[index] for index in sorted(chosen.tolist())]
 
 
-def central(image: Image.Image) -> Image.Image:
-    """The 224 x 224 image that GRID_BOXES divides: short side 256, bicubic, central crop."""
+def central(image: Image.Image, scale: int = 1) -> Image.Image:
+    """The 224 x 224 image that GRID_BOXES divides: short side 256, bicubic, central crop; both times scale."""
     from torchvision import transforms
 
-    return transforms.CenterCrop(224)(transforms.Resize(256, Image.BICUBIC)(image))
+    return transforms.CenterCrop(224 * scale)(transforms.Resize(256 * scale, Image.BICUBIC)(image))
 
 
 def grid_patches(image: Image.Image, size: int = 224) -> torch.Tensor:
@@ -83,16 +83,25 @@ def grid_patches(image: Image.Image, size: int = 224) -> torch.Tensor:
 
 
 def shown_patch(path: str, position: int) -> Image.Image:
-    """A grid patch, 56 x 56."""
-    return central(load_rgb(path)).crop(GRID_BOXES[position])
+    """A grid patch, 112 x 112: finer than what the encoder got, where the file is."""
+    return central(load_rgb(path), 2).crop([2 * side for side in GRID_BOXES[position]])
 
 
 def query_image(path: str, position: int) -> Image.Image:
-    """The query's image with a red box around its patch."""
-    image = central(load_rgb(path))
+    """The query's image, with a red box around its patch, and beside it the patch, enlarged to the same height."""
+    image, patch = central(load_rgb(path)), shown_patch(path, position)
     left, upper, right, lower = GRID_BOXES[position]
     ImageDraw.Draw(image).rectangle((left, upper, right - 1, lower - 1), outline=(255, 0, 0), width=3)
-    return image
+    both = Image.new("RGB", (452, 224), "white")
+    both.paste(image, (0, 0))
+    both.paste(patch.resize((224, 224), Image.Resampling.BICUBIC), (228, 0))
+    return both
+
+
+def overlap(patch: int, query: int) -> bool:
+    """Whether two grid patches, numbered image by image, share pixels."""
+    (x, y, *_), (query_x, query_y, *_) = (GRID_BOXES[number % len(GRID_BOXES)] for number in (patch, query))
+    return patch // len(GRID_BOXES) == query // len(GRID_BOXES) and abs(x - query_x) < 56 and abs(y - query_y) < 56
 
 
 class GridDataset(PatchDataset):

@@ -159,6 +159,8 @@ class FolderSplit:
 class SyntheticSplit:
     """Images drawn by code, with part or object masks. Each is drawn once."""
 
+    background = 0  # the label of what is no class
+
     def __init__(self, kind: str, split: str):
         self.kind, self.split = kind, split
         self.names = PART_NAMES if kind == "part" else OBJECT_NAMES

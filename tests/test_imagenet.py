@@ -11,7 +11,15 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
-from datasets.imagenet import GRID_BOXES, grid_patches, list_images, load_grid, load_image_folder
+from datasets.imagenet import (
+    GRID_BOXES,
+    grid_patches,
+    list_images,
+    load_grid,
+    load_image_folder,
+    overlap,
+    query_image,
+)
 from datasets.patches import resize_center_crop
 from utils import UserError
 
@@ -127,6 +135,28 @@ def test_grid_boxes_are_where_the_patches_come_from():
         image.paste((255, 255, 255), (left, upper, right, lower))
         means = grid_patches(image).float().mean((1, 2, 3))
         assert means.argmax() == index and means[index] > 250 and (means > 250).sum() == 1
+
+
+def test_overlap_is_shared_pixels_of_one_image():
+    covers = np.zeros((49, 224, 224), bool)
+    for position, (left, upper, right, lower) in enumerate(GRID_BOXES):
+        covers[position, upper:lower, left:right] = True
+    shared = np.einsum("aij,bij->ab", covers.astype(np.float32), covers.astype(np.float32)) > 0
+    found = [[overlap(3 * 49 + a, 3 * 49 + b) for b in range(49)] for a in range(49)]
+    assert (np.array(found) == shared).all()
+    assert not any(overlap(3 * 49 + a, 2 * 49 + a) for a in range(49))
+
+
+def test_the_query_is_shown_in_its_image_and_enlarged_beside_it(tmp_path):
+    noise(500, 375).save(tmp_path / "a.png")
+    picture = query_image(tmp_path / "a.png", 10)
+    whole = Image.open(tmp_path / "a.png").resize((int(512 * 500 / 375), 512), Image.Resampling.BICUBIC)
+    left, upper = round((whole.width - 448) / 2) + 2 * 84, round((512 - 448) / 2) + 2 * 28
+    patch = whole.crop((left, upper, left + 112, upper + 112))
+    assert picture.size == (452, 224)
+    assert picture.crop((228, 0, 452, 224)).tobytes() == patch.resize((224, 224), Image.Resampling.BICUBIC).tobytes()
+    red = (np.asarray(picture) == (255, 0, 0)).all(2)
+    assert red[28:84, 84:140].sum() >= 56 * 56 - 50 * 50 and not red[31:81, 87:137].all()
 
 
 def test_load_grid_with_and_without_class_folders(root):

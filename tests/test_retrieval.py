@@ -143,6 +143,13 @@ def test_nearest_patches_against_a_plain_sort():
     similarity = F.cosine_similarity(features[queries][:, None], features[None], dim=2)
     similarity[[0, 1], queries] = -2
     assert torch.equal(nearest_patches(features, torch.arange(60), queries, 7), similarity.topk(7).indices)
+    # A query is in no list, however long.
+    assert nearest_patches(features, torch.arange(60), queries, 60).shape == (len(queries), 59)
+    # Rows 0 to 9 are of one image, and so on.
+    same = torch.arange(60) // 10 == queries[:, None] // 10
+    similarity[same] = -2
+    others = nearest_patches(features, torch.arange(60), queries, 60, leave_out=10)
+    assert torch.equal(others, similarity.topk(50).indices)
 
 
 def test_queries_by_name():
@@ -252,6 +259,10 @@ def test_picture_sheets(run, tmp_path):
     with Image.open(sheets[0]) as sheet:
         red = (np.asarray(sheet) == (255, 0, 0)).all(2).sum()
         assert red >= 4 * 3 * 50 and sheet.height > 2 * 4 * 64
+    for words, marked in (([], True), (["--other-images"], False)):
+        run("--load-features", tmp_path / "ibot.pt", "--queries", 1, "--output-dir", out, *words)
+        with Image.open(out / last_result(out)["sheets"][0]) as sheet:
+            assert (np.asarray(sheet) == (255, 140, 0)).all(2).any() == marked
     _, err = run("--load-features", tmp_path / "ibot.pt", "--query", f"{named}:99", "--output-dir", out, status=2)
     assert "POSITION 0 to 48" in err
 

@@ -263,6 +263,9 @@ def test_results_line_and_pictures(finished):
     for i in range(2):
         with Image.open(output / "mae_lip_pictures" / f"{i}.png") as picture:
             assert picture.width >= 3 * 512 * TEST_SIZES[i][1] // max(TEST_SIZES[i])
+        with Image.open(output / "mae_lip_pictures" / f"{i}_labels.png") as labels:
+            assert labels.mode == "P" and labels.size == TEST_SIZES[i][::-1]
+            assert np.min(labels) >= 1 and np.max(labels) <= NUM_CLASSES
     assert (output / "log.txt").read_text().count("mIoU") >= 2
     assert not list(output.glob(".*"))
 
@@ -413,7 +416,8 @@ def test_the_number_of_processes_changes_nothing(launch, finished, lip, tmp_path
         assert torch.allclose(saved_head(tmp_path)[name], value, atol=1e-5)
     assert result["mIoU"] == pytest.approx(expected["mIoU"], abs=0.1)
     assert result["aAcc"] == pytest.approx(expected["aAcc"], abs=0.1)
-    assert len(list((tmp_path / "mae_lip_pictures").iterdir())) == len(TEST_SIZES)
+    assert {path.name for path in (tmp_path / "mae_lip_pictures").iterdir()} == {
+        f"{i}{ending}.png" for i in range(len(TEST_SIZES)) for ending in ("", "_labels")}
 
 
 def test_each_test_pixel_is_counted_once(finished, lip):
