@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.models.beit import Beit, gen_relative_position_index
 
 from .encoder import (
@@ -43,16 +44,21 @@ class BEiTEncoder(Encoder):
         self._bias_key = None
 
     def relative_bias(self, height: int, width: int) -> torch.Tensor:
-        """The bias of a grid of patches, [1, heads, 1 + N, 1 + N]; that of the last grid is cached."""
+        """The bias of a grid of patches, [1, heads, 1 + N, 1 + N], float32, or in autocast's type where the fused
+        attention takes it; that of the last grid is cached."""
         table = self.vit.rel_pos_bias.relative_position_bias_table
-        key = (height, width, table.device, table.dtype)
+        kind, fused = table.device.type, self.vit.blocks[0].attn.fused_attn
+        dtype = torch.get_autocast_dtype(kind) if fused and torch.is_autocast_enabled(kind) else table.dtype
+        key = (height, width, table.device, dtype)
         if self._bias_key != key:
             native = native_grid(self.vit)
             # A cached inference tensor could not be used by a later call that needs gradients.
             with torch.inference_mode(False):
                 table = resize_relative_table(table, (native, native), (height, width))
                 index = gen_relative_position_index((height, width)).to(table.device)
-                self._bias_key, self._bias = key, table[index].permute(2, 0, 1)[None].contiguous()
+                bias = table[index].permute(2, 0, 1)[None].to(dtype)
+                # The CUDA kernel wants strides divisible by 8, and would copy the bias in every block.
+                self._bias_key, self._bias = key, F.pad(bias, (0, -bias.shape[3] % 8))[..., :bias.shape[3]]
         return self._bias
 
     def block_options(self, height: int, width: int) -> dict:

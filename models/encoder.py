@@ -46,6 +46,7 @@ class Encoder(nn.Module):
         self.cls_from = "class token"
         # Source and hash of the weights, set by build_model and recorded in every result.
         self.weights, self.sha256 = "unknown", None
+        self._cast = (None, None)
         self.eval().requires_grad_(False)
 
     @property
@@ -60,8 +61,26 @@ class Encoder(nn.Module):
         """[B, 3, H, W] uint8 -> float32, normalised as in the encoder's training."""
         return (images.float() / 255 - self.mean) / self.std
 
+    def cast_weights(self, device: torch.device) -> None:
+        """Under autocast, gives the linear layers and convolutions weights in its type: it would cast weights without
+        gradients anew in every call. Their parameters stay float32, and so do all others, as autocast uses them."""
+        wanted = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None, device)
+        if self._cast == wanted:
+            return
+        for module in self.vit.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                for name, parameter in module.named_parameters(recurse=False):
+                    # An attribute of the instance hides the registered parameter of its name.
+                    module.__dict__.pop(name, None)
+                    if wanted[0]:
+                        # An inference tensor could not be used by a later call that needs gradients.
+                        with torch.inference_mode(False), torch.no_grad():
+                            module.__dict__[name] = parameter.to(wanted[0])
+        self._cast = wanted
+
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> tokens before the first block, [B, prefix + N, D]."""
+        self.cast_weights(images.device)
         grid = self.grid(images)
         patches = self.vit.patch_embed(images)
         # DeiT's distillation token is held in timm's register token.

@@ -37,9 +37,10 @@ class TimmEncoder(Encoder):
         self.native_size = self.size = tuple(vit.patch_embed.img_size)
 
     def fit(self, images: torch.Tensor) -> None:
-        """Sets a model that has one input size at a time to the size of these images."""
+        """Prepares the model for these images: weights in autocast's type, and the size, where it has one at a time."""
         size = tuple(images.shape[-2:])
         self.grid(images)  # raises ValueError
+        self.cast_weights(images.device)
         if self.dynamic or size == self.size:
             return
         with torch.inference_mode(False), torch.no_grad():

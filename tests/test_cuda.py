@@ -1,12 +1,52 @@
 """What a machine with a GPU needs and one without can show."""
 
+import json
 import os
+from argparse import Namespace
+from pathlib import Path
 
+import pytest
+import timm
 import torch
 from conftest import PROCESSES
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import models
+import retrieval
+from models import METHODS, build_model
+from models.attention.maps import query_key
+from models.encoder import Encoder
+from models.features import encoder_identity
+from models.timm_vit import TimmEncoder
+from utils import UserError
+from utils.run import autocast
+
+GOLDEN = Path(__file__).parent / "golden"
+CPU = torch.device("cpu")
 DONE_HERE = []
 
+
+def golden(method, **options):
+    return build_model(method, str(GOLDEN / method / "checkpoint.pth"), num_heads=3, **options)
+
+
+def images(count=2, height=64, width=64):
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of an operator."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ == self.name
+        return function(*args, **(kwargs or {}))
+
+
+# Processes
 
 def report_origin():
     print(os.getppid(), DONE_HERE, torch.get_num_threads())
@@ -20,3 +60,104 @@ def test_started_processes_inherit_nothing_of_this_one(launch):
     parent, done, threads = launch(report_origin, [], processes=2)[0].split()
     assert int(parent) != os.getpid() and done == "[]" and threads == "1"
     assert PROCESSES.get_start_method() == "forkserver"
+
+
+# The encoder's weights in the run's precision
+
+@torch.no_grad()
+def tokens_at(encoder, pictures, precision):
+    with autocast(CPU, precision):
+        return [encoder(pictures), *encoder.get_intermediate_layers(pictures, [1, 3], norm=True)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("method", [*METHODS, "timm"])
+def test_weights_are_cast_once_and_tokens_are_those_of_autocast(monkeypatch, method, precision):
+    encoder = golden(method) if method != "timm" else TimmEncoder(timm.create_model(
+        "vit_base_patch16_siglip_224", embed_dim=48, depth=4, num_heads=3, num_classes=0, dynamic_img_size=True))
+    exact = tokens_at(encoder, images(), "fp32")
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "cast_weights", lambda self, device: None)
+        with Calls("_to_copy") as plain:
+            expected = tokens_at(encoder, images(), precision)
+    tokens_at(encoder, images(), precision)
+    with Calls("_to_copy") as ours:
+        found = tokens_at(encoder, images(), precision)
+    assert all(map(torch.equal, found, expected))
+    layers = [one for one in encoder.vit.blocks.modules() if isinstance(one, torch.nn.Linear)]
+    # In both passes of tokens_at, and those of the patch embedding.
+    assert plain.count - ours.count >= 2 * (2 + sum(len(list(one.parameters())) for one in layers))
+    # Nothing that says what the encoder is has changed, and neither has float32.
+    assert {tensor.dtype for tensor in (*encoder.parameters(), *encoder.state_dict().values())
+            if tensor.is_floating_point()} == {torch.float32}
+    assert method == "timm" or encoder_identity(encoder) == encoder_identity(golden(method))
+    assert all(map(torch.equal, tokens_at(encoder, images(), "fp32"), exact))
+
+
+def test_the_projector_and_attention_maps_stay_float32():
+    encoder = golden("dino")
+    with torch.no_grad(), autocast(CPU, "bf16"):
+        features = encoder.extract(images())
+        assert encoder.vit.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert torch.equal(features["projected"], encoder.projector(features["cls"]))
+    query, key = query_key(encoder.vit.blocks[0].attn, torch.randn(1, 17, 48))
+    assert query.dtype == key.dtype == torch.float32
+
+
+def test_beits_bias_is_kept_in_the_precision_and_not_copied_for_the_kernel():
+    encoder = golden("beit")
+    assert encoder.relative_bias(4, 4).dtype == torch.float32
+    with autocast(CPU, "bf16"):
+        bias = encoder.relative_bias(4, 4)
+        assert encoder.relative_bias(4, 4) is bias
+    assert bias.dtype == torch.bfloat16 and bias.shape == (1, 3, 17, 17)
+    # What PyTorch asks of an attention mask (aligned_tensor in its sdp_utils), else it pads a copy in every call.
+    assert all(stride % 8 == 0 for stride in bias.stride()[:-1]) and bias.stride(-1) == 1
+
+
+# --compile
+
+def arguments(**options):
+    return Namespace(**{"model": "ibot", "weights": str(GOLDEN / "ibot" / "checkpoint.pth"), "num_heads": 3, "seed": 0,
+                        "weights_key": None, "debug": False, "precision": "fp32", "compile": True, "image_size": 64}
+                     | options)
+
+
+def test_compiled_tokens():
+    lines, expected = [], golden("ibot")
+    encoder = models.load_encoder(arguments(), CPU, lines.append)
+    for pictures in (images(), images(3, 96, 64)):
+        with torch.inference_mode():
+            for ours, plain in zip(tokens_at(encoder, pictures, "fp32"), tokens_at(expected, pictures, "fp32"),
+                                   strict=True):
+                assert (ours - plain).norm() <= 1e-5 * plain.norm()
+    assert lines[-1].startswith("--compile: the first call took") and "8 images of 64 x 64" in lines[-1]
+
+
+def test_compile_by_the_command_line(launch, monkeypatch, tmp_path):
+    used = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: used.append(function) or function)
+    words = ["--model", "ibot", "--weights", GOLDEN / "ibot" / "checkpoint.pth", "--num-heads", 3, "--num-images", 2,
+             "--image-size", 64, "--workers", 0, "--device", "cpu", "--output-dir", tmp_path]
+    launch(retrieval.main, [*words, "--compile"])
+    assert len(used) == 4 and json.loads((tmp_path / "results.jsonl").read_text())["args"]["compile"]
+    assert "--compile: the first call took" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_compiler_that_fails(monkeypatch):
+    def broken(function, dynamic):
+        def fails(*args, **keywords):
+            raise RuntimeError("No working C++ compiler found\nand more")
+        return fails
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match="^--compile: RuntimeError: No working C.. compiler found; leave --compile out"):
+        models.load_encoder(arguments(), CPU, print)
+
+
+def test_the_log_says_what_keeps_flash_attention_out():
+    for model, said in (("beit", True), ("ibot", False)):
+        lines = []
+        models.load_encoder(arguments(model=model, weights=str(GOLDEN / model / "checkpoint.pth"), compile=False), CPU,
+                            lines.append)
+        assert ("flash attention" in lines[0]) == said

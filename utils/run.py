@@ -84,6 +84,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
                        help="data loading processes per process (default: its share of the cores, here %(default)s)")
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"),
                        help="of the encoder (default: bf16 on CUDA, fp32 on CPU)")
+    group.add_argument("--compile", action="store_true",
+                       help="torch.compile the encoder's blocks: seconds to minutes at the start, for long runs")
     group.add_argument("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     group.add_argument("--debug", action="store_true", help="show the whole traceback of an error")

@@ -168,7 +168,10 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--encoder-only", action="store_true", help="leave MAE's decoder out; the base file is enough")
     group.add_argument("--skip-bad-images", action="store_true",
                        help="leave out undecodable images instead of stopping")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.compile:
+        raise UserError("--compile: attention is read inside the blocks, which then cannot be compiled; leave it out")
+    return args
 
 
 def main() -> None:

@@ -17,8 +17,10 @@ from utils.storage import free_memory
 
 def query_key(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled queries, and keys, of timm's attention module for its input tokens [B, T, D]: each [B, heads, T, d], in
-    the weights' precision."""
-    weight, bias = attn.qkv.weight, attn.qkv.bias
+    float32."""
+    # The registered parameters are float32 also where Encoder.cast_weights hides them.
+    parameters = dict(attn.qkv.named_parameters())
+    weight, bias = parameters["weight"], parameters.get("bias")
     if getattr(attn, "q_bias", None) is not None:
         bias = torch.cat([attn.q_bias, attn.k_bias])
     # Rows of queries and keys, not of values.
