@@ -361,10 +361,11 @@ def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_
         f"{summary['lr']:g}; chosen on {CHOSEN_BY[line['select']]}), last {summary['acc1']:.2f}%; head in {path}")
     if save_plots and is_main():
         title = f"{run_title(line)}, {probe.kind}"
-        curves = {f"lr {rate:g}, seed {seed}": [epoch[k] for epoch in probe.test]
-                  for k, (rate, seed) in enumerate(zip(probe.rates, probe.seeds, strict=True))}
-        draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.png"), f"{title}: test accuracy by epoch", curves,
-                    (list(curves)[index], summary["best_epoch"]))
+        curves = {f"lr {rate:g}": [[epoch[k] for epoch in probe.test] for k, of in enumerate(probe.rates) if of == rate]
+                  for rate in probe.rates}
+        over = ", mean and range over seeds" if len(probe.seeds) > len(curves) else ""
+        draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.png"), f"{title}: test accuracy by epoch{over}", curves,
+                    (f"lr {summary['lr']:g}", summary["best_epoch"]))
         draw_confusion(Path(f"{prefix}_{probe.kind}_confusion.png"), title, matrix, classes)
     return line
 

@@ -1,10 +1,14 @@
 """Pictures: the palette against Pillow's CIELAB, pictures of label maps, and the accuracy curves."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image, ImageCms, ImageFont
 
-from utils.drawing import MARK, UNLABELLED, class_colours, draw_sheet, save_picture
+from utils import drawing
+from utils.drawing import MARK, UNLABELLED, class_colours, draw_curves, draw_sheet, save_picture
 
 
 def lightness_and_distances(count):
@@ -77,3 +81,28 @@ def test_a_sheet_marks_the_patches_that_overlap_the_query(tmp_path):
     assert marked[:, 16 + 452:].sum() == 96 * 96 - 88 * 88 and marked[:, :16 + 452].any()
     draw_sheet(tmp_path / "sheet.png", Image.new("RGB", (452, 224)), [("m", [("cls", patches[:2])])])
     assert not (np.asarray(Image.open(tmp_path / "sheet.png")) == MARK).all(2).any()
+
+
+def test_accuracy_curves_are_a_colour_for_each_rate_and_a_band_over_seeds(monkeypatch, tmp_path):
+    figures = []
+
+    @contextmanager
+    def kept(path, width, height):
+        figures.append(Figure((width, height)))
+        yield figures[-1]
+
+    monkeypatch.setattr(drawing, "plot", kept)
+    seeds = np.random.default_rng(0).uniform(61, 68, (2, 3, 90))
+    draw_curves(tmp_path / "a.png", "title", {"lr 0.1": seeds[0], "lr 0.2": seeds[1].tolist()}, ("lr 0.2", 7))
+    axes, = figures[0].axes
+    *lines, mark = axes.lines
+    assert len({line.get_color() for line in lines}) == 2
+    for line, band, values in zip(lines, axes.collections, seeds, strict=True):
+        assert np.allclose(line.get_ydata(), values.mean(0)) and list(line.get_xdata()) == list(range(1, 91))
+        low, high = band.get_paths()[0].get_extents().intervaly
+        assert np.allclose((low, high), (values.min(), values.max()))
+    assert np.allclose([mark.get_xdata()[0], mark.get_ydata()[0]], (7, seeds[1, :, 6].mean()))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["lr 0.1", "lr 0.2", "epoch 7, chosen"]
+    for ticks in (axes.get_xticks(), axes.get_yticks()):
+        step = np.diff(ticks)[0]
+        assert round(step / 10 ** np.floor(np.log10(step)), 6) in (1, 2, 5)

@@ -62,22 +62,27 @@ def plot(path: Path, width: float, height: float) -> Iterator:
             raise UserError(f"{path} cannot be written ({error.strerror or error}); name another file") from None
 
 
-def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]], chosen: tuple[str, int] | None = None,
+def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence], chosen: tuple[str, int] | None = None,
                 first: int = 1, xlabel: str = "epoch", ylabel: str = "accuracy, percent") -> None:
-    """Plots curves by name, one value per epoch or layer, counted from first. chosen: a curve's name and its epoch."""
+    """Plots curves by name: [epochs], or [seeds, epochs], whose mean is a line in a band from the least to the largest;
+    epochs (or layers) are counted from first. chosen: a curve's name and its epoch."""
     # Room for a legend of any length.
     with plot(path, COLUMN, max(28 / 15, 0.7 + 0.125 * len(curves))) as figure:
         figure.suptitle(textwrap.fill(title, 60), x=0.01, ha="left", fontsize=7)
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         axes.grid(axis="y")
+        axes.locator_params(steps=(1, 2, 5, 10))
         axes.xaxis.get_major_locator().set_params(integer=True)
         for number, (name, values) in enumerate(curves.items()):
-            axes.plot(range(first, len(values) + first), values, label=name, color=COLOURS[number % 10], markersize=3,
-                      linestyle=("-", "--", ":")[number // 10 % 3], marker="." if len(values) < 30 else "")
+            values, colour = np.atleast_2d(values), COLOURS[number % 10]
+            numbers = range(first, values.shape[1] + first)
+            axes.fill_between(numbers, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+            axes.plot(numbers, values.mean(0), label=name, color=colour, markersize=3,
+                      linestyle=("-", "--", ":")[number // 10 % 3], marker="." if len(numbers) < 30 else "")
         if chosen:
             name, epoch = chosen
-            axes.plot(epoch, curves[name][epoch - first], "o", markersize=6, fillstyle="none", color="black",
-                      label="chosen")
+            axes.plot(epoch, np.atleast_2d(curves[name])[:, epoch - first].mean(), "o", markersize=6, fillstyle="none",
+                      color="black", label=f"epoch {epoch}, chosen")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
