@@ -13,7 +13,7 @@ from utils.distributed import local_main_first
 from utils.run import autocast
 
 from . import own
-from .checkpoints import as_official, fetch, file_hash, open_checkpoint, state_dicts
+from .checkpoints import SAFETENSORS, as_official, fetch, file_hash, open_checkpoint, state_dicts
 from .encoder import CheckpointError, Encoder
 
 METHODS = ("deit", "mocov3", "dino", "beit", "mae", "cae", "ibot")
@@ -63,6 +63,12 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
             encoder = _from_file(name, method, path, num_heads, weights_key, method_options)
             encoder.weights, encoder.sha256 = str(path) if weights != "official" else path.name, file_hash(path)
 
+    if num_heads not in (None, encoder.num_heads):
+        raise CheckpointError(f"{name} has {encoder.num_heads} heads; leave --num-heads out")
+    if num_heads:
+        encoder.heads_from = "the given number"
+    elif method is not None and (weights == "random" or name.startswith("timm/")):
+        encoder.heads_from = "its architecture"
     encoder.method = name.rpartition(":")[0] if method is None else method.__file__
     if projector and not encoder.has_projector:
         raise CheckpointError(f"{encoder.weights} has no projector; give the full checkpoint of the method"
@@ -106,9 +112,8 @@ def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[
         raise UserError(f"--image-size {size} is not divisible by the patch size {patch}; "
                         f"use {max(1, round(size / patch)) * patch}")
     log(f"{args.model} from {encoder.weights}" + (f", SHA-256 {encoder.sha256}" if encoder.sha256 else "")
-        + f": {encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads "
-        + ("as given" if args.num_heads else "by the file" if args.model in METHODS else "by its architecture")
-        + f", patch {encoder.patch_size}, {encoder.cls_from}"
+        + f": {encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads by "
+        f"{encoder.heads_from}, patch {encoder.patch_size}, {encoder.cls_from}"
         + (", with projector" if encoder.has_projector else "")
         + (", relative position bias, which flash attention does not take"
            if any("relative_position_bias_table" in name for name, _ in encoder.named_parameters()) else ""))
@@ -152,15 +157,16 @@ def _from_file(name: str, method, path: Path, num_heads: int | None, weights_key
     try:
         if name.startswith("timm/"):
             options = options | {"weights_key": weights_key}
-        elif weights_key is not None:
-            checkpoint = as_official(checkpoint, weights_key, method.NESTING)
+        elif weights_key is not None or path.suffix == SAFETENSORS:
+            # A safetensors file is one state dictionary.
+            checkpoint = as_official(checkpoint, weights_key or "", method.NESTING)
         return method.from_checkpoint(checkpoint, num_heads=num_heads, **options)
-    except CheckpointError as error:
-        if str(path) in str(error):
-            raise
+    except Exception as error:  # keys or shapes that no method expects raise many kinds
+        kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
         places = ", ".join(filter(None, state_dicts(checkpoint)))
         hint = f"; it has weights at {places}, which --weights-key can name" if places and not weights_key else ""
-        raise CheckpointError(f"{path} is not a file of {name}: {error}{hint}") from None
+        raise CheckpointError(f"{path} is not a file of {name}: {kind}{str(error).splitlines()[0]}{hint}; another "
+                              "--model or --num-heads may help") from error
 
 
 def _weights_file(name: str, weights: str, method, full: bool) -> Path:

@@ -23,6 +23,7 @@ from utils.storage import atomic_write, check_archive
 
 from .encoder import CheckpointError, take_prefix
 
+SAFETENSORS = ".safetensors"
 _hashes: dict[tuple, str] = {}
 
 
@@ -78,45 +79,68 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
 def download(url: str, part: Path, advice: str) -> None:
     """Downloads to the file part, continuing what an earlier try left there; shows progress on standard error.
 
-    Raises CheckpointError for a server that fails and for a file that ends early, which torch.hub's function accepts.
-    advice: what the user can do without the server.
+    The server's name for the file's version, where it gives one, is kept beside a part, and a part of another version
+    is not continued. Raises CheckpointError for a server that fails and for a file that ends early, which torch.hub's
+    function accepts. advice: what the user can do without the server.
     """
+    kept = part.with_name(part.name + ".version")
     with open(part, "ab") as file:
-        headers = {"User-Agent": "torch.hub"} | ({"Range": f"bytes={file.tell()}-"} if file.tell() else {})
+        headers, version = {"User-Agent": "torch.hub"}, kept.read_text() if kept.exists() else ""
+        if file.tell():
+            headers |= {"Range": f"bytes={file.tell()}-"} | ({"If-Range": version} if version else {})
         try:
             request = urllib.request.Request(url, headers=headers)
             with urllib.request.urlopen(request, timeout=60) as response:
+                etag, date = (response.headers.get(name, "") for name in ("ETag", "Last-Modified"))
+                found = etag if etag.startswith('"') else date  # W/"..." does not promise equal bytes
                 if response.status != 206:
                     # The server sends the whole file, not the range.
                     file.seek(0)
                     file.truncate()
+                    kept.unlink(missing_ok=True)
+                    if found:
+                        kept.write_text(found)
+                elif found not in ("", version):
+                    file.truncate(0)
+                    download(url, part, advice)
+                    return
                 length = response.headers.get("Content-Length")
                 total = file.tell() + int(length) if length else None
                 with tqdm(desc=url.rsplit("/", 1)[-1], total=total, initial=file.tell(), unit="B", unit_scale=True,
                           mininterval=0.5 if sys.stderr.isatty() else 10) as progress:
                     while chunk := response.read(1 << 20):
                         progress.update(file.write(chunk))
+        except CheckpointError:
+            raise
         except urllib.error.HTTPError as error:
             part.unlink()
+            kept.unlink(missing_ok=True)
             raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}; {advice}") from None
         # ValueError and HTTPException: not a URL, not an answer in HTTP.
         except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError, http.client.HTTPException) as error:
             if not file.tell():
                 part.unlink()
+                kept.unlink(missing_ok=True)
             raise CheckpointError(f"{url} cannot be reached ({getattr(error, 'reason', error)}); {advice}") from None
         if total is not None and file.tell() != total:
             raise CheckpointError(f"{url}: the download ended after {file.tell()} of {total} bytes; "
                                   "start again to continue it")
         file.flush()
         os.fsync(file.fileno())
+        kept.unlink(missing_ok=True)
 
 
 def open_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint file, on the CPU. Raises CheckpointError for a file that is missing or damaged, and
-    for one that holds anything but tensors, plain values and argparse.Namespace, which training scripts save."""
+    """The content of a checkpoint file of PyTorch's or safetensors' format, on the CPU. Raises CheckpointError for a
+    file that is missing or damaged, and for one that holds anything but tensors, plain values and argparse.Namespace,
+    which training scripts save."""
     if not path.is_file():
-        raise CheckpointError(f"weights file {path} does not exist; give --weights PATH, official or random")
+        what = "is not a regular file" if path.exists() else "does not exist"
+        raise CheckpointError(f"weights file {path} {what}; give --weights PATH, official or random")
     try:
+        if path.suffix == SAFETENSORS:
+            from safetensors.torch import load_file  # comes with timm
+            return load_file(path)
         check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -40,6 +40,8 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         # Images may have any size that grid accepts.
         vit.patch_embed.strict_img_size = False
+        # Where the number of heads comes from, for the log; set by build_model where it is not this.
+        self.heads_from = "width / 64"
         # The file whose code chose how this encoder computes: the method's, set by build_model.
         self.method = __file__
         # What the first of the tokens that forward returns is.
@@ -225,7 +227,7 @@ def unwrap(checkpoint: object, *nesting: str) -> dict[str, torch.Tensor]:
     where = f"under {'/'.join(nesting)!r}" if nesting else "at the top level"
     if not isinstance(found, Mapping):
         raise CheckpointError(f"expected a dictionary of tensors {where}, found a {type(found).__name__}")
-    if not found or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not found or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in found.items()):
         names = ", ".join(map(str, list(found)[:6]))
         raise CheckpointError(f"expected a dictionary of tensors {where}, found one of {names}")
     return dict(found)
@@ -236,10 +238,12 @@ def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     wanted = module.state_dict()
     shapes = [f"{key} {list(state[key].shape)} for {list(wanted[key].shape)}"
               for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    problems = [f"{label}: {', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}"
+    integers = [key for key in wanted if key in state and wanted[key].is_floating_point()
+                and not state[key].is_floating_point()]
+    problems = [f"{label}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
                 for label, keys in (("missing keys", [key for key in wanted if key not in state]),
                                     ("unexpected keys", [key for key in state if key not in wanted]),
-                                    ("wrong shapes", shapes)) if keys]
+                                    ("wrong shapes", shapes), ("not floating-point", integers)) if keys]
     if problems:
         raise CheckpointError("; ".join(problems))
     module.load_state_dict(state)
@@ -259,13 +263,13 @@ def vit_shape(state: Mapping[str, torch.Tensor], num_heads: int | None) -> dict:
     num_heads = num_heads or width // 64
     if width % num_heads:
         raise CheckpointError(f"width {width} is not divisible by {num_heads} heads: give another --num-heads")
-    return {
-        "embed_dim": width,
-        "depth": len(layer_indices(state, r"blocks\.(\d+)\..*")),
-        "patch_size": state["patch_embed.proj.weight"].shape[-1],
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        "num_heads": num_heads,
-    }
+    depth, mlp_ratio = len(layer_indices(state, r"blocks\.(\d+)\..*")), len(state["blocks.0.mlp.fc1.weight"]) / width
+    values, expected = sum(value.numel() for value in state.values()), depth * (4 + 2 * mlp_ratio) * width**2
+    if expected > 2 * values:  # a model of that size may not fit into memory
+        raise CheckpointError(f"it holds {values} values, of about {expected:.0f} of a ViT of {depth} blocks and width "
+                              f"{width}")
+    return {"embed_dim": width, "depth": depth, "patch_size": state["patch_embed.proj.weight"].shape[-1],
+            "mlp_ratio": mlp_ratio, "num_heads": num_heads}
 
 
 def square_grid(num_patches: int) -> int:

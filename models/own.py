@@ -44,6 +44,7 @@ class OwnEncoder(Encoder):
                                   "token, patch_size = P where it is not plain)")
         self.embed_dim = shape[2]
         self.num_heads = getattr(network, "num_heads", max(1, self.embed_dim // 64))
+        self.heads_from = "its attribute num_heads" if hasattr(network, "num_heads") else "width / 64"
         self.depth = getattr(network, "depth", len(getattr(network, "blocks", ())))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

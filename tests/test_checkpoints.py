@@ -4,28 +4,33 @@ import argparse
 import hashlib
 import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 
 import models
 from models import CheckpointError, build_model
 from models.checkpoints import fetch, file_hash, open_checkpoint
+from models.mocov3 import build_projector
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 class Server(BaseHTTPRequestHandler):
     """Serves the golden checkpoints as METHOD/FILE; /short/ ends after half the bytes, /noranges/ ignores Range, /slow/
-    waits before it answers."""
+    waits before it answers. version: headers of every answer; honest: whether If-Range is compared with them."""
 
-    requests = []
+    requests, version, honest = [], {}, True
 
     def do_GET(self):
         self.requests.append((self.path, self.headers.get("Range")))
@@ -36,13 +41,17 @@ class Server(BaseHTTPRequestHandler):
         if mode == ["slow"]:
             time.sleep(3)
         content, start = path.read_bytes(), 0
-        if self.headers.get("Range") and mode != ["noranges"]:
+        wanted = self.headers.get("If-Range")
+        if self.headers.get("Range") and mode != ["noranges"] and (
+                not wanted or not self.honest or wanted in self.version.values()):
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
             if start >= len(content):
                 return self.send_error(416)
             self.send_response(206)
         else:
             self.send_response(200)
+        for name, value in self.version.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         stop = len(content) // 2 if mode == ["short"] else len(content)
@@ -56,6 +65,8 @@ class Server(BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     Server.requests.clear()
+    monkeypatch.setattr(Server, "version", {})
+    monkeypatch.setattr(Server, "honest", True)
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}"
@@ -124,6 +135,35 @@ def test_a_truncated_download_is_refused_and_continued(server, tmp_path, mode):
     assert path.read_bytes() == (GOLDEN / "ibot/checkpoint.pth").read_bytes()
     half = len(path.read_bytes()) // 2
     assert Server.requests[-1][1] == f"bytes={half}-"
+
+
+@pytest.mark.parametrize("honest", [True, False])
+@pytest.mark.parametrize("first, second", [
+    ({"ETag": '"1"'}, {"ETag": '"2"'}), ({"ETag": '"1"'}, {"Last-Modified": "Fri, 27 Nov 2026 02:00:00 GMT"}),
+    ({}, {"ETag": '"2"'}), ({"ETag": 'W/"1"', "Last-Modified": "Fri, 27 Nov 2026 01:00:00 GMT"},
+                            {"ETag": 'W/"1"', "Last-Modified": "Fri, 27 Nov 2026 02:00:00 GMT"})])
+def test_no_file_is_made_of_two_versions(server, tmp_path, monkeypatch, first, second, honest):
+    """The part is of another file than what the server has under that address when the download goes on."""
+    monkeypatch.setattr(Server, "version", first)
+    monkeypatch.setattr(Server, "honest", honest)
+    with pytest.raises(CheckpointError, match="ended after"):
+        fetch(f"{server}/short/mae/checkpoint_full.pth", "a.pth")
+    monkeypatch.setattr(Server, "version", second)
+    path = fetch(f"{server}/ibot/checkpoint.pth", "a.pth")
+    assert path.read_bytes() == (GOLDEN / "ibot/checkpoint.pth").read_bytes()
+    assert cached(tmp_path) == ["a.pth", "a.pth.sha256"]
+
+
+@pytest.mark.parametrize("version", [{"ETag": '"1"'}, {"Last-Modified": "Fri, 27 Nov 2026 01:00:00 GMT"}])
+def test_a_download_of_one_version_goes_on(server, tmp_path, monkeypatch, version):
+    monkeypatch.setattr(Server, "version", version)
+    with pytest.raises(CheckpointError, match="ended after"):
+        fetch(f"{server}/short/ibot/checkpoint.pth", "a.pth")
+    assert cached(tmp_path) == ["a.pth.part", "a.pth.part.version"]
+    path = fetch(f"{server}/ibot/checkpoint.pth", "a.pth")
+    assert path.read_bytes() == (GOLDEN / "ibot/checkpoint.pth").read_bytes()
+    assert [asked for _, asked in Server.requests] == [None, f"bytes={len(path.read_bytes()) // 2}-"]
+    assert cached(tmp_path) == ["a.pth", "a.pth.sha256"]
 
 
 def test_a_part_that_is_too_long_is_thrown_away(server, tmp_path):
@@ -247,6 +287,162 @@ def test_files_without_checksums_load(tmp_path, checksums):
         torch.serialization.set_crc32_options(True)
     for name in ("legacy.pth", "archive.pth"):
         assert torch.equal(open_checkpoint(tmp_path / name)["model"]["x"], state["model"]["x"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "empty", "text", "zip", "legacy", "safetensors"])
+def test_files_that_are_no_checkpoints_are_one_line(tmp_path, kind):
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("readme.txt", "no weights")
+    elif kind == "legacy":
+        torch.save({"model": torch.zeros(1000)}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.write_text("" if kind == "empty" else "root:x:0:0:root:/root:/bin/bash\ndaemon:x:1:1::/:/bin/false\n")
+    words = "is not a regular file" if kind in ("folder", "pipe") else "truncated or no PyTorch checkpoint"
+    for model in ("mae", "timm/vit_tiny_patch16_224"):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            build_model(model, str(path))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["archive", "legacy", "safetensors"])
+def test_damaged_files_are_one_line_or_the_same_weights(tmp_path, form):
+    """Of 40 damages of each kind. The format before archives and safetensors have no checksum: only what is cut off."""
+    content = torch.load(GOLDEN / "mae/checkpoint.pth", weights_only=True)
+    path = tmp_path / ("a.safetensors" if form == "safetensors" else "a.pth")
+    if form == "safetensors":
+        save_file({key: value.clone(memory_format=torch.contiguous_format)
+                   for key, value in content["model"].items()}, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "archive")
+    whole, image, drawn = path.read_bytes(), torch.randn(1, 3, 32, 32), random.Random(0)
+    tokens = build_model("mae", str(path), 3)(image)
+    for number in range(40):
+        damaged = bytearray(whole)
+        if form != "archive" or number % 4 == 0:
+            del damaged[drawn.randrange(len(whole)):]
+        else:
+            for _ in range(1 if number % 2 else 20):
+                # Anywhere, or in the list of members at the end.
+                place = drawn.randrange(len(whole)) if number % 4 < 3 else -drawn.randrange(1, 5000)
+                damaged[place] ^= drawn.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            assert torch.equal(build_model("mae", str(path), 3)(image), tokens), number
+        except CheckpointError as error:
+            assert "\n" not in str(error) and str(path) in str(error), number
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"cls_token": torch.zeros(1, 1, 21_000)}, "it holds .* values, of about .* of a ViT of . blocks and width 21000"),
+    ({"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, "TypeError"), ({7: torch.zeros(1)}, "a dictionary of tensors"),
+    ({"norm.weight": torch.zeros(48, dtype=torch.int64)}, "not floating-point: norm.weight"),
+    ({"norm.weight": torch.zeros(48, dtype=torch.complex64)}, "not floating-point: norm.weight"),
+    ({"patch_embed.proj.weight": torch.tensor(1.0)}, "IndexError"), ({"pos_embed": torch.zeros(1)}, "IndexError"),
+])
+def test_weights_that_cannot_be_are_one_line(tmp_path, changes, words):
+    state = torch.load(GOLDEN / "mae/checkpoint.pth", weights_only=True)["model"]
+    torch.save({"model": state | changes}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=f"odd.pth is not a file of mae: .*{words}") as caught:
+        build_model("mae", str(tmp_path / "odd.pth"), 3)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method, file", [("deit", "checkpoint"), ("mocov3", "checkpoint"), ("beit", "checkpoint"),
+                                          ("dino", "checkpoint_backbone"), ("mae", "checkpoint_full"),
+                                          ("cae", "checkpoint"), ("ibot", "checkpoint_teacher")])
+def test_safetensors_of_the_methods(tmp_path, method, file):
+    """The state dictionary of an official file, without what lies around it."""
+    nesting = __import__(f"models.{method}", fromlist=["NESTING"]).NESTING
+    content = open_checkpoint(GOLDEN / method / f"{file}.pth")
+    state = content[nesting] if nesting else content
+    save_file({key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()},
+              tmp_path / "model.safetensors")
+    official, loaded = (build_model(method, str(path), 3) for path in (
+        GOLDEN / method / f"{file}.pth", tmp_path / "model.safetensors"))
+    image = torch.randn(1, 3, 2 * official.patch_size, 2 * official.patch_size)
+    assert torch.equal(loaded(image), official(image)) and loaded.has_projector == official.has_projector
+    assert loaded.sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(CheckpointError, match="--weights-key nowhere: it has ''"):
+        build_model(method, str(tmp_path / "model.safetensors"), 3, weights_key="nowhere")
+
+
+def test_safetensors_of_timm_and_under_a_key(tmp_path):
+    made, image = build_model("timm/vit_tiny_patch16_224", "random", seed=5), torch.randn(1, 3, 64, 64)
+    state, path = made.vit.state_dict(), tmp_path / "model.safetensors"
+    save_file(state, path)
+    assert torch.equal(build_model("timm/vit_tiny_patch16_224", str(path))(image), made(image))
+    other = build_model("timm/vit_tiny_patch16_224", "random", seed=6).vit.state_dict()
+    save_file({f"{name}.{key}": value.clone() for name, one in (("module", state), ("encoder", other))
+               for key, value in one.items()}, path)
+    with pytest.raises(CheckpointError, match="several of its state dictionaries fit: 'module', 'encoder'"):
+        build_model("timm/vit_tiny_patch16_224", str(path))
+    assert torch.equal(build_model("timm/vit_tiny_patch16_224", str(path), weights_key="module")(image), made(image))
+
+
+def test_many_wrong_keys_are_one_short_line(tmp_path):
+    state = torch.load(GOLDEN / "mae/checkpoint.pth", weights_only=True)["model"]
+    odd = {f"blocks.{block}.{key}": torch.zeros(3) for block in range(3) for key in ("a", "b")}
+    torch.save({"model": state | odd}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError) as caught:
+        build_model("mae", str(tmp_path / "odd.pth"), 3)
+    message = str(caught.value).removeprefix(str(tmp_path / "odd.pth"))
+    assert "unexpected keys: blocks.0.a, blocks.0.b, blocks.1.a and 3 more" in message and len(message) < 230
+    assert message.endswith("it has weights at model, which --weights-key can name; another --model or --num-heads may help")
+
+
+def test_where_the_number_of_heads_comes_from(tmp_path):
+    """As the log says it; a wrong number gives plausible figures."""
+    vit = VisionTransformer(embed_dim=384, depth=1, num_heads=12, num_classes=0, img_size=32)
+    state = {f"module.base_encoder.{key}": value for key, value in vit.state_dict().items()}
+    for key, value in build_projector(384, 8, 4).state_dict().items():
+        state[f"module.base_encoder.head.{key}"] = value
+    torch.save({"arch": "vit_small", "state_dict": state}, tmp_path / "small.pth")
+    torch.save({"arch": "vit_other", "state_dict": state}, tmp_path / "other.pth")
+    save_file(state, tmp_path / "small.safetensors")
+    torch.save({"model": vit.state_dict()}, tmp_path / "mae.pth")
+    (tmp_path / "own.py").write_text(OWN)
+    for model, weights, given, number, source in (
+            ("mocov3", "small.pth", None, 12, "MoCo v3's architecture"), ("mocov3", "other.pth", None, 6, "width / 64"),
+            ("mocov3", "small.safetensors", None, 12, "MoCo v3's architecture"),
+            ("mocov3", "small.pth", 6, 6, "the given number"), ("mae", "mae.pth", None, 6, "width / 64"),
+            ("mae", "mae.pth", 12, 12, "the given number"), ("dino", "random", None, 12, "its architecture"),
+            ("timm/vit_tiny_patch16_224", "random", None, 3, "its architecture"),
+            (f"{tmp_path}/own.py:with_heads", "random", None, 2, "its attribute num_heads"),
+            (f"{tmp_path}/own.py:Own", "random", None, 1, "width / 64")):
+        args, lines = run_arguments(model, weights if weights == "random" else str(tmp_path / weights), given), []
+        encoder = models.load_encoder(args, torch.device("cpu"), lines.append)
+        assert encoder.num_heads == number and f"{number} heads by {source}, " in lines[0]
+    for model in ("dino", "timm/vit_tiny_patch16_224", f"{tmp_path}/own.py:Own"):
+        with pytest.raises(CheckpointError, match="has [0-9]+ heads; leave --num-heads out"):
+            build_model(model, "random", num_heads=8)
+
+
+OWN = """
+import torch
+class Own(torch.nn.Module):
+    class_token = False
+    def __init__(self, weights):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 64, 16, 16)
+    def forward(self, images):
+        return self.embed(images).flatten(2).transpose(1, 2)
+def with_heads(weights):
+    network = Own(weights)
+    network.num_heads = 2
+    return network
+"""
+
+
+def run_arguments(model, weights, num_heads):
+    return argparse.Namespace(model=model, weights=weights, num_heads=num_heads, seed=0, weights_key=None, debug=False,
+                              compile=False)
 
 
 FILES = {"deit": "deit/checkpoint", "mocov3": "mocov3/checkpoint", "dino": "dino/checkpoint", "beit": "beit/checkpoint",
