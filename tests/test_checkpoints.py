@@ -394,7 +394,7 @@ def test_many_wrong_keys_are_one_short_line(tmp_path):
         build_model("mae", str(tmp_path / "odd.pth"), 3)
     message = str(caught.value).removeprefix(str(tmp_path / "odd.pth"))
     assert "unexpected keys: blocks.0.a, blocks.0.b, blocks.1.a and 3 more" in message and len(message) < 230
-    assert message.endswith("it has weights at model, which --weights-key can name; another --model or --num-heads may help")
+    assert message.endswith("which --weights-key can name; another --model or --num-heads may help")
 
 
 def test_where_the_number_of_heads_comes_from(tmp_path):
