@@ -73,20 +73,25 @@ CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out te
 
 @torch.no_grad()
 def confusion_of_heads(heads: nn.Module, features: Features, ids: torch.Tensor, num_classes: int,
-                     authors_defects: bool = False) -> torch.Tensor:
+                     authors_defects: bool = False, names: Sequence[str] | None = None) -> torch.Tensor:
     """int64 [K, classes, classes] of the patches with these ids, over all processes: row = label, column = prediction.
 
     authors_defects: batch norm by the statistics of test batches of 256, which also move the running ones.
+    names: of the K heads, in messages. Raises UserError, on all processes, for logits that are not finite.
     """
     heads.train(authors_defects)
-    matrix = None
+    matrix, finite = None, True
     batches = features.batches(ids.split(256 if authors_defects else 1024), heads.kind == "attentive")
     for tokens, rows, labels in batches:
-        predicted = heads.classify(tokens, rows).argmax(-1)
+        logits = heads.classify(tokens, rows)
+        predicted, finite = logits.argmax(-1), logits.isfinite().flatten(1).all(1) & finite
         if matrix is None:
             matrix = labels.new_zeros(len(predicted), num_classes * num_classes)
         matrix.scatter_add_(1, labels * num_classes + predicted, torch.ones_like(predicted))
     heads.train()
+    if wrong := all_reduce((~finite).int()).nonzero().flatten().tolist():
+        listing = ", ".join(names[head] if names else f"number {head}" for head in wrong)
+        raise UserError(f"{heads.kind} head ({listing}): its logits are not finite; lower --lr, or name another head")
     return all_reduce(matrix.view(-1, num_classes, num_classes)).cpu()
 
 
@@ -327,14 +332,15 @@ def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, ch
             for probe in probes:
                 train_on_features(probe, training.features, order, epoch)
         for probe in probes:
-            percent = accuracy(confusion_of_heads(probe.heads, *testing, num_classes, authors_defects))
+            percent = accuracy(confusion_of_heads(probe.heads, *testing, num_classes, authors_defects, probe.names))
             score = percent if choosing is testing else accuracy(
-                confusion_of_heads(probe.heads, *choosing, num_classes, authors_defects))
+                confusion_of_heads(probe.heads, *choosing, num_classes, authors_defects, probe.names))
             probe.record(score, percent)
         progress.update()
         if views or epoch % 10 == 9:
             log(f"epoch {epoch + 1}: " + "; ".join(
-                f"{probe.kind} " + " ".join(f"{value:.2f}" for value in probe.test[-1]) for probe in probes))
+                f"{probe.kind} " + ", ".join(f"{value:.2f} ({name})" for value, name in zip(
+                    probe.test[-1], probe.names, strict=True)) for probe in probes))
         if time.monotonic() - saved >= save_seconds and epoch + 1 < epochs.stop:
             save(epoch + 1, probes)
             saved = time.monotonic()
@@ -347,7 +353,8 @@ def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_
     index = summary.pop("index")
     heads = build_heads(probe.kind, 1, encoder.embed_dim, len(classes), encoder.num_heads, probe.recipe.batch_norm)
     heads.load_state_dict({key: tensor[index:index + 1] for key, tensor in probe.best.items()})
-    matrix = confusion_of_heads(heads.to(encoder.mean.device), *testing, len(classes), authors_defects)[0]
+    matrix = confusion_of_heads(heads.to(encoder.mean.device), *testing, len(classes), authors_defects,
+                                [probe.names[index]])[0]
     line = line | {"probe": probe.kind, "feature": "cls" if probe.kind == "linear" else "all tokens",
                    "epochs": probe.epochs, "batch_size": probe.batch_size, **summary, **per_class(matrix)}
     path = Path(f"{prefix}_{probe.kind}_head.pth")
@@ -376,7 +383,7 @@ def evaluate(path: Path, encode: Callable, encoder: Encoder, test: PatchDataset,
     heads = open_head(path, encoder, line["classes"]).to(encoder.mean.device)
     tested = encode(test, "test", heads.kind == "attentive")
     ids = decoded_ids(test, tested)
-    matrix = confusion_of_heads(heads, tested, ids, len(line["classes"]), authors_defects)[0]
+    matrix = confusion_of_heads(heads, tested, ids, len(line["classes"]), authors_defects, [str(path)])[0]
     percent = accuracy(matrix).item()
     log(f"{heads.kind} head {path}: {percent:.2f}% of {len(ids)} test patches")
     return line | {"probe": heads.kind, "acc1": percent, "num_test": len(ids), **per_class(matrix)}

@@ -34,7 +34,7 @@ from models.pca import pca_run
 from models.transfer import ALPHAS, draw_pairs, transfer_run
 from models.transfer import transfer_keypoints as transfer_keypoints
 from utils import UserError
-from utils.distributed import all_reduce, gather_rows, is_main, shard, world_size
+from utils.distributed import all_reduce, any_process, gather_rows, is_main, shard, world_size
 from utils.drawing import draw_curves, draw_sheet, require_matplotlib
 from utils.provenance import check_same, this_run
 from utils.results import append_result, args_to_json, paper_tables, run_slug, run_title, start_line
@@ -182,6 +182,7 @@ def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[s
 
     features: of "cls", "avg", "projected". batch_size: patches, over all processes. Returns {feature: [n, D]}, float32
     on the device, and the ids [n] of the patches, ascending; patches of skipped images are absent.
+    Raises UserError, on all processes, for features that are not finite.
     """
     share = shard(len(dataset))
     total = int(dataset.first_id[share.stop] - dataset.first_id[share.start])
@@ -195,6 +196,9 @@ def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[s
             rows[name].append(extracted[name])
         ids.append(batch_ids)
         progress.update(len(batch_ids) * world_size())
+    if any_process(not all(part.isfinite().all() for parts in rows.values() for part in parts)):
+        raise UserError(f"the encoder gave features that are not finite at --precision {precision}; "
+                        "use --precision fp32, or other weights")
     if not ids:
         # More processes than images: a share of none has the width of any.
         nothing = torch.zeros(1, 3, encoder.patch_size, encoder.patch_size, device=device)

@@ -30,7 +30,7 @@ from models.features import encoder_identity
 from models.knn_segmentation import NEIGHBOURS, KNNSegmenter, fill_memory
 from models.segmentation_probe import Segmenter, linear_probe, load_segmenter, summary
 from utils import UserError
-from utils.distributed import all_reduce, shard, world_size
+from utils.distributed import all_reduce, any_process, shard, world_size
 from utils.drawing import draw_figure6, save_picture
 from utils.results import append_result, figure6_panels, paper_tables, run_slug, run_title, settings_of, start_line
 from utils.run import (
@@ -224,8 +224,9 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
              authors_defects: bool = False, picture_folder: Path | None = None, num_pictures: int = 0) -> dict:
     """segmentation_metrics of a split at full resolution, each image once over all processes, and num_images.
 
-    The first num_pictures images are written to picture_folder."""
-    segmenter.eval()
+    The first num_pictures images are written to picture_folder. Raises UserError, on all processes, for logits that are
+    not finite."""
+    segmenter.eval().all_finite = True
     mean, std = segmenter.encoder.mean, segmenter.encoder.std
     device, classes = mean.device, split.num_classes
     window_batch = min(32, max(1, WINDOW_BYTES[device.type] // (4 * classes * crop_size ** 2)))
@@ -250,6 +251,8 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
                 save_picture(path, picture, truth, pred.cpu().numpy(), split.names, int(not split.background))
             progress.update()
         group, num_windows = [], 0
+    if any_process(not segmenter.all_finite):
+        raise UserError("the logits are not finite, so there is no prediction; use --precision fp32, or another head")
     metrics = segmentation_metrics(all_reduce(confusion).cpu(), classes if authors_defects else None)
     return metrics | {"num_images": len(split)}
 

@@ -69,6 +69,9 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
         encoder.heads_from = "the given number"
     elif method is not None and (weights == "random" or name.startswith("timm/")):
         encoder.heads_from = "its architecture"
+    for key, parameter in encoder.named_parameters():
+        if not parameter.isfinite().all():
+            raise CheckpointError(f"{key} of {encoder.weights} holds values that are not finite; use another file")
     encoder.method = name.rpartition(":")[0] if method is None else method.__file__
     if projector and not encoder.has_projector:
         raise CheckpointError(f"{encoder.weights} has no projector; give the full checkpoint of the method"
@@ -94,7 +97,7 @@ def choose_layers(words: Sequence[str] | None, depth: int) -> list[int]:
     if not all(word.isdecimal() and int(word) < depth for word in words):
         raise UserError(f"--layers {' '.join(words)}: this encoder has blocks 0 to {depth - 1}; "
                         "or use last, last4, all")
-    return [int(word) for word in words]
+    return list(dict.fromkeys(map(int, words)))
 
 
 def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[str], None], **options) -> Encoder:

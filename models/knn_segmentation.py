@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from utils import UserError
@@ -18,6 +17,7 @@ from utils.run import Progress, autocast
 from utils.storage import free_memory
 
 from .encoder import Encoder
+from .segmentation_head import PatchSegmenter
 
 NEIGHBOURS, TEMPERATURE = 30, 0.02
 # Of similarities or candidates' rows at a time, in bytes; and the queries in one matrix product.
@@ -29,7 +29,7 @@ SEARCH_BYTES = {device: 2 * size for device, size in CHUNK_BYTES.items()}
 CHOICE = 0x6B6E6E
 
 
-class KNNSegmenter(nn.Module):
+class KNNSegmenter(PatchSegmenter):
     """Frozen encoder and memory: normalised images [B, 3, h, w] -> class probabilities [B, K, h, w], any h and w.
 
     memory float32 [M, D], rows of length 1, and labels float32 [M, K], rows that sum to 1: see fill_memory.
@@ -37,8 +37,8 @@ class KNNSegmenter(nn.Module):
 
     def __init__(self, encoder: Encoder, memory: torch.Tensor, labels: torch.Tensor, precision: str,
                  neighbours: int = NEIGHBOURS, temperature: float = TEMPERATURE):
-        super().__init__()
-        self.encoder, self.memory, self.labels, self.precision = encoder, memory, labels, precision
+        super().__init__(encoder)
+        self.memory, self.labels, self.precision = memory, labels, precision
         self.neighbours, self.temperature = neighbours, temperature
 
     @torch.inference_mode()
@@ -49,12 +49,6 @@ class KNNSegmenter(nn.Module):
         weights = (similarity / self.temperature).softmax(1)
         mixed = F.embedding_bag(index, self.labels, per_sample_weights=weights, mode="sum")
         return mixed.view(len(images), *grid, -1).permute(0, 3, 1, 2).contiguous()
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        (height, width), patch = images.shape[2:], self.encoder.patch_size
-        padded = F.pad(images, (0, -width % patch, 0, -height % patch))
-        mixed = F.interpolate(self.patch_logits(padded), size=padded.shape[2:], mode="bilinear", align_corners=False)
-        return mixed[:, :, :height, :width]
 
 
 def patch_tokens(encoder: Encoder, images: torch.Tensor, precision: str) -> torch.Tensor:

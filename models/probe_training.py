@@ -39,6 +39,7 @@ class Probe:
                  epochs: int, width: int, num_classes: int, num_heads: int, device: torch.device):
         self.kind, self.recipe, self.batch_size, self.epochs = kind, recipe, batch_size, epochs
         self.rates, self.seeds = [rate for rate in rates for _ in seeds], [*seeds] * len(rates)
+        self.names = [f"lr {rate:g}, seed {seed}" for rate in rates for seed in seeds]
         self.heads = build_heads(kind, len(self.rates), width, num_classes, num_heads, recipe.batch_norm)
         self.heads.initialise(self.seeds)
         self.heads.to(device)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from utils import UserError
 from utils.distributed import all_reduce, is_main
@@ -22,7 +21,7 @@ from utils.storage import load_checked, save_checked
 from .encoder import Encoder
 from .features import encoder_identity
 from .probes import BatchNorm
-from .segmentation_head import LinearHead, upsampled_cross_entropy
+from .segmentation_head import LinearHead, PatchSegmenter, upsampled_cross_entropy
 
 # The study decays the bias too, but not in its configurations of these methods.
 NO_BIAS_DECAY = ("mae", "beit", "cae")
@@ -30,7 +29,7 @@ HEAD_INPUT = ("layers", "norm", "batch_norm")
 CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the training images"}
 
 
-class Segmenter(nn.Module):
+class Segmenter(PatchSegmenter):
     """Frozen encoder and trainable head: normalised images [B, 3, h, w] -> logits float32 [B, K, h, w], any h and w.
 
     norm: the encoder's final norm on every block's tokens; batch_norm: their channels normalised over all processes'
@@ -39,8 +38,8 @@ class Segmenter(nn.Module):
 
     def __init__(self, encoder: Encoder, head: LinearHead, layers: Sequence[int], precision: str, norm: bool = False,
                  batch_norm: bool = False):
-        super().__init__()
-        self.encoder, self.head, self.layers, self.precision, self.norm = encoder, head, layers, precision, norm
+        super().__init__(encoder)
+        self.head, self.layers, self.precision, self.norm = head, layers, precision, norm
         self.batch_norm = BatchNorm(1, len(layers) * encoder.embed_dim, eps=1e-5) if batch_norm else None
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -56,14 +55,6 @@ class Segmenter(nn.Module):
     def patch_logits(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, h, w], divisible by the patch size -> [B, K, h/p, w/p]; gradients reach the head only."""
         return self.head(self.features(images))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[2:]
-        patch = self.encoder.patch_size
-        # As training pads: zeros, after normalisation, to the right and below.
-        padded = F.pad(images, (0, -width % patch, 0, -height % patch))
-        logits = F.interpolate(self.patch_logits(padded), size=padded.shape[2:], mode="bilinear", align_corners=False)
-        return logits[:, :, :height, :width]
 
 
 def linear_learning_rate(iteration: int, lr: float, total: int, warmup: int, warmup_ratio: float = 1e-6) -> float:

@@ -51,10 +51,14 @@ def start_line(task: str, args: Namespace, encoder: object) -> dict:
 
 def append_result(folder: Path, result: dict) -> None:
     """Appends the result and what run it is of to results.jsonl, from the main process, in one write: runs may share a
-    folder."""
+    folder. Raises UserError, on all processes, where a figure is not finite."""
+    try:
+        line = json.dumps(result | this_run(), allow_nan=False) + "\n"
+    except ValueError:
+        names = [name for name, value in result.items() if "NaN" in (text := json.dumps(value)) or "Infinity" in text]
+        raise UserError(f"{', '.join(names)} of the result is not finite; no line is written") from None
     if not is_main():
         return
-    line = json.dumps(result | this_run()) + "\n"
     with open(folder / "results.jsonl", "a") as file:
         file.write(line)
         file.flush()
