@@ -112,8 +112,9 @@ def train_on_features(probe: Probe, features: Features, order: torch.Tensor, epo
 
 
 def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews, order: torch.Tensor, epoch: int,
-                   precision: str, workers: int) -> None:
+                   precision: str, workers: int) -> int:
     """One epoch over images that are encoded as they come. order: ids (one per image) in the order of this epoch.
+    Returns how many of them, over all processes, could not be decoded. Raises UserError where none could.
 
     Each process encodes every world_size-th image of the order, so an equal share of every probe's batches, whose sizes
     may differ. A batch is trained on as soon as all that lies before its end has been encoded.
@@ -136,7 +137,7 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
             probes[number].step(Batch(torch.cat(tokens), None, torch.cat(ids)), epoch + share)
             waiting[number].clear()
 
-    progress = Progress(len(order) // world_size(), f"epoch {epoch + 1}", "images")
+    progress, decoded = Progress(len(order) // world_size(), f"epoch {epoch + 1}", "images"), torch.tensor([0])
     for images, ids in views.batches(order[rank()::world_size()].tolist(), encode_batch_size(device), workers,
                                      pin_memory=device.type == "cuda"):
         encoded, positions = encode_tokens(encoder, images.to(device, non_blocking=True), precision), position[ids]
@@ -150,8 +151,12 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
                 tokens = encoded.tokens if probe.kind == "attentive" else encoded.cls[:, None]
                 rows.append((tokens[start:stop], labels[ids[start:stop].to(device)]))
             start = stop
+        decoded += len(ids)
         progress.update(len(ids))
     train_up_to(len(order))
+    if not all_reduce(decoded):
+        raise UserError("no training image could be decoded; restore the files")
+    return len(order) - int(decoded)
 
 
 class Subset(NamedTuple):
@@ -291,6 +296,9 @@ def encode_subsets(encode: Callable, train: PatchDataset, test: PatchDataset, he
         images = images_with(train, held_out)
         chosen = encode(images, "held-out", tokens)
         choosing = Subset(chosen, decoded_ids(images, chosen))
+        holding = holding if trained else choosing
+    if not (len(training.ids) and len(choosing.ids)):
+        raise UserError("no image to train on, or none to choose with, could be decoded; restore the files")
     return training, holding, choosing, testing
 
 
@@ -316,18 +324,21 @@ def make_probes(kinds: Sequence[str], recipes: dict[str, Recipe], batch_size: in
 
 def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, choosing: Subset, testing: Subset,
                  views: RandomViews | None, epochs: range, seed: int, precision: str, workers: int,
-                 authors_defects: bool, save: Callable, save_seconds: float, log: Callable[[str], None]) -> None:
+                 authors_defects: bool, save: Callable, save_seconds: float, log: Callable[[str], None]) -> int:
     """Trains and tests every probe in each of the epochs, and calls save(epochs done, probes) every save_seconds.
 
     views: random crops of the training images, encoded as they come; None: the training subset's features are used.
+    Returns how many of the views' images could not be decoded.
     """
     progress, num_classes = Progress(epochs.stop, "training", "epochs"), probes[0].heads.bias.shape[1]
     progress.update(epochs.start)
-    saved = time.monotonic()
+    saved, left_out = time.monotonic(), 0
     for epoch in epochs:
         order = shuffled(training.ids, seed, epoch)
         if views:
-            train_on_views(probes, encoder, views, order, epoch, precision, workers)
+            left_out = train_on_views(probes, encoder, views, order, epoch, precision, workers)
+            if left_out and epoch == epochs.start:
+                log(f"training set: {left_out} images are left out, they could not be decoded")
         else:
             for probe in probes:
                 train_on_features(probe, training.features, order, epoch)
@@ -344,6 +355,7 @@ def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, ch
         if time.monotonic() - saved >= save_seconds and epoch + 1 < epochs.stop:
             save(epoch + 1, probes)
             saved = time.monotonic()
+    return left_out
 
 
 def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_defects: bool, save_plots: bool,
@@ -441,9 +453,10 @@ def main() -> None:
     # Training
     if probes:
         views = RandomViews(train, random_crop_flip(args.image_size), args.seed) if augmented else None
-        train_probes(probes, encoder, training, choosing, testing, views, range(done, args.epochs), args.seed,
-                     args.precision, args.workers, args.authors_defects, partial(save_checkpoint, checkpoint, settings),
-                     args.checkpoint_seconds, log)
+        save = partial(save_checkpoint, checkpoint, settings)
+        line["num_train"] -= train_probes(probes, encoder, training, choosing, testing, views, range(done, args.epochs),
+                                          args.seed, args.precision, args.workers, args.authors_defects, save,
+                                          args.checkpoint_seconds, log)
     line["seconds_training"] = time.monotonic() - started - line["seconds_features"]
     log(f"trained in {line['seconds_training']:.1f} s; {memory_peak(device)}")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -504,6 +505,25 @@ def test_an_image_that_cannot_be_decoded(monkeypatch, cub, tmp_path, capsys):
     found = run(monkeypatch, *words, "--skip-bad-images")
     assert found["attentive"]["num_train"] == found["knn"]["num_train"] == 60
     assert "training set: 4 patches are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_images_left_out_of_augmented_runs_are_counted(launch, folder, tmp_path, processes):
+    root = tmp_path / "folder"
+    shutil.copytree(folder, root)
+    for path in sorted((root / "train").rglob("*.*"))[::5]:
+        path.write_text("no image")
+    bad, total = len(sorted((root / "train").rglob("*.*"))[::5]), len(sorted((root / "train").rglob("*.*")))
+    words = [*common("folder", root, tmp_path), "--epochs", 2, "--probe", "linear", "--skip-bad-images"]
+    out, _ = launch(classify.main, words, processes)
+    assert out.count(f"training set: {bad} images are left out, they could not be decoded") == 1
+    [line] = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert line["num_train"] == total - bad
+    for path in (root / "train").rglob("*.*"):
+        path.write_text("no image")
+    _, err = launch(classify.main, words, processes, 2)
+    assert "no training image could be decoded" in err
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(("words", "message"), [
