@@ -1,10 +1,15 @@
 """Any plain ViT of timm, as --model timm/NAME: VisionTransformer, Eva and Beit, with or without class token."""
 
 import difflib
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from functools import partial
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import timm
 import torch
 import torch.nn as nn
@@ -78,23 +83,38 @@ class TimmEncoder(Encoder):
 def random(name: str, pretrained: bool = False) -> TimmEncoder:
     """timm's model of that name, untrained or with timm's weights. Raises CheckpointError for a name that timm does not
     have, a model that is no plain ViT, and weights that cannot be downloaded."""
-    if not name.startswith("hf-hub:") and not timm.is_model(name):
+    if ":" not in name and not timm.is_model(name):  # hf-hub:OWNER/NAME is timm's to read
         raise CheckpointError(f"timm has no model {name!r}{suggestion(name)}")
+    if downloads := pretrained or ":" in name:
+        stop_retries_without_network()
     options = {"pretrained": pretrained, "num_classes": 0}
     try:
         try:
             vit = timm.create_model(name, dynamic_img_size=True, **options)
         except TypeError:
             vit = timm.create_model(name, **options)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"the weights of timm/{name} could not be downloaded ({str(error).splitlines()[0]}); "
-                              "check the network, or give --weights PATH") from None
+    except (OSError, RuntimeError, ValueError, LookupError) as error:
+        if not downloads:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"timm/{name} could not be downloaded ({reason}); check the network and the name, or give "
+                              "timm/NAME with --weights PATH") from None
     if reason := why_not_plain(vit):
         raise CheckpointError(f"timm/{name} is not a plain ViT: {reason}")
     return TimmEncoder(vit)
 
 
 pretrained = partial(random, pretrained=True)
+
+
+def stop_retries_without_network() -> None:
+    """Leaves huggingface_hub only its cache where its server is not reached: it would try for a minute."""
+    server = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        if not getproxies():
+            socket.create_connection((server.hostname, server.port or 443), timeout=5).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def from_checkpoint(checkpoint: dict, name: str, num_heads: int | None = None,

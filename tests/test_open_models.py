@@ -1,13 +1,16 @@
 """Models from outside the paper: timm's families of plain ViTs, files as training scripts save them, own networks."""
 
+import socket
 import sys
+import time
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 
 import retrieval
-from models import CheckpointError, build_model
+from models import CheckpointError, build_model, timm_vit
 
 # One small model of a family, where its first token comes from.
 FAMILIES = [
@@ -229,3 +232,31 @@ def test_weights_key_reads_a_methods_weights_from_elsewhere(tmp_path):
         build_model("mae", str(tmp_path / "file.pth"), 3)
     encoder = build_model("mae", str(tmp_path / "file.pth"), 3, weights_key="ema/module")
     assert torch.equal(encoder.vit.cls_token, content["model"]["cls_token"])
+
+
+def test_names_of_the_hub_pass_through_to_timm(monkeypatch):
+    asked, create = [], timm.create_model
+
+    def record(name, **options):
+        asked.append((name, options["pretrained"]))
+        return create("test_vit", num_classes=0)
+    monkeypatch.setattr(timm, "create_model", record)
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: socket.socket())
+    encoder = build_model("timm/hf-hub:somebody/vit")
+    build_model("timm/hf-hub:somebody/vit", "random")
+    assert asked == [("hf-hub:somebody/vit", True), ("hf-hub:somebody/vit", False)]
+    assert encoder.weights == "timm/hf-hub:somebody/vit"
+
+
+@pytest.mark.parametrize("name", ["timm/hf-hub:somebody/vit", "timm/vit_tiny_patch16_224"])
+def test_without_a_network_is_one_line_at_once(monkeypatch, tmp_path, name):
+    def unreachable(address, timeout):
+        raise OSError
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(timm_vit, "getproxies", dict)
+    for constant, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_CACHE", str(tmp_path))):
+        monkeypatch.setattr(huggingface_hub.constants, constant, value)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=f"{name} could not be downloaded .*; check the network"):
+        build_model(name)
+    assert time.monotonic() - started < 5
