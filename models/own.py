@@ -24,7 +24,8 @@ class OwnEncoder(Encoder):
 
     def __init__(self, network: nn.Module):
         nn.Module.__init__(self)
-        self.network, self.projector = network, None
+        # Where build_model's own encoders are, whatever the function did.
+        self.network, self.projector = network.to("cpu", torch.float32), None
         for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.as_tensor(getattr(network, name, default), dtype=torch.float32)
             self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
@@ -32,7 +33,7 @@ class OwnEncoder(Encoder):
         self.weights, self.sha256, self.position_embedding, self.method = "unknown", None, None, __file__
         self.eval().requires_grad_(False)
         self.patch_size = getattr(network, "patch_size", None)
-        side = 14 * self.patch_size if self.patch_size else 224
+        side = 14 * self.patch_size if self.patch_size and 224 % self.patch_size else 224
         tokens = network(torch.zeros(1, 3, side, side))
         first = int(self.cls_from == "class token")
         shape = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
@@ -93,6 +94,6 @@ def load_own(name: str, weights: str) -> OwnEncoder:
             return OwnEncoder(network)
     except CheckpointError as error:
         raise CheckpointError(f"--model {name}: {error}") from None
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise CheckpointError(f"--model {name}: {type(error).__name__}: {error}") from error
     raise CheckpointError(f"--model {name}: {function} returned a {type(network).__name__}, not an nn.Module")

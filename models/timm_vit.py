@@ -96,8 +96,8 @@ def random(name: str, pretrained: bool = False) -> TimmEncoder:
     except (OSError, RuntimeError, ValueError, LookupError) as error:
         if not downloads:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"timm/{name} could not be downloaded ({reason}); check the network and the name, or give "
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"timm/{name} could not be downloaded ({why}); check the network and the name, or give "
                               "timm/NAME with --weights PATH") from None
     if reason := why_not_plain(vit):
         raise CheckpointError(f"timm/{name} is not a plain ViT: {reason}")

@@ -1,14 +1,18 @@
 """Models from outside the paper: timm's families of plain ViTs, files as training scripts save them, own networks."""
 
+import json
 import socket
 import sys
 import time
+import traceback
 
 import huggingface_hub
 import pytest
 import timm
 import torch
+from conftest import call_main
 
+import models.attention.__main__ as attention
 import retrieval
 from models import CheckpointError, build_model, timm_vit
 
@@ -162,6 +166,12 @@ def no_module(weights):
 def raises(weights):
     raise RuntimeError("cannot find " + weights)
 
+def leaves(weights):
+    raise SystemExit(3)
+
+def in_half(weights):
+    return Patches().half()
+
 def wrong_shape(weights):
     return torch.nn.Flatten()
 '''
@@ -194,7 +204,7 @@ def test_own_network_with_and_without_class_token(own):
 
 @pytest.mark.parametrize(("function", "message"), [
     ("no_module", "returned a int, not an nn.Module"), ("raises", "RuntimeError: cannot find random"),
-    ("wrong_shape", "its forward gives"), ("absent", "has no attribute 'absent'"),
+    ("wrong_shape", "its forward gives"), ("absent", "has no attribute 'absent'"), ("leaves", "SystemExit: 3"),
 ])
 def test_own_network_gone_wrong_is_one_line(own, function, message):
     with pytest.raises(CheckpointError, match=message):
@@ -208,8 +218,13 @@ def test_own_network_through_a_script(own, tmp_path, launch):
              "--output-dir", tmp_path / "out"]
     out, _ = launch(retrieval.main, words)
     assert "mean" in out and "AP" in out
+    launch(retrieval.main, [*words, "--model", f"{own}:in_half"])
     _, error = launch(retrieval.main, [*words, "--model", f"{own}:raises"], status=2)
     assert error.splitlines()[-1].endswith("RuntimeError: cannot find mine")
+    with pytest.raises(CheckpointError) as whole:
+        call_main(retrieval.main, [*words, "--model", f"{own}:raises", "--debug"])
+    shown = "".join(traceback.format_exception(whole.value))
+    assert f'{own}", line' in shown and 'raise RuntimeError("cannot find " + weights)' in shown
 
 
 def test_a_teacher_without_its_head_serves_where_no_projection_is_asked(tmp_path):
@@ -260,3 +275,22 @@ def test_without_a_network_is_one_line_at_once(monkeypatch, tmp_path, name):
     with pytest.raises(CheckpointError, match=f"{name} could not be downloaded .*; check the network"):
         build_model(name)
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224",
+                                  "vit_pe_spatial_tiny_patch16_512", "vit_small_patch16_rope_224", "my.py"])
+def test_attention_that_is_not_measured_is_one_line(own, tmp_path, launch, name):
+    if name != "my.py" and not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    model = f"{own}:with_class" if name == "my.py" else f"timm/{name}"
+    _, err = launch(attention.main, ["--model", model, "--weights", "random", "--dataset", "synthetic",
+                                     "--num-images", 2, "--workers", 0, "--output-dir", tmp_path], status=2)
+    assert "not known here" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["test_vit2", "test_vit3"])
+def test_attention_of_models_without_a_class_token(tmp_path, launch, name):
+    launch(attention.main, ["--model", f"timm/{name}", "--weights", "random", "--dataset", "synthetic",
+                            "--num-images", 2, "--workers", 0, "--queries", 1, "--output-dir", tmp_path])
+    line, = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert len(line["distance_patches"]) == build_model(f"timm/{name}", "random").depth

@@ -190,6 +190,8 @@ def main() -> None:
     if wants_decoder and not encoder.has_decoder:
         raise UserError(f"{encoder.weights} has no decoder; mae_pretrain_vit_base_full.pth has one. "
                         "--encoder-only measures the encoder alone")
+    if not hasattr(encoder, "vit"):
+        raise UserError(f"{args.model}: the attention of your own network is not known here; use a model of timm's")
     grid = tuple(encoder.vit.patch_embed.grid_size)
     if grid[0] != grid[1]:
         raise UserError(f"{args.model} has a grid of {grid[0]} x {grid[1]} patches; only square ones are measured")

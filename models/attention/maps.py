@@ -71,8 +71,8 @@ def watch_attention(blocks: Sequence[nn.Module], receive: Callable) -> Iterator[
     # By exact type: a subclass may compute its weights differently.
     unknown = [type(attn) for attn in modules if type(attn) not in (VitAttention, BeitAttention)]
     if unknown:
-        raise UserError(f"the weights of {unknown[0].__module__}.{unknown[0].__name__} are not known here; use a "
-                        "model of timm's VisionTransformer or Beit")
+        raise UserError(f"the weights of {unknown[0].__module__}.{unknown[0].__name__} are not known here: "
+                        "rotary attention is not measured; use a model of timm's VisionTransformer or Beit")
     with ExitStack() as hooks:
         for layer, attn in enumerate(modules):
             hooks.enter_context(attn.register_forward_pre_hook(partial(before, layer), with_kwargs=True))
