@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import sys
+import tracemalloc
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -493,6 +494,42 @@ def test_the_index_is_unpickled_without_running_code(tmp_path, protocol):
     (tmp_path / "index_ade20k.mat").write_bytes(b"no matrices")
     with pytest.raises(UserError, match="index_ade20k.mat is no index of ADE20K"):
         read_index(tmp_path)
+
+
+class Declares:
+    """Pickles as a call of a function, with a state."""
+
+    def __init__(self, function, arguments, state=None):
+        self.parts = function, arguments, state
+
+    def __reduce__(self):
+        return self.parts
+
+
+def test_an_index_that_declares_more_than_it_holds_takes_no_memory(tmp_path):
+    empty, (reconstruct, arguments, _) = np.empty(0), np.empty(0).__reduce__()
+    scalar, huge = np.float64().__reduce__()[0], (10**13,)
+    contents = {
+        "an array of objects": pickle.dumps(Declares(reconstruct, arguments, (1, huge, np.dtype("O"), False, []))),
+        "an array of a buffer": pickle.dumps(Declares(empty.__reduce_ex__(5)[0], (b"1", np.dtype("i1"), (1,), "C"),
+                                                      (1, huge, np.dtype("O"), False, []))),
+        "a shape": pickle.dumps(Declares(reconstruct, (np.ndarray, huge, b"b"))) + b"0",
+        "an array by its class": pickle.dumps(Declares(np.ndarray, (huge,))),
+        "a scalar without value": pickle.dumps(Declares(scalar, (np.dtype("V2147483647"),))),
+        "bytes": b"\x80\x04\x8e" + (2**42).to_bytes(8, "little") + b"x.",
+        "text": b"\x80\x04\x8d" + (2**42).to_bytes(8, "little") + b"x.",
+        "writable bytes": b"\x80\x05\x96" + (2**42).to_bytes(8, "little") + b"x.",
+        "a frame": b"\x80\x04\x95" + (2**42).to_bytes(8, "little") + b"].",
+        "an object's number": b"\x80\x02]r\xff\xff\xff\xff.",
+        "names that are no text": pickle.dumps({"objectnames": [["a"] * 3]}), "no names": pickle.dumps([1]),
+    }
+    tracemalloc.start()
+    for what, content in contents.items():
+        (tmp_path / "index_ade20k.pkl").write_bytes(content)
+        with pytest.raises(UserError, match="index_ade20k.pkl is damaged or holds more than plain data"):
+            read_index(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24, what
+    tracemalloc.stop()
 
 
 # ADE20K objects and LIP.

@@ -7,13 +7,17 @@ json's ispartof, while the pairs of single pixels would add false ones along out
 """
 
 import json
+import math
+import mmap
 import os
 import pickle
+import pickletools
 import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -81,18 +85,35 @@ def scan(segmentation: Path, with_names: bool) -> tuple[set[tuple[int, int]], di
     return pairs, {item["name_ndx"]: item["name"] for item in (objects if isinstance(objects, list) else [objects])}
 
 
+class Array(np.ndarray):
+    """An array that takes no memory before its values are there."""
+
+    def __setstate__(self, state):
+        if math.prod(state[1]) > len(state[4]):
+            raise pickle.UnpicklingError(f"an array of shape {state[1]} has {len(state[4])} bytes or objects")
+        super().__setstate__(state)
+
+
 class IndexUnpickler(pickle.Unpickler):
-    """Loads dictionaries, lists, strings, numbers and NumPy arrays; refuses all that could run code."""
+    """Loads dictionaries, lists, strings, numbers and NumPy arrays; refuses all that could run code, and what declares
+    more values than it holds."""
 
     # NumPy's own helpers, in files written by NumPy 1 (numpy.core) and 2 (numpy._core).
     ALLOWED = {
-        "multiarray._reconstruct": np.empty(0).__reduce__()[0],
-        "multiarray.scalar": np.float64().__reduce__()[0],
-        "numeric._frombuffer": np.empty(1).__reduce_ex__(5)[0],
-        "numpy.ndarray": np.ndarray,
+        "multiarray._reconstruct": lambda kind, shape, letter: Array(0),
+        "multiarray.scalar": lambda dtype, value: np.float64().__reduce__()[0](dtype, value),
+        "numeric._frombuffer": lambda *arguments: np.empty(1).__reduce_ex__(5)[0](*arguments).view(Array),
+        "numpy.ndarray": None,  # named, never called
         "numpy.dtype": np.dtype,
         "_codecs.encode": lambda text, encoding: text.encode("latin1"),
     }
+
+    def __init__(self, content: BinaryIO | mmap.mmap):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):  # checks the sizes of strings
+            if "PUT" in opcode.name and argument > number:
+                raise pickle.UnpicklingError(f"it refers to object {argument}, after {number} operations")
+        content.seek(0)
+        super().__init__(content)
 
     def find_class(self, module, name):
         known = f"{module}.{name}".replace("numpy._core.", "").replace("numpy.core.", "")
@@ -106,12 +127,14 @@ def read_index(release: Path) -> dict[int, str] | None:
     pkl, mat = release / "index_ade20k.pkl", release / "index_ade20k.mat"
     if pkl.is_file():
         try:
-            with open(pkl, "rb") as file:
-                names = IndexUnpickler(file).load()["objectnames"]
+            with open(pkl, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                names = IndexUnpickler(content).load()["objectnames"]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("objectnames are not all text")
         except Exception as error:
             raise UserError(f"{pkl} is damaged or holds more than plain data ({error}); remove it, then the names are "
                             "read from index_ade20k.mat or the json files") from None
-        return {index: str(name) for index, name in enumerate(names, 1)}
+        return dict(enumerate(map(str, names), 1))
     if not mat.is_file():
         return None
     loadmat = import_loadmat()
