@@ -74,7 +74,7 @@ def fused_loss_and_gradient(logits: torch.Tensor, label: torch.Tensor, ignore_in
     for axis, last in ((1, height), (2, width)):
         gradient.select(axis, 1).add_(gradient.select(axis, 0))
         gradient.select(axis, last).add_(gradient.select(axis, last + 1))
-    return losses.sum(), gradient[:, 1:-1, 1:-1].permute(0, 3, 1, 2).contiguous()
+    return losses.sum(), gradient[:, 1:-1, 1:-1].contiguous().permute(0, 3, 1, 2)
 
 
 if triton is not None:

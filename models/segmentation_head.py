@@ -25,8 +25,10 @@ class LinearHead(nn.Conv2d):
     def forward(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
         """List of [B, D, h, w] -> logits [B, K, h, w], float32 also under autocast."""
         with torch.autocast(blocks[0].device.type, enabled=False):
-            # cat turns the encoder's inference tensors into an ordinary tensor, which training needs.
-            return super().forward(torch.cat(list(blocks), dim=1).float())
+            # cat turns the encoder's inference tensors into an ordinary tensor, which training needs. The product is a
+            # linear layer's: cudnn's convolutions have TF32 of their own, and blocks are views of tokens [B, h w, D].
+            tokens = torch.cat([block.movedim(1, -1) for block in blocks], dim=-1).float()
+            return F.linear(tokens, self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 class PatchSegmenter(nn.Module):

@@ -17,8 +17,10 @@ from models import METHODS, build_model
 from models.attention.maps import query_key
 from models.encoder import Encoder
 from models.features import encoder_identity
+from models.segmentation_head import LinearHead
 from models.timm_vit import TimmEncoder
 from utils import UserError
+from utils.distributed import init_processes
 from utils.run import autocast
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,6 +62,35 @@ def test_started_processes_inherit_nothing_of_this_one(launch):
     parent, done, threads = launch(report_origin, [], processes=2)[0].split()
     assert int(parent) != os.getpid() and done == "[]" and threads == "1"
     assert PROCESSES.get_start_method() == "forkserver"
+
+
+@pytest.fixture
+def machine_with_two_gpus(monkeypatch):
+    """As init_processes sees it; returns the list of devices that are set."""
+    chosen = []
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", chosen.append),
+                        ("current_device", lambda: chosen[-1])):
+        monkeypatch.setattr(torch.cuda, name, value)
+    libraries = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [library.allow_tf32 for library in libraries]
+    for library in libraries:
+        library.allow_tf32 = True
+    yield chosen
+    for library, value in zip(libraries, before, strict=True):
+        library.allow_tf32 = value
+
+
+def test_fp32_is_float32_on_a_gpu(machine_with_two_gpus):
+    assert init_processes("cuda") == torch.device("cuda", 0)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_more_processes_than_gpus_are_one_line(machine_with_two_gpus, monkeypatch):
+    for name, value in (("LOCAL_WORLD_SIZE", "3"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^3 processes were .* 2 GPU\(s\).*use --nproc-per-node 2, or --device cpu$"):
+        init_processes("auto")
+    assert not machine_with_two_gpus and init_processes("cpu") == CPU
 
 
 # The encoder's weights in the run's precision
@@ -113,6 +144,18 @@ def test_beits_bias_is_kept_in_the_precision_and_not_copied_for_the_kernel():
     assert bias.dtype == torch.bfloat16 and bias.shape == (1, 3, 17, 17)
     # What PyTorch asks of an attention mask (aligned_tensor in its sdp_utils), else it pads a copy in every call.
     assert all(stride % 8 == 0 for stride in bias.stride()[:-1]) and bias.stride(-1) == 1
+
+
+def test_the_segmentation_head_is_a_matrix_product():
+    """Not a convolution, whose TF32 is another switch's; float32 under autocast; a file's weights [K, D, 1, 1] fit."""
+    head = LinearHead(8, 5)
+    assert head.state_dict()["weight"].shape == (5, 8, 1, 1)
+    blocks = [torch.randn(2, 4, 3, 6) for _ in range(2)]
+    with Calls("convolution") as convolutions, autocast(CPU, "bf16"):
+        logits = head([block.bfloat16() for block in blocks])
+    assert convolutions.count == 0 and logits.dtype == torch.float32
+    rounded = torch.cat(blocks, 1).bfloat16().float()
+    assert torch.allclose(logits, torch.nn.functional.conv2d(rounded, head.weight, head.bias), atol=1e-6)
 
 
 # --compile

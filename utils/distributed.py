@@ -13,13 +13,21 @@ from . import UserError
 def init_processes(device: str = "auto") -> torch.device:
     """Joins torchrun's process group, if there is one, and returns this process's device.
 
-    device: "auto" (CUDA where available), "cpu" or "cuda". Raises UserError where "cuda" is absent.
+    device: "auto" (CUDA where available), "cpu" or "cuda". Raises UserError where "cuda" is absent, or has fewer GPUs
+    than there are processes on this machine.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that PyTorch can use; use --device cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     if use_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if here > gpus:
+            raise UserError(f"{here} processes were started on a machine with {gpus} GPU(s), and each needs its own; "
+                            f"use --nproc-per-node {gpus}, or --device cpu")
+        # Some launchers show each process only its own.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % gpus)
+        # fp32 is float32: TF32 would round the factors of products and convolutions to 11 bits.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # Hours: a process may wait while the main one downloads a checkpoint or writes a cache.
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(hours=6))

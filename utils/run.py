@@ -79,8 +79,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
     group.add_argument("--output-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
     group.add_argument("--batch-size", type=positive_int, default=batch_size,
                        help=f"over all processes together (default: {batch_size or 'the published one'})")
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    group.add_argument("--workers", type=worker_count, default=max(1, min(16, cores)),
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    group.add_argument("--workers", type=worker_count, default=max(1, min(256, cores)),
                        help="data loading processes per process (default: its share of the cores, here %(default)s)")
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"),
                        help="of the encoder (default: bf16 on CUDA, fp32 on CPU)")
