@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from datasets.segmentation import PARTIMAGENET_NOTE, PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_segmentation
-from datasets.segmentation_store import PixelStore, prefetched, training_batches
+from datasets.segmentation_store import PixelStore, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from models import METHODS, Encoder, choose_layers, load_encoder
 from models.features import encoder_identity
@@ -44,6 +44,7 @@ from utils.run import (
     positive_int,
     setup,
 )
+from utils.storage import prefetched
 
 # Logits of one pass over sliding windows, in bytes.
 WINDOW_BYTES = {"cuda": 8 << 30, "cpu": 512 << 20}

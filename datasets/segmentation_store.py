@@ -6,8 +6,6 @@ Nothing is decoded twice, and the batches of a run are a pure function of seed, 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 
 import numpy as np
 import torch
@@ -121,33 +119,3 @@ def training_batches(store: PixelStore, iterations: range, batch_size: int, base
         augmentations = [transforms.draw_augmentation(seed, iteration, position) for position in share]
         batch, sizes = store.batch(indices, mean.device)
         yield transforms.training_batch(batch, sizes, augmentations, base_scale, crop_size, mean, std)
-
-
-def prefetched(batches: Iterator, device: torch.device) -> Iterator:
-    """The same batches; on a GPU made two ahead, by a thread, on a stream of its own."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    queue, stream = Queue(maxsize=2), torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))  # which wrote the images
-
-    def produce():
-        try:
-            with torch.cuda.device(device), torch.cuda.stream(stream):
-                for batch in batches:
-                    queue.put((batch, stream.record_event()))
-            queue.put((None, None))
-        except BaseException as error:  # handed to the training loop, which raises it
-            queue.put((error, None))
-
-    Thread(target=produce, daemon=True).start()
-    while True:
-        batch, ready = queue.get()
-        if batch is None:
-            return
-        if isinstance(batch, BaseException):
-            raise batch
-        torch.cuda.current_stream(device).wait_event(ready)
-        for tensor in batch:
-            tensor.record_stream(torch.cuda.current_stream(device))
-        yield batch

@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -20,7 +19,15 @@ from utils import UserError
 from utils.distributed import any_process, barrier, gather_rows, is_main, shard
 from utils.provenance import digest, this_run
 from utils.run import Progress, autocast
-from utils.storage import allocate, create_file, map_file, record_problem, temporary_file, write_record
+from utils.storage import (
+    allocate,
+    create_file,
+    map_file,
+    prefetched,
+    record_problem,
+    temporary_file,
+    write_record,
+)
 
 from .encoder import Encoder
 from .own import OwnEncoder
@@ -66,7 +73,7 @@ class Features:
 
     def batches(self, steps: Sequence[torch.Tensor], with_tokens: bool) -> Iterator[Batch]:
         """This process's part of each global batch of ids; with_tokens: all tokens, else the class token. Tokens that
-        do not lie on the device are copied there by a thread, one step ahead."""
+        do not lie on the device are copied there by a thread, ahead of the steps."""
         device = self.labels.device
         tokens = self.tokens if with_tokens else self.cls[:, None]
         if tokens.device == device:
@@ -76,23 +83,17 @@ class Features:
                     part = slice(int(rows[0]), int(rows[-1]) + 1)
                     yield Batch(tokens[part], None, self.labels[part])
                 else:
-                    rows = rows.to(device)
+                    rows = rows.to(device, non_blocking=True)  # without this, it waits for the step before
                     yield Batch(tokens, rows, self.labels[rows])
             return
 
-        def fetch(ids):
-            rows = self.rows(ids)
-            staged = torch.empty(len(rows), *tokens.shape[1:], dtype=tokens.dtype, pin_memory=True)
-            torch.index_select(tokens, 0, rows, out=staged)
-            return Batch(staged.to(device, non_blocking=True), None, self.labels[rows.to(device)])
+        def staged():
+            for rows in map(self.rows, steps):
+                copy = torch.empty(len(rows), *tokens.shape[1:], dtype=tokens.dtype, pin_memory=device.type == "cuda")
+                torch.index_select(tokens, 0, rows, out=copy)
+                yield Batch(copy.to(device, non_blocking=True), None, self.labels[rows.to(device, non_blocking=True)])
 
-        # CUDA's current device is a thread's own.
-        with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
-            ahead = thread.submit(fetch, steps[0])
-            for ids in steps[1:]:
-                batch, ahead = ahead, thread.submit(fetch, ids)
-                yield batch.result()
-            yield ahead.result()
+        yield from prefetched(staged(), device)
 
 
 def decoded_ids(dataset, features: Features) -> torch.Tensor:

@@ -17,12 +17,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from datasets.segmentation import PROTOCOLS
-from datasets.segmentation_store import PixelStore, prefetched, training_batches
+from datasets.segmentation_store import PixelStore, training_batches
 from datasets.segmentation_transforms import draw_augmentation, rescale_size, training_batch
 from models import build_model
 from models.segmentation_head import LinearHead, upsampled_cross_entropy
 from models.segmentation_probe import Segmenter, train
 from utils.run import default_precision
+from utils.storage import prefetched
 
 SIZE = (512, 683)
 # Of ViT-B/16 on one 512 x 512 crop; the published batch of 16 is 3.47 TFLOP.

@@ -1,5 +1,8 @@
 """The segmentation data sets: folders, label files, what is kept in memory, batches."""
 
+import subprocess
+import sys
+import threading
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,11 +15,12 @@ from PIL import Image
 from datasets import segmentation_store
 from datasets.segmentation import PAPER_PROTOCOLS as PROTOCOLS
 from datasets.segmentation import in_order, open_segmentation, pair_files, read_image, read_label, reduce_label
-from datasets.segmentation_store import PixelStore, prefetched, training_batches
+from datasets.segmentation_store import PixelStore, training_batches
 from datasets.segmentation_transforms import pack_pixels, rescale_size, resize_image
 from datasets.synthetic import OBJECT_NAMES, PART_NAMES
 from utils import UserError, storage
 from utils.distributed import all_reduce, init_processes, rank
+from utils.storage import prefetched
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real is not on this machine")
@@ -240,7 +244,7 @@ class FakeCuda:
     def __init__(self):
         self.log = []
 
-    def Stream(self, device):
+    def Stream(self, device, priority=0):
         return self
 
     current_stream = Stream
@@ -286,6 +290,47 @@ def test_the_prefetching_thread(monkeypatch):
     next(stream)
     with pytest.raises(UserError, match="cannot be read"):
         next(stream)
+
+
+ENDS = """
+import sys, threading, time, torch
+from contextlib import nullcontext
+from unittest.mock import MagicMock
+from utils import UserError
+from utils.run import exit_with_one_line_errors
+from utils.storage import prefetched
+torch.cuda = MagicMock(device=lambda device: nullcontext(), stream=lambda stream: nullcontext())
+
+def batches():
+    while True:
+        time.sleep(0.3)
+        print("made", flush=True)
+        yield (MagicMock(),)
+
+def main():
+    for batch in prefetched(batches(), torch.device("cuda", 0)):
+        raise UserError("no space is left")
+
+sys.unraisablehook = lambda error: print(error, flush=True)
+exit_with_one_line_errors(main)
+"""
+
+
+def test_a_run_that_ends_waits_for_the_prefetching_thread():
+    """A thread within a call of CUDA while the interpreter ends would bring the process down in place of status 2."""
+    run = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=60,
+                         cwd=Path(__file__).parents[1])
+    assert run.returncode == 2 and run.stderr == "error: no space is left\n"
+    assert 2 <= run.stdout.count("made") <= 4 and run.stdout.endswith("made\n")
+
+
+def test_the_thread_ends_with_the_loop(monkeypatch):
+    monkeypatch.setattr(segmentation_store.torch, "cuda", FakeCuda())
+    before, stream = threading.active_count(), prefetched(((FakeTensor(i),) for i in range(9)), torch.device("cuda", 0))
+    next(stream)
+    assert threading.active_count() == before + 1
+    stream.close()
+    assert threading.active_count() == before
 
 
 def test_synthetic():

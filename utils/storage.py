@@ -4,7 +4,8 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -186,3 +187,32 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tie
             return array
         reasons.append(reason)
     raise UserError(f"{what} fit nowhere: {', '.join(reasons)}; {advice}")
+
+
+def prefetched(batches: Iterator[Sequence], device: torch.device) -> Iterator[Sequence]:
+    """The same batches, whose parts are tensors or None; on a GPU made two ahead, by a thread, on a stream of its own,
+    whose short kernels go before those of the work that they feed."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device, priority=-1)
+    stream.wait_stream(torch.cuda.current_stream(device))  # which wrote what batches are made of
+
+    def make():
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            return next(batches, None), stream.record_event()
+
+    # The interpreter waits at its end for an executor's thread, as it must where that is within a call of CUDA.
+    thread = ThreadPoolExecutor(1)
+    try:
+        ahead = deque(thread.submit(make) for _ in range(2))
+        while (made := ahead.popleft().result())[0] is not None:
+            ahead.append(thread.submit(make))
+            batch, ready = made
+            torch.cuda.current_stream(device).wait_event(ready)
+            for tensor in batch:
+                if tensor is not None:
+                    tensor.record_stream(torch.cuda.current_stream(device))
+            yield batch
+    finally:
+        thread.shutdown(cancel_futures=True)
