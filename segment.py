@@ -125,6 +125,12 @@ def window_boxes(height: int, width: int, crop_size: int, stride: int) -> list[t
             for top in starts(height) for left in starts(width)]
 
 
+def windows_together(device: torch.device, num_classes: int, crop_size: int) -> int:
+    """Windows in one call of the model: within WINDOW_BYTES of logits, and below 2^31 of them, which CUDA's
+    interpolation counts in 32 bits."""
+    return min(32, max(1, min(WINDOW_BYTES[device.type] // 4, 2**31 - 1) // (num_classes * crop_size**2)))
+
+
 def slide_inference(model: Callable, images: torch.Tensor | Sequence[torch.Tensor], crop_size: int, stride: int,
                     window_batch: int = 8) -> torch.Tensor | list[torch.Tensor]:
     """Sliding windows over images, batched across them; logits are summed and divided by how many windows saw a pixel.
@@ -230,7 +236,7 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
     segmenter.eval().all_finite = True
     mean, std = segmenter.encoder.mean, segmenter.encoder.std
     device, classes = mean.device, split.num_classes
-    window_batch = min(32, max(1, WINDOW_BYTES[device.type] // (4 * classes * crop_size ** 2)))
+    window_batch = windows_together(device, classes, crop_size)
     model = RepeatsSmallWindows(segmenter, crop_size, classes) if authors_defects else segmenter
     bins = classes + authors_defects
     confusion = torch.zeros(bins, bins, dtype=torch.int64, device=device)

@@ -167,22 +167,36 @@ def accept_crops(labels: torch.Tensor, max_share: float = 0.75) -> torch.Tensor:
     """uint8 [B, h, w] -> bool [B]: more than one class, the largest on less than max_share of the labelled pixels."""
     count = len(labels)
     bins = labels.flatten(1).int().add_(256 * torch.arange(count, dtype=torch.int32, device=labels.device)[:, None])
-    counts = torch.bincount(bins.flatten(), minlength=256 * count).view(count, 256)[:, :IGNORE]
+    if labels.is_cuda:
+        # The host waits for the device twice in bincount.
+        counts = torch.zeros(256 * count, dtype=torch.int32, device=labels.device)
+        counts.index_add_(0, bins.flatten(), torch.ones_like(counts[:1]).expand(bins.numel()))
+    else:
+        counts = torch.bincount(bins.flatten(), minlength=256 * count)
+    counts = counts.view(count, 256)[:, :IGNORE]
     return (counts.count_nonzero(1) > 1) & (counts.amax(1) < max_share * counts.sum(1))
 
 
 def choose_crops(cut, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first crop that is accepted; after ten failures the eleventh, unchecked: its index int64 [B] and its labels
     [B, h, w]. cut: maps sample numbers [n] and their offsets [n, 2] to labels [n, h, w]. offsets: [B, 11, 2]."""
-    remaining = torch.arange(len(offsets), device=offsets.device)
-    chosen = torch.zeros_like(remaining)
-    labels = cut(remaining, offsets[:, 0])
-    for draw in range(1, offsets.shape[1]):
-        remaining = remaining[~accept_crops(labels[remaining])]
+    samples, unchecked = torch.arange(len(offsets), device=offsets.device), offsets.shape[1] - 1
+    chosen, labels = torch.zeros_like(samples), cut(samples, offsets[:, 0])
+    redrawn = remaining = samples[~accept_crops(labels)]
+    chosen[redrawn] = unchecked
+    # A GPU judges all further crops together: the host waits for it once in a batch and not after every draw.
+    size = unchecked - 1 if offsets.is_cuda else 1
+    for first in range(1, unchecked, size):
+        if first > 1:
+            remaining = remaining[chosen[remaining] == unchecked]
         if not len(remaining):
             break
-        chosen[remaining] = draw
-        labels[remaining] = cut(remaining, offsets[remaining, draw])
+        drawn = offsets[remaining, first:first + size].flatten(0, 1)
+        accepted = accept_crops(cut(remaining.repeat_interleave(size), drawn)).view(-1, size)
+        numbers = torch.arange(first, first + size, device=offsets.device)
+        chosen[remaining] = torch.where(accepted, numbers, unchecked).amin(1)
+    if len(redrawn):
+        labels[redrawn] = cut(redrawn, offsets[redrawn, chosen[redrawn]])
     return chosen, labels
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 import retrieval
+import segment
 from models import METHODS, build_model
 from models.attention.maps import query_key
 from models.encoder import Encoder
@@ -156,6 +157,15 @@ def test_the_segmentation_head_is_a_matrix_product():
     assert convolutions.count == 0 and logits.dtype == torch.float32
     rounded = torch.cat(blocks, 1).bfloat16().float()
     assert torch.allclose(logits, torch.nn.functional.conv2d(rounded, head.weight, head.bias), atol=1e-6)
+
+
+@pytest.mark.parametrize("classes, crop_size", [(64, 1024), (150, 512), (254, 1024), (19, 320), (254, 4096)])
+def test_logits_of_windows_stay_below_what_cuda_interpolates(classes, crop_size):
+    for kind in ("cuda", "cpu"):
+        count = segment.windows_together(torch.device(kind), classes, crop_size)
+        elements = classes * crop_size**2
+        assert count == 1 or count * elements <= min(2**31 - 1, segment.WINDOW_BYTES[kind] // 4)
+        assert count == 32 or (count + 1) * elements > min(2**31 - 1, segment.WINDOW_BYTES[kind] // 4)
 
 
 # --compile

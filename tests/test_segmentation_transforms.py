@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.segmentation_transforms import (
     Augmentation,
@@ -169,6 +170,54 @@ def test_crop_decisions(case):
     assert torch.equal(colours[0, :, :out_height, :out_width].permute(1, 2, 0).to(torch.uint8), case["out_image"])
     assert inside.sum() == out_height * out_width
     assert (labels[~inside] == 255).all()
+
+
+class Cuda(torch.Tensor):
+    """A tensor on the CPU that takes the ways of one on CUDA."""
+    is_cuda = True
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: masks as indices, values that become numbers, bincount."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        mask = name in ("index", "index_put_") and any(
+            isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in args[1])
+        self.count += mask + 2 * (name == "bincount") + (name in ("_local_scalar_dense", "nonzero", "equal"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stubborn", [0, 5, 16])
+def test_crops_judged_together_are_those_of_one_round_after_another(stubborn):
+    """On a GPU, where all draws but the first are judged at once, and the host waits once instead of thrice a round."""
+    generator = torch.Generator().manual_seed(stubborn)
+    shares = torch.rand(16, 11, generator=generator) < 0.3
+    shares[:stubborn] = False
+    # A crop has two classes where its first offset is 1, and one where that is 0.
+    label = torch.zeros(12, 12, dtype=torch.uint8)
+
+    def cut(samples, offsets):
+        labels = label.expand(len(samples), -1, -1).clone()
+        labels[:, :6] = offsets[:, :1, None].to(torch.uint8)
+        labels[:, 6:, :5] = 255
+        return labels.as_subclass(type(offsets))
+
+    offsets = torch.stack([shares.int(), torch.arange(11).expand(16, -1)], dim=2)
+
+    def one_after_another(sample):
+        accepted = [bool(accept_crops(cut([0], box[None]))) for box in offsets[sample]]
+        assert accepted == shares[sample].tolist()
+        return accepted[:10].index(True) if True in accepted[:10] else 10
+
+    expected = torch.tensor([one_after_another(sample) for sample in range(16)])
+    for kind in (torch.Tensor, Cuda):
+        with Waits() as waits:
+            chosen, labels = choose_crops(cut, offsets.as_subclass(kind))
+        assert torch.equal(chosen.as_subclass(torch.Tensor), expected)
+        assert torch.equal(labels.as_subclass(torch.Tensor), cut(range(16), offsets[torch.arange(16), expected]))
+    assert waits.count == 1
 
 
 def test_flip_normalise_and_pad():
