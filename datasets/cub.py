@@ -1,7 +1,7 @@
 """CUB-200-2011 part patches (Wah et al. 2011; https://www.vision.caltech.edu/datasets/cub_200_2011/)."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,60 +25,17 @@ def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | s
     image that of parts. Raises UserError for another layout, a malformed or contradictory line, an unknown part, and
     where no patch is left.
     """
-    images_txt, parts_txt, part_locs_txt, split_txt = files = [
-        Path(root, name) for name in ("images.txt", "parts/parts.txt", "parts/part_locs.txt", "train_test_split.txt")]
-    folder = Path(root, "images")
-    for path in (*files[:4 if split else 3], folder):
-        if not path.exists():
-            raise UserError(f"{path} does not exist; --data-path must be a folder CUB_200_2011/{{images.txt, "
-                            "train_test_split.txt, parts/parts.txt, parts/part_locs.txt, images/CLASS/*.jpg}")
-
-    names, paths = read_table(parts_txt, part_id=int, part_name=str), image_paths(images_txt, folder)
-    points = visible_points(part_locs_txt, paths, names)
+    root = Path(root)
+    if not (root / "images").is_dir():
+        raise missing(root / "images")
+    paths, points, names, *is_train = read_cub(root, "parts/parts.txt", *["train_test_split.txt"] * (split is not None))
     if split is not None:
-        is_train = read_table(split_txt, image_id=int, is_training_image=flag)
-        check_complete(split_txt, paths, is_train)
-        paths = {image: path for image, path in paths.items() if is_train[image] == (split == "train")}
-
-    parts = choose_keypoints(parts, names, "part", parts_txt)
+        paths = {image: path for image, path in paths.items() if is_train[0][image][1] == (split == "train")}
+    names = {part: name for part, (_, name) in names.items()}
+    parts = choose_keypoints(parts, names, "part", root / "parts/parts.txt")
     by_path = ((path, [(label, points[image][part]) for label, part in enumerate(parts) if part in points[image]])
                for image, path in paths.items())
     return keypoint_patches(by_path, parts, names, "part", crop_scale, transform, skip_bad_images)
-
-
-def image_paths(images_txt: Path, folder: Path) -> dict[int, str]:
-    """The path of every image by its id. Raises UserError for a repeated id or image."""
-    paths, numbers = {}, {}
-    for number, image, name in read_rows(images_txt, image_id=int, name=str):
-        path = path_below(folder, name, f"{images_txt}, line {number}")
-        for seen, value in ((paths, image), (numbers, path)):
-            if value in seen:
-                raise UserError(f"{images_txt}, line {number}: image {value} is listed twice; remove one of the lines")
-        paths[image], numbers[path] = path, number
-    return paths
-
-
-def visible_points(part_locs_txt: Path, images: Mapping, parts: Mapping | None = None) -> dict[int, dict]:
-    """By image, (x, y) of its visible parts by id. Raises UserError at a line of an unknown image or part, for a part
-    with two lines, and for an image with none."""
-    points, seen = {}, set()
-    rows = read_rows(part_locs_txt, image_id=int, part_id=int, x=finite, y=finite, visible=flag)
-    for number, image, part, x, y, visible in rows:
-        problem = (f"image {image} is not in images.txt" if image not in images else
-                   f"part {part} is not in parts.txt" if parts is not None and part not in parts else
-                   f"image {image} has two lines of part {part}" if (image, part) in seen else "")
-        if problem:
-            raise UserError(f"{part_locs_txt}, line {number}: {problem}; unpack the data set again")
-        seen.add((image, part))
-        points.setdefault(image, {}).update({part: (x, y)} if visible else {})
-    check_complete(part_locs_txt, images, points)
-    return points
-
-
-def check_complete(path: Path, images: Mapping, found: Mapping) -> None:
-    for image in images:
-        if image not in found:
-            raise UserError(f"{path} has no line of image {image}; unpack the data set again")
 
 
 def finite(text: str | float) -> float:
@@ -91,27 +48,62 @@ def flag(text: str) -> bool:
     return bool(("0", "1").index(text))
 
 
-def read_table(path: Path, **columns: Callable) -> dict:
-    """The rows of read_rows by their first value: the other, or the tuple of the others. Raises UserError, also for a
-    repeated first value."""
+COLUMNS = {
+    "images.txt": {"image_id": int, "name": str}, "parts/parts.txt": {"part_id": int, "part_name": str},
+    "parts/part_locs.txt": {"image_id": int, "part_id": int, "x": finite, "y": finite, "visible": flag},
+    "train_test_split.txt": {"image_id": int, "is_training_image": flag},
+    "bounding_boxes.txt": {"image_id": int, "x": finite, "y": finite, "width": finite, "height": finite},
+}
+
+
+def missing(path: Path) -> UserError:
+    return UserError(f"{path} does not exist; --data-path must be a folder CUB_200_2011/{{{', '.join(COLUMNS)}, "
+                     "images/CLASS/*.jpg}")
+
+
+def read_cub(root: Path, *others: str) -> list[dict]:
+    """By image id, the paths and (x, y) of the visible parts by part id; and the tables of others, of COLUMNS, as
+    read_table gives them. Raises UserError for a file that is missing, a line that does not fit or contradicts another,
+    and an image without a line."""
+    files = [root / name for name in ("images.txt", "parts/part_locs.txt", *others)]
+    for path in files:
+        if not path.is_file():
+            raise missing(path)
+    names, located, *tables = (read_table(path, COLUMNS[path.relative_to(root).as_posix()]) for path in files)
+    paths, points, lines = {}, {image: {} for image in names}, {}
+    for image, (number, name) in names.items():
+        paths[image] = path_below(root / "images", name, f"{files[0]}, line {number}")
+        if lines.setdefault(name, number) != number:
+            raise UserError(f"{files[0]}, line {number}: {name} is on line {lines[name]} already; remove one of them")
+    known = dict(zip(others, tables, strict=True)).get("parts/parts.txt")
+    for (image, part), (number, x, y, visible) in located.items():
+        if image not in names or known is not None and part not in known:
+            what = f"part {part} is not in parts.txt" if image in names else f"image {image} is not in images.txt"
+            raise UserError(f"{files[1]}, line {number}: {what}; unpack the data set again")
+        if visible:
+            points[image][part] = x, y
+    for path, table in zip(files[1:], ({image: () for image, _ in located}, *tables), strict=True):
+        if table is not known and (absent := [image for image in names if image not in table]):
+            raise UserError(f"{path} has no line of image {absent[0]}; unpack the data set again")
+    return [paths, points, *tables]
+
+
+def read_table(path: Path, columns: dict[str, Callable]) -> dict:
+    """{value of the first column, or the first two where both are ids: (line number, values of the others)} of a file
+    of columns separated by spaces, of which the last may contain spaces. columns: name, and what converts its text.
+    Raises UserError at a line that does not fit or repeats a key."""
     table = {}
-    for number, key, *values in read_rows(path, **columns):
-        if key in table:
-            raise UserError(f"{path}, line {number}: {key} has a line already; remove one of them")
-        table[key] = values[0] if len(values) == 1 else tuple(values)
-    return table
-
-
-def read_rows(path: Path, **columns: Callable) -> Iterator[tuple]:
-    """Yields (line number, value, ...) of every line with text in a file of columns separated by spaces; the last may
-    contain spaces. columns: name = what converts its text. Raises UserError at a line that does not fit."""
     for number, line in enumerate(read_lines(path), 1):
         fields = line.strip().split(maxsplit=len(columns) - 1)
         if not fields:
             continue
         try:
-            row = [convert(field) for convert, field in zip(columns.values(), fields, strict=True)]
+            first, *row = (convert(field) for convert, field in zip(columns.values(), fields, strict=True))
         except ValueError:  # of the conversions, and of too few fields
             raise UserError(f"{path}, line {number}: found {line.strip()[:60]!r} instead of '{' '.join(columns)}'; "
                             "unpack the data set again") from None
-        yield number, *row
+        key = (first, row.pop(0)) if "part_id" in [*columns][1:] else first
+        if key in table:
+            raise UserError(f"{path}, line {number}: {key} is on line {table[key][0]} already; remove one of them")
+        table[key] = number, *row
+    return table

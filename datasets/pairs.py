@@ -19,7 +19,7 @@ from PIL import Image
 from utils import UserError
 
 from . import check_data_path
-from .cub import check_complete, finite, flag, image_paths, read_table, visible_points
+from .cub import finite, read_cub
 from .files import BAD_IMAGE, load_rgb, open_image, path_below, read_lines, reason
 from .patches import PatchDataset, PatchImage
 from .synthetic import OBJECT_NAMES, compose, draw_image, image_seeds
@@ -183,20 +183,10 @@ def load_cub_pairs(root: str | Path, image_size: int, num_pairs: int, seed: int 
     """Ordered pairs of test images of one species of CUB_200_2011 that share at least one visible part, of all 15; the
     category is the species, the points are all parts visible in both. Raises UserError."""
     root = Path(root)
-    images_txt, split_txt, boxes_txt, parts_txt = files = [root / name for name in (
-        "images.txt", "train_test_split.txt", "bounding_boxes.txt", "parts/part_locs.txt")]
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; --data-path must be a folder CUB_200_2011/{{images.txt, "
-                            "train_test_split.txt, bounding_boxes.txt, parts/part_locs.txt, images/CLASS/*.jpg}")
-    paths, split = image_paths(images_txt, root / "images"), read_table(split_txt, image_id=int, is_training_image=flag)
-    boxes = read_table(boxes_txt, image_id=int, x=finite, y=finite, width=finite, height=finite)
-    for path, found in ((split_txt, split), (boxes_txt, boxes)):
-        check_complete(path, paths, found)
-    boxes = {image: (x, y, x + width, y + height) for image, (x, y, width, height) in boxes.items()}
-    points = visible_points(parts_txt, paths)
+    paths, points, split, boxes = read_cub(root, "train_test_split.txt", "bounding_boxes.txt")
+    boxes = {image: (x, y, x + width, y + height) for image, (_, x, y, width, height) in boxes.items()}
     names = {image: str(Path(path).relative_to(root / "images")) for image, path in paths.items()}
-    species = {image: name.split("/")[0] for image, name in names.items() if not split[image] and points[image]}
+    species = {image: name.split("/")[0] for image, name in names.items() if not split[image][1] and points[image]}
     pairs = [Pair(f"{names[source]} to {names[target]}", species[source],
                   paths[source], paths[target], *matched, boxes[target], {})
              for source, target, *matched in draw_matches(points, species, num_pairs, seed)]

@@ -158,14 +158,14 @@ def cub(tmp_path):
     ("parts/part_locs.txt", 3, b"2 1 nan 10 1", ["line 3", "'2 1 nan 10 1' instead of 'image_id part_id x y visible'"]),
     ("parts/part_locs.txt", 3, b"2 1 10 -inf 1", ["line 3", "-inf"]),
     ("parts/part_locs.txt", 3, b"2 1 10 10 2", ["line 3", "'2 1 10 10 2'"]),
-    ("parts/part_locs.txt", 3, b"1 2 90 10 1", ["line 3: image 1 has two lines of part 2"]),
-    ("parts/parts.txt", 2, b"1 beak", ["line 2: 1 has a line already"]),
-    ("images.txt", 2, b"1 001.Bird/2.jpg", ["line 2: image 1 is listed twice"]),
-    ("images.txt", 2, b"2 001.Bird/1.jpg", ["line 2: image", "1.jpg is listed twice"]),
+    ("parts/part_locs.txt", 3, b"1 2 90 10 1", ["line 3: (1, 2) is on line 2 already"]),
+    ("parts/parts.txt", 2, b"1 beak", ["line 2: 1 is on line 1 already"]),
+    ("images.txt", 2, b"1 001.Bird/2.jpg", ["line 2: 1 is on line 1 already"]),
+    ("images.txt", 2, b"2 001.Bird/1.jpg", ["line 2: 001.Bird/1.jpg is on line 1 already"]),
     ("images.txt", 2, b"2 001.B\xefrd/2.jpg", ["line 2: it is not UTF-8"]),
     ("images.txt", 2, b"2 ../../evil.jpg", ["line 2: '../../evil.jpg' is not the name of a file in"]),
     ("images.txt", 2, b"2 /etc/passwd", ["line 2: '/etc/passwd' is not the name"]),
-    ("train_test_split.txt", 2, b"1 0", ["line 2: 1 has a line already"]),
+    ("train_test_split.txt", 2, b"1 0", ["line 2: 1 is on line 1 already"]),
     ("train_test_split.txt", 2, b"2 2", ["line 2", "'2 2'"]),
 ])
 def test_wrong_lines_of_cub(cub, name, line, bad, words):
@@ -179,7 +179,7 @@ def test_wrong_lines_of_cub(cub, name, line, bad, words):
 
 
 @pytest.mark.parametrize("bad, words", [("2 5 nan 100 100", ["line 2", "nan"]), ("2 5 5 inf 100", ["line 2", "inf"]),
-                                        ("1 5 5 100 100", ["line 2: 1 has a line already"])])
+                                        ("1 5 5 100 100", ["line 2: 1 is on line 1 already"])])
 def test_wrong_boxes_of_cub(cub, bad, words):
     assert len(load_cub_pairs(cub, 32, 10).pairs) == 2
     (cub / "bounding_boxes.txt").write_text(f"1 5 5 100 100\n{bad}\n3 5 5 100 100\n")
