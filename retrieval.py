@@ -459,7 +459,7 @@ def main() -> None:
         encoder = load_encoder(args, device, log, projector=False)
         path, found = pca_run(encoder, images, run_slug(args.name), args.pca, args.precision, args.output_dir)
         line = start_line("pca", args, encoder) | found
-        log(f"principal components of {len(images)} images in {path}")
+        log(f"principal components of {found['num_images']} of {len(images)} images in {path}")
     if args.dataset in PAIR_DATASETS or args.pca:
         log.open(args.output_dir)
         append_result(args.output_dir, line | {"seconds": time.monotonic() - started})

@@ -98,7 +98,9 @@ def draw_sheet(images: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> Image.
 def pca_run(encoder: Encoder, dataset, name: str, foreground: str, precision: str, folder: Path) -> tuple[Path, dict]:
     """Writes the colours of a data set of whole images to folder/pca_NAME.pt, and folder/pca.png with a row for each
     model whose file there is of the same images. Returns its path and what a results line says. Raises UserError."""
-    images = next(dataset.batches(range(len(dataset)), dataset.num_patches, 0))[0]
+    images, _ = next(dataset.batches(range(len(dataset)), dataset.num_patches, 0), (None, None))
+    if images is None:
+        raise UserError("no image could be decoded; restore the files")
     with autocast(encoder.mean.device, precision):
         batch = encoder.preprocess(images.to(encoder.mean.device))
         tokens = torch.cat([encoder(part)[:, 1:] for part in batch.split(16)]).unflatten(1, encoder.grid(batch))

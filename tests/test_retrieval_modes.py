@@ -1,6 +1,7 @@
 """retrieval.py on whole images: keypoint transfer and principal components, from the command line's side."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,16 @@ def test_pca_puts_the_models_of_a_folder_on_one_sheet(run, tmp_path):
         assert sheet.height >= 3 * 64 and sheet.width >= 3 * 64
     run(*IBOT, *words, "--num-images", 2)
     assert results(tmp_path / "out")[2]["rows"] == ["ibot"], "other images make another sheet"
+
+
+def test_pca_without_pictures_that_can_be_decoded(run, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_text("no picture")
+    os.mkfifo(tmp_path / "images/b.png")
+    words = [*IBOT, "--dataset", "imagenet", "--data-path", tmp_path / "images", "--pca", "none", "--skip-bad-images"]
+    assert "no image could be decoded" in run(*words, status=2)[1].splitlines()[-1]
+    Image.effect_noise((80, 80), 90).save(tmp_path / "images/c.png")
+    assert "principal components of 1 of 3 images" in run(*words)[0]
 
 
 @pytest.mark.parametrize(("words", "message"), [
