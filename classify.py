@@ -52,7 +52,7 @@ from utils.distributed import (
     world_size,
 )
 from utils.drawing import draw_confusion, draw_curves, require_matplotlib
-from utils.provenance import RESUME_MEND, check_same
+from utils.provenance import check_same
 from utils.results import append_result, paper_tables, run_slug, run_title, settings_of, start_line
 from utils.run import (
     OneLineParser,
@@ -248,8 +248,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def save_checkpoint(path: Path, settings: dict, epoch: int, probes: Sequence[Probe]) -> None:
-    if is_main():
-        save_checked(path, {"settings": settings, "epoch": epoch, "probes": [probe.state() for probe in probes]})
+    save_checked(path, {"settings": settings, "epoch": epoch, "probes": [probe.state() for probe in probes]})
 
 
 def load_checkpoint(path: Path, settings: dict, probes: Sequence[Probe], log: Callable[[str], None]) -> int:
@@ -258,7 +257,7 @@ def load_checkpoint(path: Path, settings: dict, probes: Sequence[Probe], log: Ca
         log(f"{path} does not exist: starting from the beginning")
         return 0
     content = load_checked(path, "a checkpoint of classify.py", ("settings", "epoch", "probes"))
-    check_same(path, content["settings"], settings, "--resume", RESUME_MEND)
+    check_same(path, content["settings"], settings)
     for probe, state in zip(probes, content["probes"], strict=True):
         probe.load_state(state)
     log(f"resumed after epoch {content['epoch']}")
@@ -371,10 +370,9 @@ def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_
                    "epochs": probe.epochs, "batch_size": probe.batch_size, **summary, **per_class(matrix)}
     path = Path(f"{prefix}_{probe.kind}_head.pth")
     info = ("classes", "model", "weights", "sha256", "dataset", "precision", "lr", "best_epoch")
-    if is_main():
-        save_checked(path, {"kind": probe.kind, "num_heads": encoder.num_heads, "head": heads.state_dict(),
-                            "encoder": encoder_identity(encoder), "accuracy": accuracy(matrix).item(),
-                            **{key: line[key] for key in info}})
+    save_checked(path, {"kind": probe.kind, "num_heads": encoder.num_heads, "head": heads.state_dict(),
+                        "encoder": encoder_identity(encoder), "accuracy": accuracy(matrix).item(),
+                        **{key: line[key] for key in info}})
     spread = f" +- {summary['best_acc1_std']:.2f}" if "best_acc1_std" in summary else ""
     log(f"{probe.kind}: best {summary['best_acc1']:.2f}%{spread} (epoch {summary['best_epoch']}, learning rate "
         f"{summary['lr']:g}; chosen on {CHOSEN_BY[line['select']]}), last {summary['acc1']:.2f}%; head in {path}")

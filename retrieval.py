@@ -212,11 +212,7 @@ def save_features(path: Path, source: dict, device: torch.device) -> None:
     """Writes a source whose rows all processes share: tensors and plain values only. Raises UserError."""
     whole = {name: gather_rows(rows).cpu() for name, rows in source["features"].items()}
     content = {**source, "features": whole, "ids": gather_rows(source["ids"].to(device)).cpu()}
-    try:
-        if is_main():
-            save_checked(path, content)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--save-features {path}: cannot be written ({error}); choose another path") from None
+    save_checked(path, content)
 
 
 def load_features(paths: Sequence[Path]) -> list[dict]:

@@ -13,7 +13,7 @@ import torch
 from utils.distributed import local_main_first, shard
 from utils.provenance import digest, this_run
 from utils.run import Progress
-from utils.storage import allocate, atomic_write, create_file, map_file, record_problem, write_record
+from utils.storage import allocate, atomic_write, create_file, files_record, is_recorded, map_file
 
 from . import segmentation_transforms as transforms
 from .segmentation import FolderSplit, SyntheticSplit, in_order
@@ -68,12 +68,12 @@ class PixelStore:
             self._fill(map_file(temporary, shape, torch.int32))
 
         with local_main_first() as first:
-            wrong = first and path.exists() and record_problem(record, made_with, [path], log)
-            if wrong:
-                log(f"{path} is {wrong}: refused, it is written anew")
-            if first and wrong != "":
+            if first and not is_recorded(record, made_with, [path], log):
+                if path.exists():
+                    log(f"{path} is damaged or half-written: refused, it is written anew")
                 atomic_write(path, write)
-                write_record(record, made_with, [path])
+                content = files_record(made_with, [path])
+                atomic_write(record, lambda temporary: temporary.write_bytes(content))
         self.mapped = map_file(path, shape, torch.int32, writable=False)
         return self.mapped
 

@@ -15,6 +15,7 @@ from utils.run import autocast
 from . import own
 from .checkpoints import SAFETENSORS, as_official, fetch, file_hash, open_checkpoint, state_dicts
 from .encoder import CheckpointError, Encoder
+from .features import encoder_identity
 
 METHODS = ("deit", "mocov3", "dino", "beit", "mae", "cae", "ibot")
 WITH_PROJECTOR = ("mocov3", "dino", "ibot")
@@ -122,6 +123,7 @@ def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[
            if any("relative_position_bias_table" in name for name, _ in encoder.named_parameters()) else ""))
     encoder.to(device)
     if args.compile:
+        encoder_identity(encoder)  # before it runs: a timm model fits its tables to the images
         compile_blocks(encoder, size or 14 * patch, args.precision, log)
     return encoder
 

@@ -21,12 +21,13 @@ from utils.provenance import digest, this_run
 from utils.run import Progress, autocast
 from utils.storage import (
     allocate,
+    atomic_write,
     create_file,
+    files_record,
+    is_recorded,
     map_file,
     prefetched,
-    record_problem,
     temporary_file,
-    write_record,
 )
 
 from .encoder import Encoder
@@ -218,16 +219,14 @@ class FeatureCache:
         if is_main():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                wrong = path.exists() and record_problem(path / "complete.json", made_with,
-                                                         [path / name for name in full], log)
-                complete = wrong == ""
+                complete = is_recorded(path / "complete.json", made_with, [path / name for name in full], log)
                 if not complete:
                     lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115  held until it is complete
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    for refused, why in ((path, wrong), (partial, "half-written")):
-                        if refused.exists():
-                            log(f"{refused} is {why}: refused, it is written anew")
-                            shutil.rmtree(refused)
+                    for half in (path, partial):
+                        if half.exists():
+                            log(f"{half} is damaged or half-written: refused, it is written anew")
+                            shutil.rmtree(half)
                     partial.mkdir()
                     for name, (shape, dtype) in full.items():
                         create_file(partial / name, shape, dtype)
@@ -255,7 +254,8 @@ class FeatureCache:
         barrier()
         if is_main():
             partial = self.path.with_name(self.path.name + ".partial")
-            write_record(partial / "complete.json", self.made_with, [partial / name for name in self.arrays])
+            record = files_record(self.made_with, [partial / name for name in self.arrays])
+            atomic_write(partial / "complete.json", lambda path: path.write_bytes(record))
             os.replace(partial, self.path)
             Path(self.lock.name).unlink(missing_ok=True)
             self.lock.close()
@@ -289,14 +289,12 @@ def encoder_identity(encoder: Encoder) -> dict:
         # What is absent or off in evaluation is left out: timm's versions differ in what they list.
         layers = [line for name, child in encoder.named_children() if name not in unused
                   for line in str(child).splitlines() if "Identity()" not in line and "Drop" not in line]
+        position, own = getattr(encoder.position_embedding, "__name__", None), isinstance(encoder, OwnEncoder)
         encoder.identity = {
             "the content of the encoder's weights": digest(tensors),
-            "the architecture of the encoder": digest(layers),
-            "the number of heads": encoder.num_heads, "the patch size": encoder.patch_size,
-            "the first token": encoder.cls_from,
-            "the position embedding": getattr(encoder.position_embedding, "__name__", None),
-            "the order of patches": "shuffled" if getattr(encoder, "shuffle", None) else "in place",
-            "the file of the network": encoder.sha256 if isinstance(encoder, OwnEncoder) else None}
+            "the architecture of the encoder": digest(layers, position, encoder.cls_from, own and encoder.sha256),
+            "the number of heads": encoder.num_heads,
+            "the order of patches": "shuffled" if getattr(encoder, "shuffle", None) else "in place"}
     return encoder.identity
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 
 from utils import UserError
-from utils.distributed import all_reduce, is_main
-from utils.provenance import RESUME_MEND, check_same
+from utils.distributed import all_reduce
+from utils.provenance import check_same
 from utils.run import Progress, autocast
 from utils.storage import load_checked, save_checked
 
@@ -25,6 +25,8 @@ from .segmentation_head import LinearHead, PatchSegmenter, upsampled_cross_entro
 
 # The study decays the bias too, but not in its configurations of these methods.
 NO_BIAS_DECAY = ("mae", "beit", "cae")
+# What a file is, and its keys.
+CHECKPOINT = "a checkpoint of segment.py", ("head", "heads", "optimizer", "iteration", "settings", "class_names")
 HEAD_INPUT = ("layers", "norm", "batch_norm")
 CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the training images"}
 
@@ -142,25 +144,10 @@ def choose_head(segmenter: Segmenter, heads: Sequence[LinearHead], pairs: Sequen
 
 def save_checkpoint(path: Path, segmenter: Segmenter, heads: nn.ModuleList, optimizer: torch.optim.Optimizer,
                     info: dict, iteration: int) -> None:
-    """Written whole by the main process; "head" is the segmenter's. Raises UserError where it cannot be written; the
-    previous file is then as it was."""
-    if not is_main():
-        return
-    content = {"head": segmenter.head.state_dict(), "heads": heads.state_dict(),
-               "optimizer": optimizer.state_dict(), "iteration": iteration, **info}
-    if segmenter.batch_norm is not None:
-        content["batch_norm"] = segmenter.batch_norm.state_dict()
-    try:
-        save_checked(path, content)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"checkpoint {path} could not be written ({error}); what was there before is unchanged; make "
-                        "room and go on with --resume") from None
-
-
-def load_checkpoint(path: Path, option: str) -> dict:
-    """What save_checkpoint wrote. option: what names the file in messages. Raises UserError."""
-    keys = ("head", "heads", "optimizer", "iteration", "settings", "class_names")
-    return load_checked(path, "a checkpoint of segment.py", keys, option)
+    """"head" is the segmenter's. Raises UserError where the file cannot be written."""
+    save_checked(path, {"head": segmenter.head.state_dict(), "heads": heads.state_dict(),
+                        "batch_norm": segmenter.batch_norm and segmenter.batch_norm.state_dict(),
+                        "optimizer": optimizer.state_dict(), "iteration": iteration, **info})
 
 
 def restore(checkpoint: dict, segmenter: Segmenter) -> None:
@@ -172,7 +159,7 @@ def restore(checkpoint: dict, segmenter: Segmenter) -> None:
 def load_segmenter(path: Path, encoder: Encoder, names: Sequence[str], precision: str) -> tuple[Segmenter, dict]:
     """The head of a checkpoint, for --evaluate: what linear_probe returns. names: of the classes. Raises UserError for
     the head of another encoder or of other classes."""
-    checkpoint = load_checkpoint(path, "--evaluate ")
+    checkpoint = load_checked(path, *CHECKPOINT, "--evaluate ")
     settings, identity = checkpoint["settings"], encoder_identity(encoder)
     saved = {name: settings.get(name) for name in identity}
     check_same(path, saved | {"the list of classes": checkpoint["class_names"]},
@@ -204,8 +191,8 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
                    {"settings": settings, "class_names": list(names)})
     done, total = 0, settings["iterations"]
     if resume and path.exists():
-        checkpoint = load_checkpoint(path, "--resume: ")
-        check_same(path, checkpoint["settings"], settings, "--resume", RESUME_MEND)
+        checkpoint = load_checked(path, *CHECKPOINT, "--resume: ")
+        check_same(path, checkpoint["settings"], settings)
         restore(checkpoint, segmenter)
         heads.load_state_dict(checkpoint["heads"])
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -159,7 +159,7 @@ def test_a_kept_cache_with_other_bytes_of_the_same_size_is_written_anew(folder, 
     assert record["made_with"]["the list of classes of the data set"] == ["cats", "dogs", "emus"]
     (path / name).write_bytes(damage((path / name).read_bytes()))
     again = features()
-    assert any(line == f"{path} is damaged: refused, it is written anew" for line in lines)
+    assert any(line == f"{path} is damaged or half-written: refused, it is written anew" for line in lines)
     assert torch.equal(again.tokens, first.tokens) and torch.equal(again.cls, first.cls) and not len(again.missing)
     assert features() and any("come from the cache" in line for line in lines)
 
@@ -280,7 +280,7 @@ def test_a_damaged_file_is_one_line_or_gives_what_was_written(launch, folder, st
         content = torch.load(path, weights_only=True)
         torch.save({**content, "head": None, "probes": None, "features": {"cls": None}}, path)
         _, err = launch(main, [*words, "--output-dir", path.parent], status=2)
-        assert len(err.splitlines()) == 1 and f"{path} is not a" in err and "damaged, or changed by hand" in err
+        assert len(err.splitlines()) == 1 and f"{path} is not a" in err and "or not as it was written" in err
 
 
 def test_a_damaged_cache_gives_what_the_encoder_gives(folder, tmp_path):
@@ -298,3 +298,17 @@ def test_a_damaged_cache_gives_what_the_encoder_gives(folder, tmp_path):
         file.write_bytes(damaged_bytes(file.read_bytes(), chance))
         assert features() == expected
     assert sum("refused" in line for line in lines) >= 20
+
+
+def test_processes_agree_on_a_damaged_cache_and_on_refusals(launch, folder, tmp_path):
+    words = probing(folder, tmp_path, "--cache-dir", tmp_path / "kept", "--probe", "attentive")
+    launch(classify.main, words)
+    for tokens in (tmp_path / "kept").glob("*/tokens"):
+        tokens.write_bytes(bytes(tokens.stat().st_size))
+    out, _ = launch(classify.main, words, processes=2)
+    assert out.count("damaged or half-written: refused") == 2
+    first, second = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert second["best_acc1"] == pytest.approx(first["best_acc1"], abs=0.1)
+    head = tmp_path / "ibot_folder_attentive_head.pth"
+    _, err = launch(classify.main, [*words, "--evaluate", head, "--num-heads", 6], processes=2, status=2)
+    assert "error: --evaluate: the number of heads was 3 when" in err

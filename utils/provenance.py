@@ -26,7 +26,6 @@ NO_EFFECT = frozenset((
     "save_features", "save_pictures", "save_plots", "table", "top", "workers"))
 # Arguments that name an encoder, whose identity (models.features.encoder_identity) is compared in their place.
 NAME_ENCODER = frozenset(("weights", "weights_key", "num_heads"))
-RESUME_MEND = "give the same arguments and data, or start without --resume"
 
 
 @cache
@@ -75,23 +74,19 @@ def digest(*values: object) -> str:
 def files_digest(paths: Sequence[str | Path | int]) -> str:
     """The digest of a list of files, in its order: each by its place below their common folder, size and time of
     change; of what is no path, the seed of a drawn image, the value alone."""
-    names = [str(path) for path in paths]
-    folders = {os.path.dirname(name) for name in names}
-    common = os.path.commonpath(folders) if folders else ""
-    places = {folder: os.path.relpath(folder or ".", common or ".") for folder in folders}
-    found = hashlib.sha256()
-    for path, name in zip(paths, names, strict=True):
-        size = time = None
-        if not isinstance(path, int):
-            with suppress(OSError):
-                status = os.stat(path)
-                size, time = status.st_size, status.st_mtime_ns
-        folder, base = os.path.split(name)
-        found.update(f"{places[folder]}/{base} {size} {time}\0".encode(errors="surrogateescape"))
+    folders = {folder: os.path.abspath(folder) for folder in {os.path.dirname(str(path)) for path in paths}}
+    start, found = len(os.path.commonpath(folders.values() or [""])), hashlib.sha256()
+    for path in paths:
+        folder, name = os.path.split(str(path))
+        found.update(f"{folders[folder][start:]}/{name}\0".encode(errors="surrogateescape"))
+        with suppress(OSError):
+            status = os.stat(path) if not isinstance(path, int) else None
+            found.update(f"{status and (status.st_size, status.st_mtime_ns)}\0".encode())
     return found.hexdigest()
 
 
-def check_same(path: Path, saved: Mapping, current: Mapping, option: str, mend: str, where: str = "now") -> None:
+def check_same(path: Path, saved: Mapping, current: Mapping, option: str = "--resume",
+               mend: str = "give the same arguments and data, or start without --resume", where: str = "now") -> None:
     """Raises UserError that names all that differs between what made the file at path (saved) and what is to use it
     (current): values by their names in words. option: what named the file; mend: what the user can do."""
     differences = []

@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import UserError
-from .distributed import any_process, gather_rows, rank, world_size
+from .distributed import any_process, gather_rows, is_main, rank, world_size
 from .provenance import digest
 
 TIERS = ("gpu", "cpu", "disk")
@@ -46,72 +47,62 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_checked(path: Path, content: dict) -> None:
-    """torch.save of tensors and plain values, whole (atomic_write), with a digest by which load_checked knows them."""
-    atomic_write(path, lambda temporary: torch.save({"digest": digest(content), **content}, temporary))
+    """torch.save of tensors and plain values by the main process, whole (atomic_write), with a digest by which
+    load_checked knows them. Raises UserError where the file cannot be written."""
+    if not is_main():
+        return
+    try:
+        atomic_write(path, lambda temporary: torch.save({"digest": digest(content), **content}, temporary))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} could not be written ({error}); what was there before is unchanged; make room, or "
+                        "choose another folder") from None
 
 
 def load_checked(path: Path, what: str, keys: Sequence[str], option: str = "") -> dict:
     """The content, on the CPU, of a file that save_checked wrote with these keys at least. what: "a checkpoint of
-    classify.py". option: the one that named the file. Raises UserError for a missing, damaged, changed or other
-    file."""
+    classify.py". option: the one that named the file. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{option}{path} does not exist; name {what}")
-    try:
+    with suppress(Exception):  # torch.load raises many kinds on a file that is none of its own
         content = torch.load(path, map_location="cpu", weights_only=True)
-        recorded, reason = content.pop("digest", None), "keys are missing"
-        if recorded and content.keys() >= set(keys):
-            if recorded == digest(content):
-                return content
-            reason = "its content is not what was written: damaged, or changed by hand"
-    except Exception as error:  # torch.load raises many kinds on a file that is none of its own
-        reason = type(error).__name__
-    raise UserError(f"{option}{path} is not {what} ({reason}); name another file, or write it again")
+        if content.pop("digest") == digest(content) and content.keys() >= set(keys):
+            return content
+    raise UserError(f"{option}{path} is not {what}, or not as it was written (damaged, cut, changed); name another "
+                    "file, or write it again")
 
 
-def checksums(path: Path) -> list[int]:
-    """The CRC-32 of every 16 MB of a file, read by several threads."""
-    piece = 16 << 20
-    with open(path, "rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda start: zlib.crc32(os.pread(file.fileno(), piece, start)),
-                             range(0, path.stat().st_size, piece)))
+def files_record(made_with: dict, files: Sequence[Path]) -> bytes:
+    """What is written beside large files, as JSON: what they were made with, and the CRC-32 of every 16 MB of them.
+    Flushes them to disk. Raises OSError."""
+    def checksum(file, start):
+        return zlib.crc32(os.pread(file.fileno(), 16 << 20, start))
 
-
-def write_record(record: Path, made_with: dict, files: Sequence[Path]) -> None:
-    """Flushes files of one folder to disk and writes, as JSON, what they were made with, their sizes and checksums."""
     sums = {}
     for path in files:
-        with open(path, "rb+") as file:
+        with open(path, "rb") as file, ThreadPoolExecutor(8) as pool:
             os.fsync(file.fileno())
-        sums[path.name] = [path.stat().st_size, checksums(path)]
-    text = json.dumps({"made_with": made_with, "files": sums})
-    atomic_write(record, lambda temporary: temporary.write_text(text))
+            sums[path.name] = list(pool.map(partial(checksum, file), range(0, path.stat().st_size, 16 << 20)))
+    return json.dumps({"made_with": made_with, "checksums": sums}).encode()
 
 
-def record_problem(record: Path, made_with: dict, files: Sequence[Path], log: Callable[[str], None]) -> str:
-    """What is wrong with files, in a word or two, if they are not those that write_record saw; "" if they are. Reads
-    them whole."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        content = json.loads(record.read_text())
-        saved = content["files"]
-        if json.dumps(content["made_with"]) != json.dumps(made_with):
-            return "of other inputs"
-        sizes = [path.stat().st_size for path in files]
-        if sizes == [saved[path.name][0] for path in files]:
-            log(f"comparing {sum(sizes) / 1e9:.2f} GB in {record.parent} with the checksums in {record.name}")
-            return "" if all(saved[path.name][1] == checksums(path) for path in files) else "damaged"
-    return "half-written"
+def is_recorded(record: Path, made_with: dict, files: Sequence[Path], log: Callable[[str], None]) -> bool:
+    """Whether the files are, byte by byte, those whose files_record lies at record."""
+    with suppress(OSError):
+        saved = record.read_bytes()
+        log(f"comparing {', '.join(path.name for path in files)} with the checksums in {record}")
+        return saved == files_record(made_with, files)
+    return False
 
 
 def check_archive(path: Path) -> None:
     """Compares the members of a zip archive, as torch.save writes it, with their CRC-32, which torch.load does not do.
     Raises zipfile.BadZipFile. Members saved without one (0) and files that are no archive pass."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        for member in filter(lambda member: member.CRC, archive.infolist()):
-            with archive.open(member) as file:
-                while file.read(1 << 22):
-                    pass
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                with archive.open(member) as file:
+                    while member.CRC and file.read(1 << 22):
+                        pass
 
 
 def create_file(path: Path, shape: Sequence[int], dtype: torch.dtype) -> None:
