@@ -253,10 +253,10 @@ def test_a_fingerprint_holds_the_code_that_features_depend_on_and_no_other(cub):
     train, _ = open_classification("cub", cub)
     encoder = small_encoder()
     names = {Path(path).name for path in feature_cache.source_files(encoder, encoder.position_embedding, train)}
-    assert names == {"encoder.py", "patches.py"} and Path(encoder.method).name == "ibot.py"
+    assert names == {"encoder.py", "patches.py", "files.py"} and Path(encoder.method).name == "ibot.py"
     for drawn in (synthetic.load_synthetic_patches("test", 1), synthetic.load_synthetic_species("test", 1)):
         names = {Path(path).name for path in feature_cache.source_files(drawn, drawn.load)}
-        assert names == {"patches.py", "synthetic.py", "synthetic_figures.py"}, "what draws the images"
+        assert names == {"files.py", "patches.py", "synthetic.py", "synthetic_figures.py"}, "what draws the images"
 
 
 def test_a_patch_token_that_is_not_finite_is_said_and_nothing_is_kept(cub, tmp_path, monkeypatch):
