@@ -100,6 +100,11 @@ def accuracy(matrix: torch.Tensor) -> torch.Tensor:
     return 100 * matrix.diagonal(dim1=-2, dim2=-1).sum(-1).double() / matrix.sum((-2, -1)).clamp(min=1)
 
 
+def most_frequent(labels: torch.Tensor) -> float:
+    """Percent correct by always the most frequent of the labels [n]."""
+    return 100 * labels.bincount().max().item() / len(labels)
+
+
 def shuffled(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
     """The ids in the order of an epoch, the same whatever the number of processes."""
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))]
@@ -396,14 +401,15 @@ def evaluate(path: Path, encode: Callable, encoder: Encoder, test: PatchDataset,
     matrix = confusion_of_heads(heads, tested, ids, len(line["classes"]), authors_defects, [str(path)])[0]
     percent = accuracy(matrix).item()
     log(f"{heads.kind} head {path}: {percent:.2f}% of {len(ids)} test patches")
-    return line | {"probe": heads.kind, "acc1": percent, "num_test": len(ids), **per_class(matrix)}
+    return line | {"probe": heads.kind, "acc1": percent, "num_test": len(ids),
+                   "chance": most_frequent(test.labels[ids]), **per_class(matrix)}
 
 
 def main() -> None:
     """Encodes once, trains all probes on the features, and writes a head and a results line for each."""
     args, started = parse_arguments(), time.monotonic()
     if args.table:
-        print(paper_tables("classify", args.output_dir))
+        print(paper_tables(["classify"], args.output_dir, args.format))
         return
     device, log = setup(args)
 
@@ -445,7 +451,7 @@ def main() -> None:
     training, holding, choosing, testing = encode_subsets(encode, train, test, held_out, args.probe, augmented)
     log.open(args.output_dir)
     line |= {"num_train": len(training.ids), "num_held_out": len(holding.ids), "num_test": len(testing.ids),
-             "seconds_features": time.monotonic() - started}
+             "chance": most_frequent(test.labels[testing.ids]), "seconds_features": time.monotonic() - started}
     log(f"features are ready after {line['seconds_features']:.1f} s")
 
     # Training
@@ -459,6 +465,7 @@ def main() -> None:
     log(f"trained in {line['seconds_training']:.1f} s; {memory_peak(device)}")
 
     # Report
+    log(f"chance, always the most frequent class: {line['chance']:.2f}%")
     lines = [report(probe, line, testing, encoder, args.authors_defects, args.save_plots, prefix, log)
              for probe in probes]
     if "knn" in args.probe:

@@ -56,7 +56,9 @@ from utils.storage import atomic_write, free_memory, load_checked, save_checked
 # The arguments that features are made with, and all that a source of features (and its file) holds.
 PROTOCOL = ("name", "model", "dataset", "precision", "crop_scale", "image_size", "keypoints", "authors_defects")
 ABOUT = ("weights", "sha256", "cls_from", "features_made_by", *PROTOCOL)
-FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "encoder", "data", *ABOUT)
+FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "encoder", "data", "args", *ABOUT)
+# Those of the ranking, whatever made the features.
+RANKING = ("exclude_query", "num_queries")
 
 
 def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: torch.Tensor | None = None,
@@ -169,6 +171,18 @@ def ranked_precision_cpu(similarity: torch.Tensor, start: int, stop: int, skip: 
         return torch.from_numpy(np.concatenate(list(pool.map(rank, chunks))))
 
 
+def random_ranking_ap(count: int, positives: int, exclude_query: bool) -> float:
+    """The expected AP of a query whose class has `positives` of `count` rows where the others come in random order;
+    unless excluded, the query itself, a positive, comes first. NaN where no positive is left."""
+    first, others, hits = int(not exclude_query), count - 1, positives - 1
+    if first + hits == 0:
+        return float("nan")
+    ranks = torch.arange(1, others + 1, dtype=torch.float64)
+    # Of the rows above a positive, each is one with this probability.
+    above = first + 1 + (ranks - 1) * (hits - 1) / max(1, others - 1)
+    return (first + hits / max(1, others) * float((above / (first + ranks)).sum())) / (first + hits)
+
+
 def mean_average_precision(ap: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     """Per-query AP [Q] and classes [Q] -> (AP, mAP) in percent: the mean over queries, and over classes of the class
     means. Queries without a positive (NaN) are left out; NaN where none is left."""
@@ -265,6 +279,8 @@ def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None
     counts = labels.bincount(minlength=len(source["classes"])).tolist()
     metrics = {"num_patches": len(ids), "num_queries": len(queries), "skipped_patches": skipped,
                "patches_per_class": dict(zip(source["classes"], counts, strict=True))}
+    chance = torch.tensor([random_ranking_ap(len(ids), count, exclude_query) for count in counts])
+    metrics["ap_chance"] = mean_average_precision(chance[labels[queries]], labels[queries])[0]
     for name, rows in source["features"].items():
         try:
             ap = average_precision(gather_rows(rows.to(device)), labels, queries=mine, exclude_query=exclude_query)
@@ -284,6 +300,8 @@ def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None
     if encoded:
         metrics["best"] = max(encoded, key=lambda name: metrics[f"ap_{name}"])
         log(f"   encoded  AP {metrics['ap_' + metrics['best']]:6.2f}  ({metrics['best']} is the better one)")
+    log(f"    random  AP {metrics['ap_chance']:6.2f}  (the others in random order"
+        f"{'' if exclude_query else ' behind the query, which counts'})")
     if skipped:
         log(f"{skipped} patches of images that could not be decoded were left out")
     return metrics
@@ -435,7 +453,7 @@ def main() -> None:
     """Ranks every patch of a data set against all others, transfers keypoints between images, or draws sheets."""
     args, started = parse_arguments(), time.monotonic()
     if args.table:
-        print("\n\n".join(filter(None, (paper_tables(task, args.output_dir) for task in ("retrieval", "transfer")))))
+        print(paper_tables(("retrieval", "transfer"), args.output_dir, args.format))
         return
     device, log = setup(args)
 
@@ -481,7 +499,8 @@ def main() -> None:
         sources = [{"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
                     "paths": paths, "encoder": encoder_identity(encoder), "data": dataset.identity("data set"),
                     "weights": encoder.weights, "sha256": encoder.sha256, "cls_from": encoder.cls_from,
-                    "features_made_by": this_run(), **{name: vars(args)[name] for name in PROTOCOL}}]
+                    "features_made_by": this_run(), "args": args_to_json(args),
+                    **{name: vars(args)[name] for name in PROTOCOL}}]
     if args.save_features:
         save_features(args.save_features, sources[0], device)
 
@@ -500,8 +519,12 @@ def main() -> None:
     # Results, of what the features were made with: they may come from files
     for source, result in zip(sources, results, strict=False):
         made_with = {name: source[name] for name in ABOUT}
-        append_result(args.output_dir, {**made_with, "world_size": world_size(), "seed": args.seed,
-                                        "args": args_to_json(args), "seconds": time.monotonic() - started, **result})
+        given, made = args_to_json(args), source["args"]
+        kept = [name for name in made["changed"] if name not in RANKING]
+        line_args = {**made, **{name: given[name] for name in (*RANKING, *given["changed"])},
+                     "changed": list(dict.fromkeys(kept + given["changed"]))}
+        append_result(args.output_dir, {**made_with, "world_size": world_size(), "seed": args.seed, "args": line_args,
+                                        "seconds": time.monotonic() - started, **result})
 
 
 if __name__ == "__main__":

@@ -229,7 +229,8 @@ class RepeatsSmallWindows:
 @torch.inference_mode()
 def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size: int, stride: int, workers: int,
              authors_defects: bool = False, picture_folder: Path | None = None, num_pictures: int = 0) -> dict:
-    """segmentation_metrics of a split at full resolution, each image once over all processes, and num_images.
+    """segmentation_metrics of a split at full resolution, each image once over all processes, num_images, and chance,
+    the metrics of the largest class everywhere.
 
     The first num_pictures images are written to picture_folder. Raises UserError, on all processes, for logits that are
     not finite."""
@@ -260,8 +261,11 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
         group, num_windows = [], 0
     if any_process(not segmenter.all_finite):
         raise UserError("the logits are not finite, so there is no prediction; use --precision fp32, or another head")
-    metrics = segmentation_metrics(all_reduce(confusion).cpu(), classes if authors_defects else None)
-    return metrics | {"num_images": len(split)}
+    confusion = all_reduce(confusion).cpu()
+    largest = torch.zeros_like(confusion)
+    largest[:, confusion.sum(1)[:classes].argmax()] = confusion.sum(1)
+    metrics, chance = (segmentation_metrics(one, classes if authors_defects else None) for one in (confusion, largest))
+    return metrics | {"num_images": len(split), "chance": chance}
 
 
 def knn_probe(encoder: Encoder, batches: Callable[[range], Iterator], num_images: int, num_classes: int, settings: dict,
@@ -295,7 +299,9 @@ def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
     """The metrics of a results line; JSON has no NaN, so that what is undefined becomes None."""
     def plain(value):
         return None if np.isnan(value) else value
-    return {**{key: plain(metrics[key]) for key in ("mIoU", "mAcc", "aAcc")}, "num_images": metrics["num_images"],
+    means, chance = ({key: plain(found[key]) for key in ("mIoU", "mAcc", "aAcc")}
+                     for found in (metrics, metrics["chance"]))
+    return {**means, "chance": chance, "num_images": metrics["num_images"],
             "iou_per_class": dict(zip(names, map(plain, metrics["iou_per_class"].tolist()), strict=True))}
 
 
@@ -303,7 +309,7 @@ def main() -> None:
     """Trains or loads a linear head, or fills a memory of patches, tests, and writes a results line for each probe."""
     args, started = parse_arguments(), time.monotonic()
     if args.table:
-        print(paper_tables("segment", args.output_dir))
+        print(paper_tables(["segment"], args.output_dir, args.format))
     if args.figure6:
         draw_figure6(args.figure6, figure6_panels(args.output_dir))
     if args.table or args.figure6:

@@ -21,9 +21,9 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 # Arguments of all scripts that no figure depends on: where things lie, what is written, where it runs. A run may be
 # resumed with others (what lies in a data set is compared apart), and tables do not mark them.
 NO_EFFECT = frozenset((
-    "annotations", "cache", "cache_dir", "checkpoint_every", "checkpoint_seconds", "columns", "compile", "data_path",
-    "debug", "device", "eval_every", "figure6", "images", "name", "output_dir", "pictures", "query", "resume",
-    "save_features", "save_pictures", "save_plots", "table", "top", "workers"))
+    "annotations", "cache", "cache_dir", "changed", "checkpoint_every", "checkpoint_seconds", "columns", "compile",
+    "data_path", "debug", "device", "eval_every", "figure6", "format", "images", "name", "output_dir", "pictures",
+    "query", "resume", "save_features", "save_pictures", "save_plots", "table", "top", "workers"))
 # Arguments that name an encoder, whose identity (models.features.encoder_identity) is compared in their place.
 NAME_ENCODER = frozenset(("weights", "weights_key", "num_heads"))
 

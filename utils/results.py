@@ -1,9 +1,17 @@
-"""Results: results.jsonl, written and read, and tables of ours beside the paper's."""
+"""Results: results.jsonl, written and read, and tables of ours beside the paper's.
 
+    python -m utils.results                       all that outputs/ holds: tables of all tasks, and a line for a model
+    python -m utils.results DIR --format latex    of another folder; md and csv are the other formats
+"""
+
+import csv
+import io
 import json
 import os
 import re
+import textwrap
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,19 +20,12 @@ from . import UserError
 from .distributed import is_main, world_size
 from .provenance import NAME_ENCODER, NO_EFFECT, this_run
 
-# {"models": {name: printed name}, task: {table: {column: {model: published number}}}}; columns of ours alone are empty.
+# {"models": {name: printed name}, task: {data set: {"title", "whole": [how many, of what] where known,
+# "figures": {column: {model: published number}}}}}
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
-# Patches that the published rule leaves of a whole data set; the table marks other numbers.
-FULL_PATCHES = {"cub": 30543}
-# Panels are shown where the paper or we have results. Title: task, columns of its tables for objects ("" for none) and
-# for parts.
-FIGURE6 = {title: ("segment", f"{data}-object mIoU", f"{data}-part mIoU") for title, data in {
-    "ADE20K": "ade20k", "Pascal": "pascal",
-    "PartImageNet, ImageNet's training images (not in the paper)": "partimagenet",
-    "Synthetic data (not in the paper)": "synthetic"}.items()}
-FIGURE6 |= {f"Part retrieval, {data}: AP": ("retrieval", "", f"{data} encoded") for data in ("cub", "coco")}
-FIGURE6 |= {f"Keypoint transfer, {data}: PCK@0.1": ("transfer", "", data)
-            for data in ("spair", "cub-pairs", "synthetic-pairs")}
+
+# Arguments that a row, its table or its column says.
+NO_MARK = {"model", "weights", "dataset", "probe", "load_features"}
 
 
 def run_slug(name: str) -> str:
@@ -65,31 +66,32 @@ def append_result(folder: Path, result: dict) -> None:
         os.fsync(file.fileno())
 
 
-def read_results(folder: Path, task: str) -> list[dict]:
-    """The results lines of one task, oldest first. Raises UserError where there is no file or a line is no result."""
-    path = folder / "results.jsonl"
+def read_results(folder: Path) -> tuple[list[dict], list[str]]:
+    """The results lines of a folder, oldest first, and a note on each line that is none. Sure are strings at task,
+    dataset and model alone: a line may be of an older version. Raises UserError where there is no result."""
+    path, results, notes = folder / "results.jsonl", [], []
     if not path.is_file():
         raise UserError(f"{path} does not exist; run without --table first, or name its folder with --output-dir")
-    results = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().decode(errors="replace").split("\n"), 1):
         try:
             result = json.loads(line)
-            if not {"task", "model", "weights", "dataset", "args"} <= result.keys():
-                raise ValueError
-        except (ValueError, AttributeError):
-            raise UserError(f"{path}, line {number}, is not a results line; remove it") from None
-        results.append(result)
-    return [result for result in results if result["task"] == task]
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            result["model"] = result.get("model", result.get("name"))
+            reason = ", ".join(f"no {key}" for key in ("task", "dataset", "model")
+                               if not isinstance(result.get(key), str))
+        except (ValueError, RecursionError, TypeError, AttributeError):
+            reason = "not whole JSON"
+        if not reason:
+            results.append(result)
+        elif line.strip():
+            notes.append(f"{path}, line {number}, is not a results line ({reason}); left out")
+    if not results:
+        raise UserError(notes[0] if notes else f"{path} is empty; run without --table first")
+    return results, notes[:20] + [f"{len(notes) - 20} more such lines"] * (len(notes) > 20)
 
 
 def caveats(result: dict) -> str:
     """What must stand wherever the result is printed: random weights, synthetic data; "" for neither."""
-    return ", ".join(["random weights"] * (result["weights"] == "random")
+    return ", ".join(["random weights"] * (result.get("weights") == "random")
                      + ["synthetic data"] * result["dataset"].startswith("synthetic"))
 
 
@@ -102,134 +104,289 @@ def run_title(result: dict) -> str:
     return with_marks(f"{result.get('name', result['model'])} on {result['dataset']}", caveats(result))
 
 
-class Entry(NamedTuple):
-    """What a result gives to its tables. figures: by column; those of no table are left out. marks: how the run differs
-    from the paper's, which gives it a row of its own; false ones are left out. remark: a line below the table; star:
-    the sign that then follows the figures."""
+class Task(NamedTuple):
+    """Its tables. title: of those that the paper has not. figures: {column: where a results line holds it, as nested
+    keys}, the first for where there is room for one; about: further columns; baselines: {what has learned nothing:
+    where its figures are, {} for the keys of ours}. {best} and {probe} are the line's."""
 
-    figures: dict[str, float | str | None]
-    marks: tuple[str | bool | None, ...] = ()
-    remark: str = ""
-    star: str = ""
-
-
-def retrieval_entry(result: dict) -> Entry:
-    """Nothing under another protocol than the default one."""
-    dataset, count, whole = result["dataset"], result["num_patches"], FULL_PATCHES.get(result["dataset"])
-    if (not {"ap_cls", "ap_avg"} <= result.keys() or result["num_queries"] != count or result["crop_scale"] != 0.5
-            or result["keypoints"] or result["authors_defects"] or result["args"]["exclude_query"]):
-        return Entry({})
-    best = result["best"]
-    known = f" (the whole data set: {dataset} {whole:,})" if whole else ""
-    remark = "" if count == whole else f"{dataset}: on {count:,} patches{known}"
-    return Entry({f"{dataset} encoded": result[f"ap_{best}"], f"{dataset} token": best,
-                  f"{dataset} projected": result.get("ap_projected")}, remark=remark, star="*")
+    title: str
+    figures: dict[str, str]
+    about: dict[str, str]
+    baselines: dict[str, str]
 
 
-def classify_entry(result: dict) -> Entry:
-    column, args = f"{result['dataset']} {result['probe']}", result["args"]
-    remarks = (result["select"] == "held-out" and "chosen held out", args["authors_defects"] and "authors' defects",
-               args["crop_scale"] != 0.5 and f"crop scale {args['crop_scale']}",
-               f"{result.get('num_train')} training patches")
-    # A head that was only tested (--evaluate) has no best_acc1 and no num_train.
-    keypoints = args.get("keypoints") and f"keypoints {' '.join(args['keypoints'])}"
-    return Entry({column: result.get("best_acc1")}, (keypoints,), f"{column}: {', '.join(filter(None, remarks))}")
+TASKS = {
+    "retrieval": Task("Part retrieval, AP in percent", {"encoded": "ap_{best}", "projected": "ap_projected"},
+                      {"token": "best", "patches": "num_patches"}, {"random ranking": "ap_chance"}),
+    "classify": Task("Classification, best test accuracy over epochs, percent", {"{probe}": "best_acc1"},
+                     {"{probe} +-": "best_acc1_std", "train": "num_train", "held out": "num_held_out",
+                      "test": "num_test"}, {"most frequent class": "chance"}),
+    "segment": Task("Segmentation, percent", {f"{{probe}} {name}": name for name in ("mIoU", "mAcc", "aAcc")},
+                    {"images": "num_images"}, {"largest class": "chance {}"}),
+    "transfer": Task("Keypoint transfer, PCK@0.1 in percent, published protocols differ",
+                     {"PCK@0.1": "pck_image 0.1", "per point": "pck_point 0.1", "category mean": "pck_category 0.1"},
+                     {"pairs": "num_pairs"}, {"random cell": "chance {}", "same place": "same_place {}"})}
 
 
-def segment_entry(result: dict) -> Entry:
-    dataset = "synthetic-part" if result["dataset"] == "synthetic" else result["dataset"]
-    blocks, iterations = result.get("layers", [3, 5, 7, 11]), result["iterations"]
-    trained = iterations != 160_000 and f"{iterations} iterations"
-    return Entry({f"{dataset} {metric}": result[metric] for metric in ("mIoU", "mAcc", "aAcc")}, (
-        "nearest neighbours" if result.get("probe") == "knn" else trained,
-        blocks != [3, 5, 7, 11] and f"blocks {' '.join(map(str, blocks))}", result.get("norm") and "final norm",
-        result.get("batch_norm") and "batch norm", "heads" in result and f"best of {len(result['heads'])} heads",
-        result["args"].get("select") == "held-out" and "chosen held out",
-        result["args"]["authors_defects"] and "authors' defects"))
+class Run(NamedTuple):
+    """A results line in its table. weights and marks: how the run differs from the published setting. figures, about:
+    by column; baselines: {what has learned nothing: its figures and counts}."""
+
+    task: str
+    dataset: str
+    name: str
+    weights: str
+    marks: str
+    figures: dict[str, float | None]
+    about: dict[str, float | str | None]
+    baselines: dict[str, dict[str, float | None]]
+
+    @property
+    def row(self) -> tuple[str, str]:
+        return self.name, ", ".join(filter(None, (self.weights, self.marks)))
 
 
-def transfer_entry(result: dict) -> Entry:
-    args, layers = result["args"], result["args"]["layers"]
-    return Entry({result["dataset"]: result["pck_image"]["0.1"]}, (
-        f"{args['image_size']} pixels", layers != ["last"] and f"blocks {' '.join(layers)}",
-        not args["norm"] and "without norm", args["match"] != "cell" and args["match"],
-        args["split"] != "test" and args["split"]),
-        f"{result['dataset']}: {result['num_pairs']:,} pairs, a random cell "
-        f"{result['chance']['pck_image']['0.1']:.1f}, the same place {result['same_place']['pck_image']['0.1']:.1f}")
+def value_at(result: object, keys: Iterable[str], kind: type = float) -> float | str | None:
+    """What nested dictionaries hold at these keys, where it is a finite number, or, for kind str, a string; or None."""
+    for key in keys:
+        result = result.get(key) if isinstance(result, dict) else None
+    number = isinstance(result, int | float) and abs(result) < 1e15
+    return result if number or kind is str and isinstance(result, str) else None
 
 
-ENTRIES = {"retrieval": retrieval_entry, "classify": classify_entry, "segment": segment_entry,
-           "transfer": transfer_entry}
+def mark(name: str, value: object) -> str:
+    """An argument in words: "epochs 10", "exclude query", "no norm"; of paths the last part."""
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return " ".join([words, *(Path(str(one)).name for one in (value if isinstance(value, list) else [value]))])
 
 
-def latest_entries(task: str, folder: Path) -> tuple[dict[tuple[str, str, str], Entry], int]:
-    """({(model, marks, column): entry}, number of results left out); of runs with equal marks the last one counts."""
-    ours, left_out, columns = {}, 0, {column for table in PAPER[task].values() for column in table}
-    for result in read_results(folder, task):
-        entry = ENTRIES[task](result)
-        marks = ", ".join(filter(None, (result["weights"] == "random" and "random weights", *entry.marks)))
-        found = [column for column in entry.figures if column in columns and {*entry.figures.values()} != {None}]
-        ours |= {(result.get("name", result["model"]), marks, column): entry for column in found}
-        left_out += not found
-    return ours, left_out
+def run_of(result: dict) -> Run:
+    """A results line in its table. Marks are: all arguments that differ from their default and can change a figure, but
+    what row and column say; weights; a part of a data set of known size; a name of the paper for another model."""
+    task, dataset, name = result["task"], result["dataset"], str(result.get("name") or result["model"])
+    published, args = PAPER.get(task, {}).get(dataset, {}), result.get("args")
+    args = args if isinstance(args, dict) else {}
+    # A head that was only tested has no best epoch; segmentation once had one probe.
+    line = {"probe": "linear" if task == "segment" else "unknown", "best_acc1": result.get("acc1"), **result}
+    words = {word: str(line.get(word)) for word in ("best", "probe")}
+
+    def values(columns, template="{}", kind=float):
+        return {column.format(**words): value_at(line, template.format(path).format(**words).split(), kind)
+                for column, path in columns.items()}
+    figures = values(TASKS[task].figures)
+    # No column for what no run has, as held-out patches.
+    about = {column: value for column, value in values(TASKS[task].about, kind=str).items() if value}
+    counts = {column: value for column, value in about.items() if isinstance(value, int)}
+    baselines = {title: values(TASKS[task].figures, where) for title, where in TASKS[task].baselines.items()}
+
+    changed, weights, marks = args.get("changed"), "", ["settings not recorded"]
+    if isinstance(changed, list):
+        marks = [mark(key, args.get(key)) for key in changed if str(key) not in NO_EFFECT | NO_MARK]
+        if "weights" in changed:
+            weights = f"{mark('weights', result.get('weights'))} {str(result.get('sha256') or '')[:8]}".strip()
+    if result.get("weights") == "random":
+        weights = "random weights"
+    if name in PAPER["models"] and result["model"] != name:
+        marks.append(mark("model", result["model"]))
+    if "whole" in published and sum(counts.values()) not in (0, published["whole"][0]):
+        marks.append("{} of {} {}".format(sum(counts.values()), *published["whole"]))
+    # The name of the data set says nothing of one's own data.
+    source = args.get("annotations") or args.get("data_path")
+    if source and not published:
+        dataset += f" in {' '.join(source) if isinstance(source, list) else source}"
+    if (task, dataset) == ("segment", "synthetic"):
+        dataset = "synthetic-part"
+    return Run(task, dataset, name, weights, ", ".join(marks), figures, about,
+               {title: row | counts for title, row in baselines.items() if {*row.values()} != {None}})
 
 
-def rows_of(columns: Mapping[str, Mapping[str, float]], ours: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:
-    """(model, marks) of a table's rows: the paper's models, always where it has numbers, then the others."""
-    order = {model: place for place, model in enumerate(PAPER["models"])}
-    rows = {(model, "") for published in columns.values() for model in published}
-    rows |= {(model, marks) for model, marks, column in ours if column in columns}
-    return sorted(rows, key=lambda row: (row[1] != "" or row[0] not in order, order.get(row[0], len(order)), row))
+def runs_of(folder: Path, tasks: Iterable[str]) -> tuple[list[Run], list[str]]:
+    """The runs of these tasks, of equal ones the last, and notes on what stands in no table. Raises UserError."""
+    (results, notes), runs, left_out = read_results(folder), {}, Counter()
+    for result in results:
+        if result["task"] in tasks:
+            run = run_of(result)
+            key = (*run.row, run.task, run.dataset, *run.figures)
+            left_out["older than another of the same settings"] += key in runs
+            runs[key] = run
+        elif result["task"] not in TASKS:
+            left_out[f"of {result['task']}, which has no table here"] += 1
+    return list(runs.values()), notes + [f"results left out: {count} {reason}" for reason, count in left_out.items()
+                                         if count]
 
 
-def paper_tables(task: str, folder: Path) -> str:
-    """The paper's tables of a task in Markdown: published, ours (the last run in folder/results.jsonl), difference; and
-    tables of other data where we have results. Raises UserError without results."""
-    ours, left_out = latest_entries(task, folder)
-    texts = []
-    for title, columns in PAPER[task].items():
-        lines, remarks = [], {}
-        for model, marks in rows_of(columns, ours):
-            line = [with_marks(model, marks)]
-            for column, published in columns.items():
-                entry = ours.get((model, marks, column), Entry({}))
-                figure = entry.figures.get(column)
-                # Segmentation says in the marks how its runs differ; elsewhere they do not compare.
-                number = published.get(model) if task == "segment" or not marks else None
-                difference = "-" if None in (figure, number) else f"{figure - number:+.1f}"
-                shown = show(figure) + (entry.star if entry.remark and isinstance(figure, float) else "")
-                line += [show(number), shown, difference] if published else [shown]
-                if entry.remark:
-                    remarks[f"* {line[0]}, {entry.remark}"] = None
-            lines.append(line)
-        header = [text for column, published in columns.items()
-                  for text in ([f"{column}, published", "ours", "difference"] if published else [column])]
-        if lines:
-            texts += [title, markdown_table(["model", *header], lines), *filter(None, ["\n".join(remarks)])]
-    if left_out:
-        texts.append(f"{left_out} results with other data, another probe or another protocol are left out.")
-    return "\n\n".join(texts)
+def place(name: str) -> tuple[int, str]:
+    """Sorts names: the paper's models in the paper's order, then the others."""
+    models = list(PAPER["models"])
+    return models.index(name) if name in models else len(models), name
 
 
 def show(value: float | str | None) -> str:
-    return "-" if value is None else value if isinstance(value, str) else f"{value:.1f}"
+    return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def paper_table(title: str, published: Mapping[str, Mapping[str, float]], runs: Sequence[Run]) -> tuple:
+    """(title, header, rows) of a data set: published, ours, difference, a row for each setting; below, what has learned
+    nothing."""
+    rows = {(False, model, ""): {} for figures in published.values() for model in figures}
+    for run in runs:
+        rows.setdefault((False, *run.row), {}).update(run.figures | run.about)
+        for name, figures in run.baselines.items():
+            counts = [figures[unit] for unit in figures if unit in run.about]
+            rows.setdefault((True, name, str(counts)), {}).update(figures)
+    keys = sorted(rows, key=lambda key: (key[0], bool(key[2]) or key[1] not in PAPER["models"], place(key[1]), key[2]))
+    columns = {"model": [name if baseline else with_marks(name, marks) for baseline, name, marks in keys]}
+    names = [name for field in ("figures", "about") for run in runs for name in getattr(run, field)]
+    for column in dict.fromkeys([*published, *names]):
+        ours = [rows[key].get(column) for key in keys]
+        if column in published:
+            theirs = [None if baseline else published[column].get(name) for baseline, name, _ in keys]
+            columns |= {f"{column} paper": map(show, theirs), f"{column} ours": map(show, ours), f"{column} diff": [
+                "-" if None in pair else f"{pair[0] - pair[1]:+.1f}" for pair in zip(ours, theirs, strict=True)]}
+        elif {*ours} != {None}:
+            columns[column] = map(show, ours)
+    return title, list(columns), list(zip(*columns.values(), strict=True))
+
+
+def tables_of(runs: Sequence[Run], tasks: Iterable[str], empty: bool) -> list[tuple]:
+    """A table for each data set of these tasks, the paper's first; empty: also for those without a run."""
+    tables = []
+    for task in tasks:
+        paper, ours = PAPER.get(task, {}), {run.dataset for run in runs if run.task == task}
+        for dataset in [*(name for name in paper if empty or name in ours), *sorted(ours - paper.keys())]:
+            about = paper.get(dataset, {"title": f"{TASKS[task][0]}: {dataset} (not in the paper)", "figures": {}})
+            chosen = [run for run in runs if (run.task, run.dataset) == (task, dataset)]
+            tables.append(paper_table(about["title"], about["figures"], chosen))
+    return tables
+
+
+def overview(runs: Sequence[Run]) -> tuple[tuple, list[str]]:
+    """(table, notes): a line for a model and its weights, a column for each data set and probe. Of several runs one
+    without marks counts, else the last; the marks of the others are in the notes."""
+    cells, columns = {}, {}
+    for run in sorted(runs, key=lambda run: (list(TASKS).index(run.task), run.dataset)):
+        first, figure = next(iter(run.figures.items()))
+        column, row = f"{run.dataset} {first}", cells.setdefault((run.name, run.weights), {})
+        columns[column] = None
+        if column not in row or row[column][1] or not run.marks:
+            row[column] = figure, run.marks
+    marked = list(dict.fromkeys(marks for row in cells.values() for _, marks in row.values() if marks))
+
+    def cell(figure=None, marks=""):
+        return show(figure) + (f" [{marked.index(marks) + 1}]" if marks else "")
+
+    rows = [(with_marks(*key), *(cell(*cells[key].get(column, ())) for column in columns))
+            for key in sorted(cells, key=lambda key: (place(key[0]), key[1]))]
+    return ("All models", ["model", *columns], rows), [f"[{n}] {marks}" for n, marks in enumerate(marked, 1)]
+
+
+def paper_tables(tasks: Sequence[str], folder: Path, style: str = "text") -> str:
+    """The paper's tables of these tasks with the results in folder/results.jsonl, and tables of other data, in one of
+    STYLES; below, what is left out and why. Raises UserError without results."""
+    runs, notes = runs_of(folder, tasks)
+    return render(tables_of(runs, tasks, empty=True), notes, style)
 
 
 def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]]]]:
-    """{title: [(row, [objects published, ours, parts published, ours]), ...]} of FIGURE6, in percent, None where there
-    is none: what utils.drawing.draw_figure6 draws. Raises UserError without results."""
-    ours = {task: latest_entries(task, folder)[0] for task in ("segment", "retrieval", "transfer")}
-    panels = {}
-    for title, (task, *names) in FIGURE6.items():
-        paper = {column: published for table in PAPER[task].values() for column, published in table.items()}
-        columns = {name: paper.get(name, {}) for name in names}
-        rows = rows_of(columns, ours[task])
-        # Beside the paper's figure only what we have.
-        for model, marks in rows if "" not in names or any(row[2] in names for row in ours[task]) else ():
-            values = []
-            for column, published in columns.items():
-                entry = ours[task].get((model, marks, column), Entry({}))
-                values += [None if marks else published.get(model), entry.figures.get(column)]
-            name = with_marks(PAPER["models"].get(model, model), marks, "\n")
-            panels.setdefault(title, []).append((name, values))
+    """{title: [(row, [objects published, ours, parts published, ours]), ...]} of figure 6, in percent, None where there
+    is none: what utils.drawing.draw_figure6 draws. Besides the paper's panels, those of other parts that were segmented
+    and of retrieval and transfer. Raises UserError without results."""
+    runs, wanted, panels = runs_of(folder, TASKS)[0], {}, {}
+    for dataset in [*PAPER["segment"], *(run.dataset for run in runs if run.task == "segment")]:
+        if name := dataset.endswith("-part") and dataset.removesuffix("-part"):
+            title = name if dataset in PAPER["segment"] else f"{name} (not in the paper)"
+            wanted[title] = "segment", f"{name}-object", dataset
+    for task, title in (("retrieval", "Part retrieval, {}: AP"), ("transfer", "Keypoint transfer, {}: PCK@0.1")):
+        wanted |= {title.format(run.dataset): (task, "", run.dataset) for run in runs if run.task == task}
+    for title, (task, *datasets) in wanted.items():
+        values = {}
+        for column, dataset in enumerate(datasets):
+            for figures in [*PAPER.get(task, {}).get(dataset, {"figures": {}})["figures"].values()][:1]:
+                for model, figure in figures.items():
+                    values.setdefault((model, ""), [None] * 4)[2 * column] = figure
+            for run in runs:
+                if (run.task, run.dataset) == (task, dataset):
+                    values.setdefault(run.row, [None] * 4)[2 * column + 1] = next(iter(run.figures.values()))
+        panels[title] = [(with_marks(PAPER["models"].get(row[0], row[0]), row[1], "\n"), values[row])
+                         for row in sorted(values, key=lambda row: (bool(row[1]), place(row[0]), row[1]))]
     return panels
+
+
+# How tables are written
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 120) -> str:
+    """For a terminal: columns padded, headings and labels broken into lines; columns that do not fit go below."""
+    widths = [max(map(len, [*title.split(), *cells])) for title, *cells in zip(header, *rows, strict=True)]
+    widths[0] = min(widths[0], max(30, width - sum(widths[1:]) - 2 * len(widths[1:])))
+    blocks = [[]]
+    for column, wide in enumerate(widths[1:], 1):
+        if blocks[-1] and widths[0] + sum(2 + widths[other] for other in blocks[-1]) + 2 + wide > width:
+            blocks.append([])
+        blocks[-1].append(column)
+
+    lines = []
+    for block in blocks:
+        lines += [""] * bool(lines)
+        for number, row in enumerate([header, *rows]):
+            cells = [textwrap.wrap(row[0], widths[0], subsequent_indent="  "),
+                     *(row[column].split() if not number else [row[column]] for column in block)]
+            height = max(map(len, cells))
+            # Headings stand on the line below them, figures beside the first line of their label.
+            cells = [[""] * (height - len(cell)) + cell if not number else cell + [""] * (height - len(cell))
+                     for cell in cells]
+            lines += ["  ".join([label.ljust(widths[0]), *(text.rjust(widths[column]) for text, column in
+                                                           zip(texts, block, strict=True))]).rstrip()
+                      for label, *texts in zip(*cells, strict=True)]
+            if not number:
+                lines.append("-" * (widths[0] + sum(2 + widths[column] for column in block)))
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def csv_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    return file.getvalue().removesuffix("\n")
+
+
+def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    special = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "+-": r"$\pm$"}
+    first, *rest = [" & ".join(re.sub(r"\+-|[\\{}$&#%_^~]", lambda found: special.get(found[0], "\\" + found[0]), cell)
+                               for cell in line) + r" \\" for line in [header, *rows]]
+    return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", first, r"\hline", *rest, r"\end{tabular}"])
+
+
+STYLES = {"text": text_table, "md": markdown_table, "csv": csv_table, "latex": latex_table}
+
+
+def render(tables: Iterable[tuple], notes: Sequence[str], style: str) -> str:
+    """Tables (title, header, rows) in one of STYLES, and the notes as lines that do not break it."""
+    def line(text):
+        return {"csv": csv_table([text], []), "latex": f"% {text}"}.get(style, text)
+    parts = [part for title, *table in tables for part in (line(title), STYLES[style](*table))]
+    return "\n\n".join([*parts, *filter(None, ["\n".join(map(line, notes))])])
+
+
+def main() -> None:
+    """Prints the tables of all tasks in a folder, and a table with a line for each model."""
+    # Here, since utils.run imports this file.
+    from .run import OneLineParser
+    parser = OneLineParser(__doc__, prog="python -m utils.results")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), metavar="DIR",
+                        help="the --output-dir of the runs (default: outputs)")
+    parser.add_argument("--format", choices=STYLES, default="text", help="(default: text)")
+    args = parser.parse_args()
+    runs, notes = runs_of(args.folder, TASKS)
+    table, letters = overview(runs)
+    print(render([*tables_of(runs, TASKS, empty=False), table], letters + notes, args.format))
+
+
+if __name__ == "__main__":
+    from .run import exit_with_one_line_errors
+    exit_with_one_line_errors(main)

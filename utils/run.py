@@ -14,7 +14,7 @@ import torch.distributed as dist
 from . import UserError
 from .distributed import init_processes, is_main, world_size
 from .provenance import this_run
-from .results import args_to_json
+from .results import STYLES, args_to_json
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -27,12 +27,14 @@ class OneLineParser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, words: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """As argparse's. Raises UserError where a list holds a value twice."""
+        """As argparse's, and as `changed` the names of those that differ from their default, which tables mark. Raises
+        UserError where a list holds a value twice."""
         args = super().parse_args(words, namespace)
         for action in self._actions:
             values = vars(args).get(action.dest) if action.nargs == "+" else None
             if values and len(set(values)) < len(values):
                 raise UserError(f"{action.option_strings[0]} {' '.join(map(str, values))}: the values must differ")
+        args.changed = [name for name, value in vars(args).items() if value != self.get_default(name)]
         return args
 
     def check_used(self, args: argparse.Namespace, mode: str, *unused: str) -> None:
@@ -90,7 +92,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     group.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     group.add_argument("--table", action="store_true",
-                       help="no run: print the results in --output-dir beside the paper's numbers")
+                       help="no run: print the results in --output-dir beside the paper's numbers (python -m "
+                            "utils.results: of all tasks)")
+    group.add_argument("--format", choices=STYLES, default="text", help="of --table (default: %(default)s)")
 
 
 def add_keypoint_arguments(parser: argparse.ArgumentParser, files: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.drawing import COLOURS, COLUMN, PAGE, plot
-from utils.results import caveats, markdown_table, with_marks
+from utils.results import caveats, with_marks
 
 
 def latest(results: Sequence[dict]) -> dict[tuple, dict]:
@@ -24,9 +24,9 @@ def latest(results: Sequence[dict]) -> dict[tuple, dict]:
     return chosen
 
 
-def summary_table(results: Sequence[dict]) -> str:
-    """A Markdown table of the last result of each model, part and mask ratio: attention distance of the first and the
-    last layer and the mean over layers, radii of the receptive field, similarity of maps in the last layer."""
+def summary_table(results: Sequence[dict]) -> tuple:
+    """(title, header, rows) of the last result of each model, part and mask ratio: attention distance of the first and
+    the last layer and the mean over layers, radii of the receptive field, similarity of maps in the last layer."""
     def show(value, digits=1):
         return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
@@ -40,7 +40,7 @@ def summary_table(results: Sequence[dict]) -> str:
                      show(result["map_similarity"][-1], 3)])
     header = ["model", "images", "distance, first layer", "last layer", "mean", "receptive field, 50%", "90%",
               "of the decoder alone, 50%", "90%", "map similarity, last layer"]
-    return "Attention, distances and radii in pixels\n\n" + markdown_table(header, rows)
+    return "Attention, distances and radii in pixels", header, rows
 
 
 def write_plots(results: Sequence[dict], folder: Path) -> list[str]:
