@@ -433,7 +433,7 @@ def test_several_models_their_plots_and_the_table(run, tmp_path):
     assert len(results_of(tmp_path)) == 6 and last["part"] == "encoder" and last["receptive_field"] is None
     for path in tmp_path.glob("*.png"):
         path.unlink()
-    out, _ = run("--table", "--output-dir", tmp_path)
+    out, _ = run("--table", "--format", "md", "--output-dir", tmp_path)
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 6 and any("mae mae/checkpoint_full.pth" in row and "mask ratio 0.75" in row for row in rows)
     shown = next(row for row in rows if row.startswith("| dino")).split(" | ")

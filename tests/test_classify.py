@@ -147,6 +147,8 @@ def test_one_run_all_probes_and_the_saved_heads(monkeypatch, cub, tmp_path, caps
         path = tmp_path / f"ibot_cub_{kind}_head.pth"
         again = run(monkeypatch, *common("cub", cub, tmp_path), "--evaluate", path)[kind]
         assert again["acc1"] == pytest.approx(best) and again["confusion"] == result["confusion"]
+        largest = 100 * np.max(np.sum(result["confusion"], axis=1)) / np.sum(result["confusion"])
+        assert again["chance"] == pytest.approx(largest) == result["chance"]
         assert Image.open(tmp_path / f"ibot_cub_{kind}_accuracy.png").size == (960, 560)
         assert Image.open(tmp_path / f"ibot_cub_{kind}_confusion.png").width > 200
         assert load_head(path).info["classes"] == ["right eye", "right leg", "left wing", "tail"]
@@ -582,16 +584,17 @@ def test_class_folders_that_do_not_fit(monkeypatch, folder, tmp_path):
 def test_table_puts_published_and_ours_side_by_side(monkeypatch, tmp_path, capsys):
     line = {"task": "classify", "model": "ibot", "weights": "checkpoint.pth", "dataset": "cub", "probe": "attentive",
             "best_acc1": 96.04, "select": "test", "num_train": 15000,
-            "args": {"authors_defects": False, "crop_scale": 1.0}}
+            "args": {"changed": ["crop_scale", "workers"], "crop_scale": 1.0, "workers": 3}}
     other = line | {"model": "mae", "dataset": "imagenet", "probe": "linear", "best_acc1": 12.0, "weights": "random"}
     (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(other) + "\n")
-    monkeypatch.setattr(sys, "argv", ["classify.py", "--table", "--output-dir", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["classify.py", "--table", "--format", "md", "--output-dir", str(tmp_path)])
     classify.main()
     printed = capsys.readouterr().out
-    assert "| ibot | 93.8 | - | - | 95.8 | 96.0 | +0.2 | 92.1 | - | - | 95.1 | - | - |" in printed
-    assert "| mae | 67.8 | - | - | 74.2 | - | - |" in printed
-    assert "| mae (random weights) | - | 12.0 | - | - | - | - |" in printed
-    assert "* ibot, cub attentive: crop scale 1.0, 15000 training patches" in printed
+    assert "| ibot | 93.8 | - | - | 95.8 | - | - | - |" in printed
+    assert "| ibot | 92.1 | - | - | 95.1 | - | - |" in printed
+    assert "| ibot (crop scale 1.0, 15000 of 30543 patches) | 93.8 | - | - | 95.8 | 96.0 | +0.2 | 15000 |" in printed
+    assert "| mae | 67.8 | - | - | 74.2 | - | - | - |" in printed
+    assert "| mae (random weights, crop scale 1.0, 15000 of 1331167 images) | 67.8 | 12.0 | -55.8 | 74.2 |" in printed
 
 
 def test_real_cub_sample(monkeypatch, tmp_path):

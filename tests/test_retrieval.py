@@ -19,6 +19,7 @@ from retrieval import (
     find_query,
     mean_average_precision,
     nearest_patches,
+    random_ranking_ap,
     ranked_precision,
     ranked_precision_cpu,
 )
@@ -217,8 +218,14 @@ def test_a_whole_run_and_its_options(run, tmp_path):
     run("--load-features", tmp_path / "text.pt", "--output-dir", tmp_path)
     assert last_result(tmp_path)["crop_scale"] == 1
 
+    assert "crop_scale" in last_result(tmp_path)["args"]["changed"]
+
+    # What made the features, and how they were ranked here.
     run("--load-features", tmp_path / "features.pt", "--exclude-query", "--output-dir", tmp_path)
-    assert last_result(tmp_path)["ap_cls"] < first["ap_cls"]
+    excluded = last_result(tmp_path)
+    assert excluded["ap_cls"] < first["ap_cls"] and excluded["ap_chance"] < first["ap_chance"]
+    assert excluded["args"]["exclude_query"] and excluded["args"]["num_images"] == 14
+    assert {"weights", "num_heads", "num_images", "exclude_query"} <= {*excluded["args"]["changed"]}
 
     out, _ = run("--load-features", tmp_path / "features.pt", "--num-queries", 20, "--output-dir", tmp_path)
     sampled = last_result(tmp_path)
@@ -230,6 +237,19 @@ def test_a_whole_run_and_its_options(run, tmp_path):
     assert first["ap_cls"] == pytest.approx(100 * float(ap.mean()), abs=1e-4)
 
 
+def test_a_random_ranking_is_what_random_features_get():
+    generator = torch.Generator().manual_seed(0)
+    counts = [3, 1, 9, 27]
+    labels = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    for exclude_query in (False, True):
+        expected = [random_ranking_ap(len(labels), count, exclude_query) for count in counts]
+        found = torch.stack([average_precision(torch.randn(len(labels), 200, generator=generator), labels,
+                                               exclude_query=exclude_query) for _ in range(300)]).mean(0)
+        means = [found[labels == label].nanmean().item() for label in range(4)]
+        assert means == pytest.approx(expected, abs=0.02, nan_ok=True) and np.isnan(means[1]) == exclude_query
+    assert random_ranking_ap(2, 2, True) == random_ranking_ap(1, 1, False) == 1
+
+
 @needs_real
 def test_the_real_cub_sample_and_the_table(run, tmp_path):
     run(*golden("ibot"), "--dataset", "cub", "--data-path", REAL / "CUB_200_2011", "--output-dir", tmp_path)
@@ -237,10 +257,13 @@ def test_the_real_cub_sample_and_the_table(run, tmp_path):
     assert result["num_patches"] == 914
     assert result["patches_per_class"] == {"right eye": 173, "right leg": 231, "left wing": 199, "tail": 311}
     out, _ = run("--table", "--output-dir", tmp_path)
-    row = next(line for line in out.splitlines() if line.startswith("| ibot"))
     ours = result[f"ap_{result['best']}"]
-    assert f"| 49.3 | {ours:.1f}* | {ours - 49.3:+.1f} | {result['best']} |" in row
-    assert "* ibot, cub: on 914 patches" in out and "cub 30,543" in out
+    row = next(line for line in out.splitlines() if f"{ours:.1f}" in line)
+    assert row.startswith("ibot (weights")
+    assert row.split()[-8:-4] == ["49.3", f"{ours:.1f}", f"{ours - 49.3:+.1f}", "31.2"]
+    assert row.split()[-2:] == [result["best"], "914"] and "914 of 30543 patches" in " ".join(out.split())
+    # 27.5 was measured with independent code.
+    assert result["ap_chance"] == pytest.approx(27.5, abs=0.05) and "random ranking" in out
 
 
 @needs_real

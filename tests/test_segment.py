@@ -279,6 +279,8 @@ def test_training_learns_the_colours(monkeypatch, tmp_path):
     share = 100 * counts.max() / counts.sum()
     assert result["mIoU"] > 2 * share / (counts > 0).sum()
     assert result["aAcc"] > 2 * share
+    classes = (counts > 0).sum()
+    assert result["chance"] == pytest.approx({"mIoU": share / classes, "mAcc": 100 / classes, "aAcc": share})
 
 
 def killed_in_iteration_six(lines):
@@ -598,23 +600,24 @@ def test_disk_full_leaves_the_checkpoint_before(monkeypatch, capsys, finished, l
 
 def fake_result(model, dataset, iou, **more):
     return {"task": "segment", "model": model, "weights": "x.pth", "dataset": dataset, "iterations": 160_000,
-            "mIoU": iou, "mAcc": iou + 1, "aAcc": iou + 2, "args": {"authors_defects": False}} | more
+            "mIoU": iou, "mAcc": iou + 1, "aAcc": iou + 2, "args": {"changed": []}} | more
 
 
 def test_tables_and_figure(tmp_path):
     results = [fake_result("ibot", "ade20k-part", 30.0), fake_result("ibot", "ade20k-part", 33.2),
                fake_result("ibot", "ade20k-part", 1.0, weights="random"), fake_result("cae", "lip", 43.7),
-               fake_result("mae", "ade20k", 27.0, iterations=300), fake_result("dino", "synthetic", 50.0)]
+               fake_result("mae", "ade20k", 27.0, args={"changed": ["iterations"], "iterations": 300}),
+               fake_result("dino", "synthetic", 50.0)]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
-    text = paper_tables("segment", tmp_path)
-    for title in ("Table 2", "Table 4", "Table 5", "Table 6", "Synthetic data"):
+    text = paper_tables(["segment"], tmp_path, "md")
+    for title in ("Table 2", "Table 4", "Table 5", "Table 6", "synthetic-part (not in the paper)"):
         assert title in text
     assert "| ibot | 32.2 | 33.2 | +1.0 | 40.0 | 34.2 | -5.8 | 73.4 | 35.2 | -38.2 |" in text
     assert "| ibot (random weights) | 32.2 | 1.0 | -31.2 |" in text
-    assert "| mae (300 iterations) | 27.1 | 27.0 | -0.1 |" in text
+    assert "| mae (iterations 300) | 27.1 | 27.0 | -0.1 |" in text
     assert "| mae | 27.1 | - | - |" in text
     assert "| deit | 92.2 | - | - | 95.3 | - | - | 96.8 | - | - |" in text
-    assert "| dino | - | - | - | 50.0 | 51.0 | 52.0 |" in text
+    assert "| dino | 50.0 | 51.0 | 52.0 |" in text
     draw_figure6(tmp_path / "figure.png", figure6_panels(tmp_path))
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.width > 800

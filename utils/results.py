@@ -183,7 +183,7 @@ def run_of(result: dict) -> Run:
 
     changed, weights, marks = args.get("changed"), "", ["settings not recorded"]
     if isinstance(changed, list):
-        marks = [mark(key, args.get(key)) for key in changed if str(key) not in NO_EFFECT | NO_MARK]
+        marks = [mark(key, args.get(key)) for key in map(str, changed) if key not in NO_EFFECT | NO_MARK]
         if "weights" in changed:
             weights = f"{mark('weights', result.get('weights'))} {str(result.get('sha256') or '')[:8]}".strip()
     if result.get("weights") == "random":
@@ -195,7 +195,7 @@ def run_of(result: dict) -> Run:
     # The name of the data set says nothing of one's own data.
     source = args.get("annotations") or args.get("data_path")
     if source and not published:
-        dataset += f" in {' '.join(source) if isinstance(source, list) else source}"
+        dataset += f" in {' '.join(map(str, source)) if isinstance(source, list) else source}"
     if (task, dataset) == ("segment", "synthetic"):
         dataset = "synthetic-part"
     return Run(task, dataset, name, weights, ", ".join(marks), figures, about,
@@ -238,8 +238,9 @@ def paper_table(title: str, published: Mapping[str, Mapping[str, float]], runs: 
             rows.setdefault((True, name, str(counts)), {}).update(figures)
     keys = sorted(rows, key=lambda key: (key[0], bool(key[2]) or key[1] not in PAPER["models"], place(key[1]), key[2]))
     columns = {"model": [name if baseline else with_marks(name, marks) for baseline, name, marks in keys]}
-    names = [name for field in ("figures", "about") for run in runs for name in getattr(run, field)]
-    for column in dict.fromkeys([*published, *names]):
+    names = [name for column in [*published, *(name for run in runs for name in run.figures)]
+             for name in (column, f"{column} +-")]
+    for column in dict.fromkeys([*names, *(name for run in runs for name in run.about)]):
         ours = [rows[key].get(column) for key in keys]
         if column in published:
             theirs = [None if baseline else published[column].get(name) for baseline, name, _ in keys]
