@@ -114,7 +114,7 @@ class PatchDataset(Dataset):
                 f"the list of images of the {what}": files_digest([image.path for image in self.images]),
                 f"the list of classes of the {what}": self.classes,
                 f"the list of labels of the {what}": digest(self.labels),
-                f"the list of boxes of the {what}": digest([image.boxes for image in self.images]),
+                f"the list of boxes of the {what}": digest([image.boxes for image in self.images if image.boxes]),
                 f"the kind of patches of the {what}": type(self).__name__,
                 f"the transform of the {what}": f"{self.transform} {vars(self).get('image_size', '')}"}
 

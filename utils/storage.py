@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from . import UserError
@@ -72,22 +72,19 @@ def load_checked(path: Path, what: str, keys: Sequence[str], option: str = "") -
 
 
 def files_record(made_with: dict, files: Sequence[Path]) -> bytes:
-    """What is written beside large files, as JSON: what they were made with, and the CRC-32 of every 16 MB of them.
-    Flushes them to disk. Raises OSError."""
-    def checksum(file, start):
-        return zlib.crc32(os.pread(file.fileno(), 16 << 20, start))
-
+    """What is written beside large files, as JSON: what they were made with, and the CRC-32 of their content. Flushes
+    them to disk. Raises OSError, and ValueError for an empty file."""
     sums = {}
     for path in files:
-        with open(path, "rb") as file, ThreadPoolExecutor(8) as pool:
+        with open(path, "rb") as file:
             os.fsync(file.fileno())
-            sums[path.name] = list(pool.map(partial(checksum, file), range(0, path.stat().st_size, 16 << 20)))
+        sums[path.name] = zlib.crc32(np.memmap(path, mode="r"))
     return json.dumps({"made_with": made_with, "checksums": sums}).encode()
 
 
 def is_recorded(record: Path, made_with: dict, files: Sequence[Path], log: Callable[[str], None]) -> bool:
     """Whether the files are, byte by byte, those whose files_record lies at record."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         saved = record.read_bytes()
         log(f"comparing {', '.join(path.name for path in files)} with the checksums in {record}")
         return saved == files_record(made_with, files)
