@@ -13,6 +13,7 @@ import argparse
 import resource
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,7 @@ from models.probes import build_heads, head_of, knn_predict
 from utils import UserError
 from utils.distributed import (
     all_reduce,
+    any_process,
     barrier,
     gather_rows,
     is_main,
@@ -52,9 +54,19 @@ from utils.distributed import (
     world_size,
 )
 from utils.drawing import draw_confusion, draw_curves, require_matplotlib
-from utils.provenance import check_same
-from utils.results import append_result, paper_tables, run_slug, run_title, settings_of, start_line
+from utils.provenance import check_same, digest
+from utils.results import (
+    append_result,
+    is_finished,
+    paper_tables,
+    run_slug,
+    run_title,
+    settings_of,
+    start_line,
+    unsaved,
+)
 from utils.run import (
+    Ending,
     OneLineParser,
     Progress,
     add_common_arguments,
@@ -63,9 +75,11 @@ from utils.run import (
     non_negative_float,
     positive_float,
     positive_int,
+    save_or_warn,
     setup,
+    spare_other_run,
 )
-from utils.storage import load_checked, save_checked
+from utils.storage import RunLock, load_checked
 
 NEIGHBOURS = (10, 20, 100, 200)
 CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out tenth of the training images"}
@@ -252,13 +266,17 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def save_checkpoint(path: Path, settings: dict, epoch: int, probes: Sequence[Probe]) -> None:
-    save_checked(path, {"settings": settings, "epoch": epoch, "probes": [probe.state() for probe in probes]})
+def save_checkpoint(path: Path, settings: dict, epoch: int, states: list[dict]) -> None:
+    save_or_warn(path, {"settings": settings, "epoch": epoch, "probes": states}, saved_text(path, epoch))
+
+
+def saved_text(path: Path, epoch: int) -> str:
+    return f"epoch {epoch} is saved in {path}; go on with --resume"
 
 
 def load_checkpoint(path: Path, settings: dict, probes: Sequence[Probe], log: Callable[[str], None]) -> int:
     """Restores the probes and returns the number of epochs done. Raises UserError where the run is another one."""
-    if not path.is_file():
+    if not any_process(path.is_file()):
         log(f"{path} does not exist: starting from the beginning")
         return 0
     content = load_checked(path, "a checkpoint of classify.py", ("settings", "epoch", "probes"))
@@ -266,6 +284,7 @@ def load_checkpoint(path: Path, settings: dict, probes: Sequence[Probe], log: Ca
     for probe, state in zip(probes, content["probes"], strict=True):
         probe.load_state(state)
     log(f"resumed after epoch {content['epoch']}")
+    Ending.saved = saved_text(path, content["epoch"])
     return content["epoch"]
 
 
@@ -329,7 +348,8 @@ def make_probes(kinds: Sequence[str], recipes: dict[str, Recipe], batch_size: in
 def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, choosing: Subset, testing: Subset,
                  views: RandomViews | None, epochs: range, seed: int, precision: str, workers: int,
                  authors_defects: bool, save: Callable, save_seconds: float, log: Callable[[str], None]) -> int:
-    """Trains and tests every probe in each of the epochs, and calls save(epochs done, probes) every save_seconds.
+    """Trains and tests every probe in each of the epochs, and calls save(epochs done, the probes' states) every
+    save_seconds, at the end and when a signal stops the run.
 
     views: random crops of the training images, encoded as they come; None: the training subset's features are used.
     Returns how many of the views' images could not be decoded.
@@ -356,9 +376,12 @@ def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, ch
             log(f"epoch {epoch + 1}: " + "; ".join(
                 f"{probe.kind} " + ", ".join(f"{value:.2f} ({name})" for value, name in zip(
                     probe.test[-1], probe.names, strict=True)) for probe in probes))
-        if time.monotonic() - saved >= save_seconds and epoch + 1 < epochs.stop:
-            save(epoch + 1, probes)
+        # A copy, which the next epoch leaves alone.
+        Ending.save = partial(save, epoch + 1, deepcopy([probe.state() for probe in probes]))
+        if time.monotonic() - saved >= save_seconds or epoch + 1 == epochs.stop:
+            Ending.save()
             saved = time.monotonic()
+    Ending.save = None
     return left_out
 
 
@@ -375,7 +398,7 @@ def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_
                    "epochs": probe.epochs, "batch_size": probe.batch_size, **summary, **per_class(matrix)}
     path = Path(f"{prefix}_{probe.kind}_head.pth")
     info = ("classes", "model", "weights", "sha256", "dataset", "precision", "lr", "best_epoch")
-    save_checked(path, {"kind": probe.kind, "num_heads": encoder.num_heads, "head": heads.state_dict(),
+    save_or_warn(path, {"kind": probe.kind, "num_heads": encoder.num_heads, "head": heads.state_dict(),
                         "encoder": encoder_identity(encoder), "accuracy": accuracy(matrix).item(),
                         **{key: line[key] for key in info}})
     spread = f" +- {summary['best_acc1_std']:.2f}" if "best_acc1_std" in summary else ""
@@ -442,8 +465,15 @@ def main() -> None:
                          len(train.classes), log)
     settings = {**settings_of(args), **encoder_identity(encoder), **train.identity("training set"),
                 **test.identity("test set")}
+    line["made_with"] = digest(settings)
     prefix = args.output_dir / f"{run_slug(args.name)}_{args.dataset}"
     checkpoint = Path(f"{prefix}_checkpoint.pth")
+    if args.resume and any_process(all(is_finished(args.output_dir, kind, line) for kind in args.probe)):
+        log(f"{run_title(line)}: finished already, its lines are in {args.output_dir / 'results.jsonl'}")
+        return
+    lock = RunLock(checkpoint)
+    if not args.resume:
+        spare_other_run(checkpoint, settings)
     done = load_checkpoint(checkpoint, settings, probes, log) if args.resume else 0
 
     # Features
@@ -470,10 +500,11 @@ def main() -> None:
              for probe in probes]
     if "knn" in args.probe:
         lines.append(run_knn(training, holding, testing, line, log))
-    for one in lines:
-        append_result(args.output_dir, one | {"seconds": time.monotonic() - started})
+    unsaved.pop(checkpoint, None)
+    append_result(args.output_dir, *(one | {"seconds": time.monotonic() - started} for one in lines))
     if is_main():
         checkpoint.unlink(missing_ok=True)
+    lock.close()
     barrier()
 
 

@@ -32,7 +32,17 @@ from models.segmentation_probe import Segmenter, linear_probe, load_segmenter, s
 from utils import UserError
 from utils.distributed import all_reduce, any_process, shard, world_size
 from utils.drawing import draw_figure6, save_picture
-from utils.results import append_result, figure6_panels, paper_tables, run_slug, run_title, settings_of, start_line
+from utils.provenance import digest
+from utils.results import (
+    append_result,
+    figure6_panels,
+    is_finished,
+    paper_tables,
+    run_slug,
+    run_title,
+    settings_of,
+    start_line,
+)
 from utils.run import (
     OneLineParser,
     Progress,
@@ -321,6 +331,8 @@ def main() -> None:
     # Data and encoder
     test_split = open_segmentation(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
     names, train_split, held_out = test_split.names, None, None
+    if args.data_path:
+        test_split.sizes(args.workers)  # a damaged file shows before training, not after
     if not args.evaluate:
         train_split, held_out = open_training(args.dataset, args.data_path, names, args.select, args.seed)
     if args.dataset.startswith("partimagenet"):
@@ -332,6 +344,7 @@ def main() -> None:
     line = start_line("segment", args, encoder)
     settings = {name: value for name, value in settings_of(args).items() if name not in KNN_ARGUMENTS}
     settings |= encoder_identity(encoder) | (train_split.identity("training set") if train_split else {})
+    line["made_with"] = digest({**settings_of(args), "probe": None}, settings, test_split.identity("test set"))
     log(f"{run_title(line)}: {len(names)} classes, {len(train_split or ())} training and {len(test_split)} test images")
 
     @cache
@@ -350,6 +363,9 @@ def main() -> None:
 
     # Each probe: trained, loaded or filled, then tested
     for probe in args.probe:
+        if args.resume and any_process(is_finished(args.output_dir, probe, line)):
+            log(f"{run_title(line)}, {probe}: finished already, its line is in {args.output_dir / 'results.jsonl'}")
+            continue
         prefix = run_slug(f"{args.name}_{args.dataset}_{probe}".removesuffix("_linear"))
         if args.evaluate:
             segmenter, about = load_segmenter(args.evaluate, encoder, names, args.precision)

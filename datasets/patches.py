@@ -214,7 +214,7 @@ def received(loader: DataLoader) -> Iterator:
                 raise item
             yield item
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if not str(error).startswith("DataLoader") or "Terminated" in str(error):
             raise
         raise UserError("a data loading process was killed, most often because memory or shared memory (/dev/shm) ran "
                         "out; use fewer --workers") from None

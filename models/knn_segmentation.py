@@ -4,7 +4,6 @@ patch are mixed from those of the most similar patches of the training images.
 The search is exact: float32 matrix products, in chunks, find candidates, which are then compared in float64.
 """
 
-import os
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import UserError
-from utils.distributed import gather_rows, shard, world_size
+from utils.distributed import environment, gather_rows, shard, world_size
 from utils.run import Progress, autocast
 from utils.storage import free_memory
 
@@ -154,7 +153,7 @@ def fill_memory(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Te
         raise UserError(f"--memory-size {memory_size} is less than one patch for each of the {num_crops} training "
                         f"crops; use --memory-size {num_crops} or more")
     size, width = per_crop * num_crops, encoder.embed_dim + num_classes
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    processes = environment("LOCAL_WORLD_SIZE", 1, 1) if device.type == "cpu" else 1
     room, each = 0.8 * free_memory(device) / processes - SEARCH_BYTES[device.type], 4 * width
     what = (f"memory of up to {size} patches ({per_crop} from each of {num_crops} crops): {size * each / 1e9:.2f} GB "
             f"on {device}" + (f" in each of {world_size()} processes" if world_size() > 1 else ""))

@@ -13,10 +13,10 @@ import torch
 import torch.nn as nn
 
 from utils import UserError
-from utils.distributed import all_reduce
+from utils.distributed import all_reduce, any_process
 from utils.provenance import check_same
-from utils.run import Progress, autocast
-from utils.storage import load_checked, save_checked
+from utils.run import Ending, Progress, autocast, save_or_warn, spare_other_run, uninterrupted
+from utils.storage import RunLock, load_checked
 
 from .encoder import Encoder
 from .features import encoder_identity
@@ -76,25 +76,28 @@ def train(segmenter: Segmenter, heads: Sequence[LinearHead], optimizer: torch.op
     """Trains all heads on the same features, from iterations.start to the end of the schedule, iterations.stop.
 
     The optimiser's groups hold their base learning rate as initial_lr. save(iterations done) is called every save_every
-    iterations and at the end, test() every test_every before the end. Raises UserError when a loss is not finite.
+    iterations, at the end and when a signal stops the run, test() every test_every before the end. Raises UserError
+    when a loss is not finite.
     """
     progress, losses = Progress(len(iterations), "training", "iterations"), []
     segmenter.train()
     for iteration, (images, labels) in zip(iterations, batches, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = linear_learning_rate(iteration, group["initial_lr"], iterations.stop, warmup)
-        optimizer.zero_grad()
-        features, pixels = segmenter.features(images), batch_size * labels.shape[1] * labels.shape[2]
-        for head in heads:
-            loss = upsampled_cross_entropy(head(features), labels, total_pixels=pixels)
-            loss.backward()
-            losses.append(loss.detach())
-        # The loss is divided by the pixels of the global batch, so that the processes' gradients add up.
-        for head in heads:
-            for parameter in head.parameters():
-                all_reduce(parameter.grad)
-        optimizer.step()
-        done = iteration + 1
+        with uninterrupted():
+            optimizer.zero_grad()
+            features, pixels = segmenter.features(images), batch_size * labels.shape[1] * labels.shape[2]
+            for head in heads:
+                loss = upsampled_cross_entropy(head(features), labels, total_pixels=pixels)
+                loss.backward()
+                losses.append(loss.detach())
+            # The loss is divided by the pixels of the global batch, so that the processes' gradients add up.
+            for head in heads:
+                for parameter in head.parameters():
+                    all_reduce(parameter.grad)
+            optimizer.step()
+            done = iteration + 1
+            Ending.save = partial(save, done)
         if len(losses) == 50 * len(heads) or done == iterations.stop:
             means = all_reduce(torch.stack(losses).view(-1, len(heads)).mean(0)).tolist()
             log(f"iteration {done}/{iterations.stop}: loss {' '.join(f'{mean:.4f}' for mean in means)}, "
@@ -109,6 +112,7 @@ def train(segmenter: Segmenter, heads: Sequence[LinearHead], optimizer: torch.op
         if test_every and done % test_every == 0 and done < iterations.stop:
             log(f"after iteration {done}: {summary(test())}")
             segmenter.train()
+    Ending.save = None
 
 
 def make_heads(width: int, num_classes: int, rates: Sequence[float], decays: Sequence[float], decay_bias: bool,
@@ -144,10 +148,11 @@ def choose_head(segmenter: Segmenter, heads: Sequence[LinearHead], pairs: Sequen
 
 def save_checkpoint(path: Path, segmenter: Segmenter, heads: nn.ModuleList, optimizer: torch.optim.Optimizer,
                     info: dict, iteration: int) -> None:
-    """"head" is the segmenter's. Raises UserError where the file cannot be written."""
-    save_checked(path, {"head": segmenter.head.state_dict(), "heads": heads.state_dict(),
-                        "batch_norm": segmenter.batch_norm and segmenter.batch_norm.state_dict(),
-                        "optimizer": optimizer.state_dict(), "iteration": iteration, **info})
+    """"head" is the segmenter's. Where the file cannot be written the run goes on, and the one before is as it was."""
+    content = {"head": segmenter.head.state_dict(), "heads": heads.state_dict(),
+               "batch_norm": segmenter.batch_norm and segmenter.batch_norm.state_dict(),
+               "optimizer": optimizer.state_dict(), "iteration": iteration, **info}
+    save_or_warn(path, content, f"iteration {iteration} is saved in {path}; go on with --resume")
 
 
 def restore(checkpoint: dict, segmenter: Segmenter) -> None:
@@ -189,8 +194,10 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
                           settings["batch_norm"]).to(device)
     save = partial(save_checkpoint, path, segmenter, heads, optimizer,
                    {"settings": settings, "class_names": list(names)})
-    done, total = 0, settings["iterations"]
-    if resume and path.exists():
+    done, total, lock = 0, settings["iterations"], RunLock(path)
+    if not resume:
+        spare_other_run(path, settings)
+    elif any_process(path.exists()):
         checkpoint = load_checked(path, *CHECKPOINT, "--resume: ")
         check_same(path, checkpoint["settings"], settings)
         restore(checkpoint, segmenter)
@@ -198,7 +205,8 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
         optimizer.load_state_dict(checkpoint["optimizer"])
         done = checkpoint["iteration"]
         log(f"resumed after iteration {done}")
-    elif resume:
+        Ending.saved = f"iteration {done} is saved in {path}; go on with --resume"
+    else:
         log(f"{path} does not exist yet: from the beginning")
     if done < total:
         train(segmenter, heads, optimizer, batches(range(done, total)), range(done, total), settings["batch_size"],
@@ -208,4 +216,5 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
         log(f"learning rate {line['lr']:g}, weight decay {line['weight_decay']:g}, chosen on "
             f"{CHOSEN_BY[settings['select']]}")
         save(total)
+    lock.close()
     return segmenter, line | {"probe": "linear", "iterations": total} | {name: settings[name] for name in HEAD_INPUT}

@@ -13,6 +13,7 @@ import textwrap
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,14 +29,18 @@ PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
 NO_MARK = {"model", "weights", "dataset", "probe", "load_features"}
 
 
+# Files of this run that could not be written, and why.
+unsaved: dict[Path, str] = {}
+
+
 def run_slug(name: str) -> str:
     """A run's name as the beginning of file names: timm/vit_tiny -> timm-vit_tiny."""
     return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def args_to_json(args: Namespace) -> dict:
-    """The arguments as values that JSON can hold: paths become strings, tuples lists."""
-    return json.loads(json.dumps(vars(args), default=str))
+    """The arguments as values that JSON can hold: paths, inf and nan become strings, tuples lists."""
+    return json.loads(json.dumps(vars(args), default=str), parse_constant=str)
 
 
 def settings_of(args: Namespace) -> dict:
@@ -50,20 +55,52 @@ def start_line(task: str, args: Namespace, encoder: object) -> dict:
             "precision": args.precision, "seed": args.seed, "args": args_to_json(args)}
 
 
-def append_result(folder: Path, result: dict) -> None:
-    """Appends the result and what run it is of to results.jsonl, from the main process, in one write: runs may share a
-    folder. Raises UserError, on all processes, where a figure is not finite."""
-    try:
-        line = json.dumps(result | this_run(), allow_nan=False) + "\n"
-    except ValueError:
-        names = [name for name, value in result.items() if "NaN" in (text := json.dumps(value)) or "Infinity" in text]
-        raise UserError(f"{', '.join(names)} of the result is not finite; no line is written") from None
+def append_result(folder: Path, *results: dict) -> None:
+    """Appends the results and what run they are of to results.jsonl, from the main process, in one write: runs may
+    share a folder. Raises UserError, on all processes, where a figure is not finite and, having printed the lines,
+    where a file of the run could not be written."""
+    path, lines = folder / "results.jsonl", []
+    for result in results:
+        try:
+            lines.append(json.dumps(result | this_run(), allow_nan=False) + "\n")
+        except ValueError:
+            names = [name for name, value in result.items()
+                     if "NaN" in (text := json.dumps(value)) or "Infinity" in text]
+            raise UserError(f"{', '.join(names)} of the result is not finite; no line is written") from None
     if not is_main():
         return
-    with open(folder / "results.jsonl", "a") as file:
-        file.write(line)
+    problem = next(iter(unsaved.values()), "")
+    try:
+        if not problem:
+            append_text(path, "".join(lines))
+    except OSError as error:
+        problem = f"{path} could not be written ({error.strerror})"
+    if problem:
+        print("".join(lines), end="", flush=True)
+        raise UserError(f"{problem}; the result is what standard output ends in: append it to {path}")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends whole lines in one write, on a new line where a run that was killed left half of one."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read(1) == b"\n" else "\n" + text
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def is_finished(folder: Path, probe: str, line: dict) -> bool:
+    """Whether results.jsonl has the line of a run's probe. line: its start, with "made_with", a digest of all that its
+    figures depend on."""
+    path, keys = folder / "results.jsonl", ("task", "name", "made_with")
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(ValueError, AttributeError):
+            found = json.loads(text)
+            if found.get("probe") == probe and all(found.get(key) == line[key] for key in keys):
+                return True
+    return False
 
 
 def read_results(folder: Path) -> tuple[list[dict], list[str]]:

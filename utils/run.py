@@ -2,19 +2,29 @@
 
 import argparse
 import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 
 from . import UserError
-from .distributed import init_processes, is_main, world_size
-from .provenance import this_run
-from .results import STYLES, args_to_json
+from .distributed import end_run, environment, finish, init_processes, is_main, stops_here, world_size
+from .provenance import check_same, this_run
+from .results import STYLES, args_to_json, unsaved
+from .storage import load_checked, save_checked, sweep
+
+# A signal to all of a run's processes may reach a worker first.
+WORKER_STOPPED = re.compile(r"DataLoader worker .* signal: (Terminated|Interrupt)")
+# What memory that ran out, and processes that ended, are called by those who notice.
+NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|Cannot allocate memory|bad_alloc", re.I)
+NO_PROCESS = re.compile("gloo|NCCL|Connection closed|Connection reset|Broken pipe|Timed out", re.I)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -44,23 +54,131 @@ class OneLineParser(argparse.ArgumentParser):
             raise UserError(f"{' '.join(changed)} has no effect with {mode}; leave one of them out")
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (all options: --help)\n")
+        end_run(f"{self.prog}: error: {message} (all options: --help)", 2)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM; args: its number."""
+
+
+class Ending:
+    """What the end of this process's run must know, since it may come anywhere."""
+    saved, options, log = "", {}, print  # what to go on from, and the run's arguments and log
+    save: Callable[[], None] | None = None  # writes a checkpoint of what is done
+    whole, signal = False, 0  # whether a signal must wait, and one that does
 
 
 def exit_with_one_line_errors(main: Callable[[], None]) -> None:
-    """Runs main; a user's mistake, or running out of memory, becomes one line on standard error and exit status 2."""
+    """Runs main. A user's mistake, memory that runs out, a process that was killed or a full disk is one line on
+    standard error and exit status 2; Ctrl-C or SIGTERM one that says what is saved, and 130 or 143."""
+    Ending.saved, Ending.save, Ending.whole, Ending.signal = "nothing is saved yet; start again", None, False, 0
+    unsaved.clear()
+    before = {each: signal.signal(each, signal_handler()) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         main()
-    except (UserError, torch.OutOfMemoryError) as error:
-        advice = " (use a smaller --batch-size)" if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"error: {' '.join(str(error).split())}{advice}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            # The others may wait in a collective for this process; leaving the group in order would wait for them.
-            os._exit(2)
-        sys.exit(2)
+        finish()
+    except BrokenPipeError:
+        silence(sys.stdout)
+    except (Interrupted, UserError, MemoryError, RuntimeError, OSError) as error:
+        number = error.args[0] if isinstance(error, Interrupted) else signal.SIGTERM
+        if isinstance(error, Interrupted) or WORKER_STOPPED.match(str(error)):
+            if Ending.save:
+                Ending.save()
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            status, line = 128 + number, f"stopped by {name}: {Ending.saved}"
+        elif (line := one_line(error)) is None:
+            raise
+        else:
+            status, line = 2, f"error: {line}"
+        for each in before:
+            # torchrun sends one to the others as soon as one process has ended.
+            signal.signal(each, signal.SIG_IGN)
+        end_run(line, status)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     # NCCL asks for this. Gloo does not, and with torch 2.6 it was seen to wait for its own threads for ever.
     if dist.is_initialized() and "nccl" in str(dist.get_backend_config()):
         dist.destroy_process_group()
+
+
+def one_line(error: Exception) -> str | None:
+    """What the user should know of an error, on one line; None for one that is a defect of this code."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(text):
+        cache = ", or --cache disk" if "cache" in Ending.options else ""
+        return f"memory ran out ({text[:150]}): use a smaller --batch-size, fewer --workers{cache}"
+    if text.startswith("DataLoader worker"):
+        return ("a data loading process was killed or stuck, most often because memory or shared memory (/dev/shm) ran "
+                "out; use fewer --workers")
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}; correct this and start again"
+    if "PytorchStreamWriter" in text:
+        return f"a file could not be written ({text[:150]}); make room and start again"
+    if dist.is_initialized() and NO_PROCESS.search(text):
+        return (f"another process of this run has ended or is stuck ({text[:150]}); what it said, or the system's log, "
+                f"says why; {Ending.saved}")
+    return None
+
+
+def signal_handler() -> Callable:
+    """The first signal stops the run, by an Interrupted in the main process; the second one stops it at once."""
+    owner = os.getpid()
+
+    def handle(number, frame):
+        if os.getpid() != owner:
+            # A forked worker, which the run itself will end.
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise when workers end
+        for each in (signal.SIGINT, signal.SIGTERM):
+            # torchrun sends a second one itself.
+            signal.signal(each, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL)
+        if not stops_here(number):
+            return
+        if not Ending.whole:
+            raise Interrupted(number)
+        Ending.signal = number
+    return handle
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A signal that stops the run waits for the end of the body."""
+    Ending.whole = True
+    try:
+        yield
+    finally:
+        Ending.whole = False
+    if Ending.signal:
+        raise Interrupted(Ending.signal)
+
+
+def spare_other_run(path: Path, settings: dict) -> None:
+    """Raises UserError where path is the checkpoint of an unfinished run with other settings, which this one would
+    overwrite. A file that cannot be read is no loss."""
+    saved = {}
+    with suppress(UserError):
+        saved = load_checked(path, "a checkpoint", ("settings",))
+    if saved and saved.get("iteration", 0) < saved["settings"].get("iterations", 1):
+        check_same(path, saved["settings"], settings, "without --resume", "that run is unfinished: continue it with "
+                   "--resume, give this one another --name, or delete the file")
+
+
+def save_or_warn(path: Path, content: dict, saved: str = "") -> None:
+    """save_checked that does not stop the run: a file that cannot be written is warned of once, and by append_result
+    unless a later try succeeds. saved: what a stopped run then tells its user."""
+    try:
+        save_checked(path, content)
+        unsaved.pop(path, None)
+        Ending.saved = saved or Ending.saved
+    except UserError as error:
+        if path not in unsaved:
+            Ending.log(f"warning: {error}; the run goes on")
+        unsaved[path] = str(error)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str], datasets: Sequence[str],
@@ -81,7 +199,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
     group.add_argument("--output-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
     group.add_argument("--batch-size", type=positive_int, default=batch_size,
                        help=f"over all processes together (default: {batch_size or 'the published one'})")
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) // environment("LOCAL_WORLD_SIZE", 1, 1)
     group.add_argument("--workers", type=worker_count, default=max(1, min(256, cores)),
                        help="data loading processes per process (default: its share of the cores, here %(default)s)")
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"),
@@ -135,14 +253,14 @@ seed_number = number(int, 0, 2**32 - 1)
 def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     """Starts a run: joins the processes, chooses device, precision and name (kept in args), makes the output folder,
     and logs run, revision, versions, processes and arguments. Raises UserError."""
-    device = init_processes(args.device)
+    device, Ending.options = init_processes(args.device), vars(args)
     args.precision, args.name = args.precision or default_precision(device), args.name or args.model
     if vars(args).get("cache") == "gpu" and device.type == "cpu":
         raise UserError("--cache gpu: this run has no GPU; use --cache cpu or disk")
     if args.dataset != "keypoints" and any(vars(args).get(name) for name in ("annotations", "images", "category")):
         raise UserError(f"--annotations, --images and --category are for --dataset keypoints, not for {args.dataset}")
     open_output(args.output_dir)
-    log = Log()
+    log = Ending.log = Log()
     this_run.cache_clear()
     run = this_run()
     log(f"{Path(sys.argv[0]).name} run {run['run']}, {run['date']}, revision {run['revision']}, "
@@ -169,6 +287,7 @@ def open_output(folder: Path) -> None:
         probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
+        sweep(folder)
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written ({error.strerror}); "
                         "choose another with --output-dir") from None
@@ -179,11 +298,11 @@ class Log:
     leaves no file behind, all lines also go to log.txt."""
 
     def __init__(self):
-        self.path, self.pending = None, []
+        self.path, self.pending, self.failed = None, [], False
 
     def __call__(self, line: str) -> None:
         if is_main():
-            print(line, flush=True)
+            say(line, sys.stdout)
             self.pending.append(line)
             self._write()
 
@@ -192,10 +311,29 @@ class Log:
         self._write()
 
     def _write(self) -> None:
-        if self.path and self.pending:
+        if not (self.path and self.pending):
+            return
+        try:
             with open(self.path, "a") as file:
                 file.writelines(line + "\n" for line in self.pending)
             self.pending.clear()
+        except OSError as error:
+            # The lines stay for the next try.
+            if not self.failed:
+                say(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on", sys.stdout)
+            self.failed = True
+
+
+def say(text: str, stream: TextIO, end: str = "\n") -> None:
+    """print, but where nobody reads any more (| head), or the disk is full, the run goes on without it."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Progress:
@@ -223,7 +361,7 @@ class Progress:
         text = (f"{self.label}: {self.done}/{self.total} {self.unit} ({rate:.1f}/s), "
                 f"{clock(elapsed)} elapsed, {clock((self.total - self.done) / rate)} left")
         ending = "\n" if share >= 1 or not self.terminal else ""
-        print(("\r\033[K" if self.terminal else "") + text, end=ending, file=sys.stderr, flush=True)
+        say(("\r\033[K" if self.terminal else "") + text, sys.stderr, ending)
 
 
 def clock(seconds: float) -> str:

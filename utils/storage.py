@@ -1,7 +1,11 @@
 """Files that are written whole, and large arrays on the GPU, in host memory or in mapped files."""
 
+import fcntl
+import glob
 import json
 import os
+import socket
+import weakref
 import zipfile
 import zlib
 from collections import deque
@@ -14,7 +18,7 @@ import numpy as np
 import torch
 
 from . import UserError
-from .distributed import any_process, gather_rows, is_main, rank, world_size
+from .distributed import any_process, environment, gather_rows, is_main, rank, world_size
 from .provenance import digest
 
 TIERS = ("gpu", "cpu", "disk")
@@ -34,9 +38,44 @@ def free_memory(device: torch.device) -> int:
     return available
 
 
+def temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Removes the temporary files that processes of this machine left in the folder when they died."""
+    for path in folder.glob(f".*.{glob.escape(socket.gethostname())}.*.tmp"):
+        with suppress(ValueError, PermissionError):
+            try:
+                os.kill(int(path.name.split(".")[-2]), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+
+
+class RunLock:
+    """Kept by the main process while it uses the file at path, which no other run then uses; given back by close() or
+    with the process. Raises UserError where another run has it."""
+
+    def __init__(self, path: Path):
+        if rank() > 0:
+            return
+        lock = path.with_name(f".{path.name}.lock")
+        file = open(lock, "w")  # noqa: SIM115  held until close()
+        try:
+            # Not flock, which forked workers would keep when this process is dead.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is writing {path}; wait for its end, or give another --name") from None
+        self.finalizer = weakref.finalize(self, lambda: (lock.unlink(missing_ok=True), file.close()))
+
+    def close(self) -> None:
+        if rank() == 0:
+            self.finalizer()
+
+
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     """Calls write(temporary path), flushes the file to disk and renames it to path: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -54,7 +93,8 @@ def save_checked(path: Path, content: dict) -> None:
     try:
         atomic_write(path, lambda temporary: torch.save({"digest": digest(content), **content}, temporary))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} could not be written ({error}); what was there before is unchanged; make room, or "
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} could not be written ({reason}); what was there before is unchanged; make room, or "
                         "choose another folder") from None
 
 
@@ -119,7 +159,7 @@ def map_file(path: Path, shape: Sequence[int], dtype: torch.dtype, writable: boo
 def temporary_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An array in a mapped file of this process alone, which vanishes with it. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".array.{os.getpid()}.{rank()}"
+    path = temporary_name(folder / f"array{rank()}")
     try:
         create_file(path, shape, dtype)
         return map_file(path, shape, dtype)
@@ -132,7 +172,7 @@ def has_room(need: int, tier: str, device: torch.device, reserve: int, pinned: b
     fifth of what is free stays unused, and at least reserve bytes; the processes of a machine share its memory."""
     free = free_memory(device if tier == "gpu" else torch.device("cpu"))
     if tier == "cpu":
-        free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free //= environment("LOCAL_WORLD_SIZE", 1, 1)
         # PyTorch takes pinned memory in powers of two.
         need = 1 << (need - 1).bit_length() if pinned and need else need
     numbers = gather_rows(torch.tensor([[need, free]]))

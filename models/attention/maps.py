@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from utils import UserError
-from utils.distributed import all_reduce
+from utils.distributed import all_reduce, barrier
 from utils.storage import free_memory
 
 
@@ -175,6 +175,7 @@ class Sums:
 
     def figures(self, patch_size: int) -> dict:
         """The metrics of a results line, over all processes."""
+        barrier()
         for value in (self.distance, self.queries, self.maps, *self.fields.values()):
             all_reduce(value)
         figures = {}

@@ -1,0 +1,257 @@
+"""How runs end that do not end well: full disks, readers that have gone, signals, processes that died, leftovers."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_segment import draw_lip
+
+import classify
+import segment
+from models import segmentation_probe
+from utils import UserError, run, storage
+from utils.results import append_result
+from utils.run import Log, exit_with_one_line_errors, save_or_warn
+
+ROOT = Path(__file__).parents[1]
+WORDS = ["--model", "ibot", "--weights", ROOT / "tests" / "golden" / "ibot" / "checkpoint.pth", "--num-heads", 3,
+         "--device", "cpu", "--workers", 0]
+LINE = {"task": "retrieval", "model": "m", "weights": "w", "dataset": "cub", "args": {}}
+
+
+@pytest.fixture(scope="module")
+def lip(tmp_path_factory):
+    """A command line of segment.py on a small data set, without iterations and folder."""
+    data = draw_lip(tmp_path_factory.mktemp("lip"))
+    return [*WORDS, "--dataset", "lip", "--data-path", data, "--layers", 0, 3, "--batch-size", 3, "--crop-size", 48,
+            "--base-scale", 128, 48, "--test-scale", 128, 48, "--stride", 32, "--lr", 0.05]
+
+
+def no_space(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def ended(main):
+    """(exit status, last line of standard error) of a main function."""
+    with pytest.raises(SystemExit) as stop:
+        exit_with_one_line_errors(main)
+    return stop.value.code
+
+
+# Full disks
+
+def test_half_a_results_line_is_ended_before_the_next(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"task": "retr')
+    append_result(tmp_path, LINE, LINE)
+    append_result(tmp_path, LINE)
+    half, *whole = path.read_text().splitlines()
+    assert half == '{"task": "retr' and [json.loads(line)["model"] for line in whole] == ["m"] * 3
+
+
+def test_a_result_that_cannot_be_written_is_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(UserError, match=r"results.jsonl could not be written \(No space left on device\).*append it"):
+        append_result(tmp_path, LINE, LINE | {"model": "n"})
+    assert [json.loads(line)["model"] for line in capsys.readouterr().out.splitlines()] == ["m", "n"]
+
+
+@pytest.mark.parametrize(("metrics", "name"), [
+    ({"ap_avg": float("nan")}, "ap_avg"), ({"heads": [{"lr": 1.0}, {"acc1": float("inf")}]}, "heads")])
+def test_a_figure_that_is_not_finite_is_refused_by_its_name(tmp_path, metrics, name):
+    with pytest.raises(UserError, match=name):
+        append_result(tmp_path, LINE | metrics)
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_full_disk_does_not_stop_the_log_and_is_said_once(tmp_path, capsys, monkeypatch):
+    log = Log()
+    log.open(tmp_path / "missing")
+    for number in range(3):
+        log(f"line {number}")
+    (tmp_path / "missing").mkdir()
+    log("line 3")
+    assert (tmp_path / "missing" / "log.txt").read_text() == "line 0\nline 1\nline 2\nline 3\n"
+    assert capsys.readouterr().out.count("warning") == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch):
+    lines, path = [], tmp_path / "checkpoint.pth"
+    monkeypatch.setattr(run.Ending, "log", lines.append)
+    monkeypatch.setattr(run.Ending, "saved", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", no_space)
+        save_or_warn(path, {}, "iteration 1 is saved")
+        save_or_warn(path, {}, "iteration 2 is saved")
+    assert len(lines) == 1 and "could not be written (No space left on device)" in lines[0]
+    with pytest.raises(UserError, match="checkpoint.pth could not be written"):
+        append_result(tmp_path, LINE)
+    assert run.Ending.saved == ""
+    save_or_warn(path, {}, "iteration 3 is saved")
+    assert run.Ending.saved == "iteration 3 is saved" and path.exists()
+    append_result(tmp_path, LINE)
+
+
+def test_a_log_line_and_a_checkpoint_lost_midway_cost_nothing(launch, lip, tmp_path, monkeypatch):
+    """Every checkpoint but the last fails."""
+    tries, save = [], torch.save
+
+    def fails_first(content, path):
+        tries.append(path)
+        if len(tries) < 3:
+            no_space()
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", fails_first)
+    out, _ = launch(segment.main, [*lip, "--iterations", "6", "--checkpoint-every", "2", "--output-dir", tmp_path])
+    assert out.count("could not be written (No space left on device)") == 1
+    assert json.loads((tmp_path / "results.jsonl").read_text())["iterations"] == 6
+
+
+# Readers that have gone
+
+def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path):
+    code = ("import sys; sys.path.insert(0, '.'); from pathlib import Path; from utils.run import *\n"
+            "def main():\n log = Log(); log.open(Path(sys.argv[1]))\n for n in range(2000): log(f'line {n}')\n"
+            "exit_with_one_line_errors(main)")
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (0, "")
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2000
+
+
+# Signals
+
+def start(script, words, processes=1):
+    """Starts a script as a user does, or by torchrun's variables; each process a group of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        several = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)} if processes > 1 else {}
+        started.append(subprocess.Popen([sys.executable, script, *map(str, words)], cwd=ROOT, text=True,
+                                        env=os.environ | {"OMP_NUM_THREADS": "1"} | several, start_new_session=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    return started
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"{text} did not come: {process.stderr.read()}")
+
+
+def outcome(process):
+    """(exit status, lines on standard error that are no progress)."""
+    _, err = process.communicate(timeout=60)
+    return process.returncode, [line for line in err.splitlines() if " left" not in line]
+
+
+@pytest.mark.parametrize(("number", "status", "name"), [
+    (signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_a_stopped_segmentation_resumes_to_the_same_bits(launch, lip, tmp_path, number, status, name):
+    words = [*lip, "--iterations", "150"]
+    launch(segment.main, [*words, "--output-dir", tmp_path / "whole"])
+    process, = start("segment.py", [*words, "--output-dir", tmp_path / "parts"])
+    wait_for(process, "iteration 50")
+    os.kill(process.pid, number)
+    code, lines = outcome(process)
+    checkpoint, = (tmp_path / "parts").glob("*_segment.pt")
+    done = torch.load(checkpoint, weights_only=True)["iteration"]
+    assert code == status and 50 <= done < 150
+    assert lines == [f"stopped by {name}: iteration {done} is saved in {checkpoint}; go on with --resume"]
+    assert not (tmp_path / "parts" / "results.jsonl").exists()
+    launch(segment.main, [*words, "--output-dir", tmp_path / "parts", "--resume"])
+    whole, parts = (torch.load(tmp_path / side / checkpoint.name, weights_only=True) for side in ("whole", "parts"))
+    assert all(torch.equal(value, parts["head"][key]) for key, value in whole["head"].items())
+
+
+# What lies in the folder already
+
+def test_a_finished_run_is_not_repeated_and_an_unfinished_one_not_overwritten(launch, lip, tmp_path, monkeypatch):
+    words = [*lip, "--iterations", 4, "--checkpoint-every", 2, "--output-dir", tmp_path]
+    launch(segment.main, words)
+    out, _ = launch(segment.main, [*words, "--resume"])
+    assert "finished already, its line is in" in out
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+    # A finished run's head may be written anew; an unfinished run's checkpoint not.
+    loss, calls = segmentation_probe.upsampled_cross_entropy, []
+
+    def fails_in_the_fourth(*inputs, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            no_space()
+        return loss(*inputs, **options)
+
+    monkeypatch.setattr(segmentation_probe, "upsampled_cross_entropy", fails_in_the_fourth)
+    launch(segment.main, [*words, "--iterations", 5], status=2)
+    monkeypatch.undo()
+    before = (tmp_path / "ibot_lip_segment.pt").read_bytes()
+    _, err = launch(segment.main, [*words, "--iterations", 6], status=2)
+    assert "without --resume: iterations was 5 when" in err and "that run is unfinished: continue it with --res" in err
+    assert (tmp_path / "ibot_lip_segment.pt").read_bytes() == before
+    launch(segment.main, [*words, "--iterations", 5, "--resume"])
+    launch(segment.main, [*words, "--iterations", 6, "--name", "other"])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_finished_classification_is_not_repeated(launch, tmp_path):
+    """Its checkpoint goes with its end; the results line stays."""
+    folder = tmp_path / "data"
+    for split, label, number in itertools.product(("train", "val"), ("cats", "dogs"), range(2)):
+        (folder / split / label).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (90 * number, 0, 200)).save(folder / split / label / f"{number}.png")
+    words = [*WORDS, "--dataset", "folder", "--data-path", folder, "--output-dir", tmp_path, "--epochs", 2, "--resume",
+             "--no-augment", "--probe", "linear", "knn"]
+    for number in range(2):
+        out, _ = launch(classify.main, words)
+        assert ("finished already" in out) == bool(number)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    Image.new("RGB", (32, 32)).save(folder / "train" / "cats" / "more.png")
+    launch(classify.main, words)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+
+
+def test_two_live_runs_of_one_name(tmp_path):
+    """The lock goes with its process, though a worker of it lives on."""
+    code = ("import os, sys, time, pathlib; sys.path.insert(0, '.')\nfrom utils.storage import RunLock\n"
+            "lock = RunLock(pathlib.Path(sys.argv[1]))\nif not os.fork(): time.sleep(60)\nprint('locked', flush=True)\n"
+            "time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "x.pt"], cwd=ROOT, stdout=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match="another run is writing .*x.pt; wait for its end, or give"):
+        storage.RunLock(tmp_path / "x.pt")
+    process.kill()
+    process.wait()
+    storage.RunLock(tmp_path / "x.pt").close()
+    os.killpg(process.pid, signal.SIGKILL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_temporary_files_of_dead_processes_are_swept(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = socket.gethostname()
+    names = {f".a.{host}.{dead.pid}.tmp": False, f".a.{host}.{os.getpid()}.tmp": True,
+             f".a.{host}2.{dead.pid}.tmp": True, ".hidden": True}
+    for name in names:
+        (tmp_path / name).write_text("")
+    run.open_output(tmp_path)
+    assert {name: (tmp_path / name).exists() for name in names} == names
+    # The names are those that are given.
+    storage.atomic_write(tmp_path / "a", lambda path: path.write_text(path.name))
+    assert (tmp_path / "a").read_text() == f".a.{host}.{os.getpid()}.tmp"
