@@ -508,6 +508,8 @@ def main() -> None:
     if sources[0]["paths"]:
         files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed, args.other_images,
                              args.output_dir, device)
+        if left_out := len(sources[0]["labels"]) - len(gather_rows(sources[0]["ids"].to(device))):
+            log(f"{left_out} patches of images that could not be decoded were left out")
         log(f"{len(files)} sheets in {args.output_dir}")
         results = [{"task": "retrieval-sheets", "sheets": files, "models": [source["model"] for source in sources]}]
     else:

@@ -79,7 +79,7 @@ def test_pca_puts_the_models_of_a_folder_on_one_sheet(run, tmp_path):
     assert results(tmp_path / "out")[2]["rows"] == ["ibot"], "other images make another sheet"
 
 
-def test_pca_without_pictures_that_can_be_decoded(run, tmp_path):
+def test_pictures_that_cannot_be_decoded_are_counted(run, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").write_text("no picture")
     os.mkfifo(tmp_path / "images/b.png")
@@ -87,6 +87,10 @@ def test_pca_without_pictures_that_can_be_decoded(run, tmp_path):
     assert "no image could be decoded" in run(*words, status=2)[1].splitlines()[-1]
     Image.effect_noise((80, 80), 90).save(tmp_path / "images/c.png")
     assert "principal components of 1 of 3 images" in run(*words)[0]
+    Image.new("RGB", (1, 30000)).save(tmp_path / "images/long.png")
+    words = [*words[:-3], "--skip-bad-images", "--queries", 1, "--top", 3]
+    for processes in (1, 2):
+        assert "147 patches of images that could not be decoded were left out" in run(*words, processes=processes)[0]
 
 
 @pytest.mark.parametrize(("words", "message"), [
