@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
@@ -79,18 +80,19 @@ def token_colours(tokens: torch.Tensor, foreground: str = "first") -> tuple[torc
 def draw_sheet(images: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> Image.Image:
     """images uint8 [n, 3, H, W] and by model name the colours uint8 [n, h, w, 3] -> a row of the images, below it a row
     per model, enlarged to H x W (nearest patch), the model's name on the left."""
-    count, _, height, width = images.shape
-    gap, font = 4, ImageFont.load_default(max(12, height // 14))
-    margin = int(max(font.getlength(name) for name in rows)) + 4 * gap
-    sheet = Image.new("RGB", (margin + count * (width + gap), (1 + len(rows)) * (height + gap) + gap), "white")
+    from torchvision.utils import make_grid  # takes a second to import
+
+    height, gap = images.shape[2], 4
+    enlarged = [F.interpolate(row.permute(0, 3, 1, 2), size=images.shape[2:]) for row in rows.values()]
+    grid = make_grid(torch.cat([images, *enlarged]).cpu(), nrow=len(images), padding=gap, pad_value=255)
+    font = ImageFont.load_default(max(12, height // 14))
+    margin = int(max(font.getlength(name) for name in rows)) + 3 * gap
+    sheet = Image.new("RGB", (margin + grid.shape[2], grid.shape[1]), "white")
+    sheet.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (margin, 0))
     draw = ImageDraw.Draw(sheet)
-    for number, (name, row) in enumerate([("", images.permute(0, 2, 3, 1)), *rows.items()]):
-        top = gap + number * (height + gap)
-        draw.text((margin - 2 * gap, top + height / 2), name, fill="black", font=font, anchor="rm")
-        for column, picture in enumerate(row):
-            picture = Image.fromarray(picture.cpu().contiguous().numpy())
-            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST),
-                        (margin + column * (width + gap), top))
+    for number, name in enumerate(rows, 1):
+        middle = gap + number * (height + gap) + height / 2
+        draw.text((margin - gap, middle), name, fill="black", font=font, anchor="rm")
     return sheet
 
 

@@ -240,7 +240,10 @@ def draw_transfer(source: Image.Image, target: Image.Image, source_points: torch
     for start, end, true, good in zip(*places, right.tolist(), strict=True):
         if not good:
             draw.line((*end, *true), fill="white")
-            draw.ellipse([true[0] - 4, true[1] - 4, true[0] + 4, true[1] + 4], outline="white", width=2)
+            # A dark edge: many backgrounds are white.
+            for radius, colour in ((5, "black"), (4, "white")):
+                draw.ellipse([true[0] - radius, true[1] - radius, true[0] + radius, true[1] + radius], outline=colour,
+                             width=2)
         draw.line((*start, *end), fill="lime" if good else "red", width=2)
         draw.ellipse([start[0] - 3, start[1] - 3, start[0] + 3, start[1] + 3], fill="yellow", outline="black")
     return canvas

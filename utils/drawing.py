@@ -42,22 +42,13 @@ def plot(path: Path, width: float, height: float) -> Iterator:
         raise UserError(f"{path} cannot be written as a plot; use a name that ends in .png or .pdf")
     require_matplotlib()
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    def write(temporary):
-        if path.suffix == ".pdf":
-            figure.savefig(temporary, format="pdf")
-        else:
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(temporary, "PNG", dpi=(DPI, DPI))
 
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         yield figure
         try:
-            atomic_write(path, write)
+            atomic_write(path, partial(figure.savefig, format=path.suffix[1:]))
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror or error}); name another file") from None
 

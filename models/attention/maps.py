@@ -85,11 +85,6 @@ def patch_distances(height: int, width: int) -> torch.Tensor:
     return (centres[:, None] - centres).square().sum(2).sqrt()
 
 
-def attention_distance(weights: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-    """[..., N, N] with rows that sum to 1 and distances [N, N] -> each query's mean distance to its keys, [..., N]."""
-    return torch.einsum("...qk,qk->...q", weights, distances)
-
-
 def pair_similarity(unit_sum: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
     """The mean cosine similarity of all pairs of `count` unit vectors, from their sum [..., D]: its squared length is
     count plus twice the sum over pairs. Not finite for fewer than two vectors."""
@@ -163,7 +158,8 @@ class Sums:
         query, key = (part[:, :, self.prefix:] for part in query_key(attn, tokens))
         bias = None if bias is None else bias[:, :, self.prefix:, self.prefix:]
         for which, weights in attention_chunks(query, key, bias):
-            distance[which] = attention_distance(weights, self.distances)
+            # Rows of weights sum to 1: each query's mean distance to its keys.
+            distance[which] = torch.einsum("pqk,qk->pq", weights, self.distances)
             pair = torch.arange(len(weights), device=tokens.device)
             scale = torch.zeros(attn.num_heads, len(pair), device=tokens.device)
             scale[(which.start + pair) % attn.num_heads, pair] = 1 / weights.norm(dim=2).norm(dim=1)
