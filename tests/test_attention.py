@@ -429,15 +429,18 @@ def test_several_models_their_plots_and_the_table(run, tmp_path):
         assert set(COLOURS[:5]) & colours_in(tmp_path / f"attention_distance_{name}.png") == set(COLOURS[:count])
     assert "#0050ff" in colours_in(tmp_path / "attention_fields.png")
     run(*golden("mae"), *common, "--encoder-only", "--queries", 0)
-    last = results_of(tmp_path)[-1]
+    first, *_, last = results_of(tmp_path)
     assert len(results_of(tmp_path)) == 6 and last["part"] == "encoder" and last["receptive_field"] is None
     for path in tmp_path.glob("*.png"):
         path.unlink()
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write('{"task": "attention", "model": "old", "dataset": "synthetic", "part": "encoder"}\n{"task": "atte\n')
     out, _ = run("--table", "--format", "md", "--output-dir", tmp_path)
+    assert "line 8, is not a results line (not whole JSON)" in out and "left out: 1 of an older version" in out
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 6 and any("mae mae/checkpoint_full.pth" in row and "mask ratio 0.75" in row for row in rows)
     shown = next(row for row in rows if row.startswith("| dino")).split(" | ")
-    assert float(shown[2]) == pytest.approx(np.mean(results_of(tmp_path)[0]["distance_pixels"][0]), abs=0.06)
+    assert float(shown[2]) == pytest.approx(np.mean(first["distance_pixels"][0]), abs=0.06)
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 

@@ -11,11 +11,10 @@ import os
 import re
 import textwrap
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, namedtuple
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from . import UserError
 from .distributed import is_main, world_size
@@ -27,7 +26,6 @@ PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
 
 # Arguments that a row, its table or its column says.
 NO_MARK = {"model", "weights", "dataset", "probe", "load_features"}
-
 
 # Files of this run that could not be written, and why.
 unsaved: dict[Path, str] = {}
@@ -141,46 +139,23 @@ def run_title(result: dict) -> str:
     return with_marks(f"{result.get('name', result['model'])} on {result['dataset']}", caveats(result))
 
 
-class Task(NamedTuple):
-    """Its tables. title: of those that the paper has not. figures: {column: where a results line holds it, as nested
-    keys}, the first for where there is room for one; about: further columns; baselines: {what has learned nothing:
-    where its figures are, {} for the keys of ours}. {best} and {probe} are the line's."""
-
-    title: str
-    figures: dict[str, str]
-    about: dict[str, str]
-    baselines: dict[str, str]
-
-
+# Of each task: the title of tables that the paper has not; {column: nested keys of a results line} of figures, the
+# first for where there is room for one, and of what else is shown; {what has learned nothing: the keys of its figures,
+# {} for those of ours}. {best} and {probe} are the line's.
 TASKS = {
-    "retrieval": Task("Part retrieval, AP in percent", {"encoded": "ap_{best}", "projected": "ap_projected"},
-                      {"token": "best", "patches": "num_patches"}, {"random ranking": "ap_chance"}),
-    "classify": Task("Classification, best test accuracy over epochs, percent", {"{probe}": "best_acc1"},
-                     {"{probe} +-": "best_acc1_std", "train": "num_train", "held out": "num_held_out",
-                      "test": "num_test"}, {"most frequent class": "chance"}),
-    "segment": Task("Segmentation, percent", {f"{{probe}} {name}": name for name in ("mIoU", "mAcc", "aAcc")},
-                    {"images": "num_images"}, {"largest class": "chance {}"}),
-    "transfer": Task("Keypoint transfer, PCK@0.1 in percent, published protocols differ",
-                     {"PCK@0.1": "pck_image 0.1", "per point": "pck_point 0.1", "category mean": "pck_category 0.1"},
-                     {"pairs": "num_pairs"}, {"random cell": "chance {}", "same place": "same_place {}"})}
-
-
-class Run(NamedTuple):
-    """A results line in its table. weights and marks: how the run differs from the published setting. figures, about:
-    by column; baselines: {what has learned nothing: its figures and counts}."""
-
-    task: str
-    dataset: str
-    name: str
-    weights: str
-    marks: str
-    figures: dict[str, float | None]
-    about: dict[str, float | str | None]
-    baselines: dict[str, dict[str, float | None]]
-
-    @property
-    def row(self) -> tuple[str, str]:
-        return self.name, ", ".join(filter(None, (self.weights, self.marks)))
+    "retrieval": ("Part retrieval, AP in percent", {"encoded": "ap_{best}", "projected": "ap_projected"},
+                  {"token": "best", "patches": "num_patches"}, {"random ranking": "ap_chance"}),
+    "classify": ("Classification, best test accuracy over epochs, percent", {"{probe}": "best_acc1"},
+                 {"{probe} +-": "best_acc1_std", "train": "num_train", "held out": "num_held_out", "test": "num_test"},
+                 {"most frequent class": "chance"}),
+    "segment": ("Segmentation, percent", {f"{{probe}} {name}": name for name in ("mIoU", "mAcc", "aAcc")},
+                {"images": "num_images"}, {"largest class": "chance {}"}),
+    "transfer": ("Keypoint transfer, PCK@0.1 in percent, published protocols differ",
+                 {"PCK@0.1": "pck_image 0.1", "per point": "pck_point 0.1", "category mean": "pck_category 0.1"},
+                 {"pairs": "num_pairs"}, {"random cell": "chance {}", "same place": "same_place {}"})}
+# A results line in its table. weights, marks: how it differs from the published setting; row: name, and both of them;
+# figures, about: by column; baselines: {what has learned nothing: its figures and counts}.
+Run = namedtuple("Run", "task dataset name weights marks row figures about baselines")
 
 
 def value_at(result: object, keys: Iterable[str], kind: type = float) -> float | str | None:
@@ -212,15 +187,17 @@ def run_of(result: dict) -> Run:
     def values(columns, template="{}", kind=float):
         return {column.format(**words): value_at(line, template.format(path).format(**words).split(), kind)
                 for column, path in columns.items()}
-    figures = values(TASKS[task].figures)
+    _, columns, others, nothing = TASKS[task]
     # No column for what no run has, as held-out patches.
-    about = {column: value for column, value in values(TASKS[task].about, kind=str).items() if value}
-    counts = {column: value for column, value in about.items() if isinstance(value, int)}
-    baselines = {title: values(TASKS[task].figures, where) for title, where in TASKS[task].baselines.items()}
+    figures, about = values(columns), {key: value for key, value in values(others, kind=str).items() if value}
+    counts = {key: value for key, value in about.items() if isinstance(value, int)}
+    baselines = {title: row | counts for title, where in nothing.items()
+                 if {*(row := values(columns, where)).values()} != {None}}
 
     changed, weights, marks = args.get("changed"), "", ["settings not recorded"]
     if isinstance(changed, list):
-        marks = [mark(key, args.get(key)) for key in map(str, changed) if key not in NO_EFFECT | NO_MARK]
+        unmarked = NO_EFFECT | NO_MARK | ({"batch_size"} if task in ("retrieval", "transfer") else set())
+        marks = [mark(key, args.get(key)) for key in map(str, changed) if key not in unmarked]
         if "weights" in changed:
             weights = f"{mark('weights', result.get('weights'))} {str(result.get('sha256') or '')[:8]}".strip()
     if result.get("weights") == "random":
@@ -235,8 +212,8 @@ def run_of(result: dict) -> Run:
         dataset += f" in {' '.join(map(str, source)) if isinstance(source, list) else source}"
     if (task, dataset) == ("segment", "synthetic"):
         dataset = "synthetic-part"
-    return Run(task, dataset, name, weights, ", ".join(marks), figures, about,
-               {title: row | counts for title, row in baselines.items() if {*row.values()} != {None}})
+    row = name, ", ".join(filter(None, (weights, *marks)))
+    return Run(task, dataset, name, weights, ", ".join(marks), row, figures, about, baselines)
 
 
 def runs_of(folder: Path, tasks: Iterable[str]) -> tuple[list[Run], list[str]]:
@@ -245,13 +222,12 @@ def runs_of(folder: Path, tasks: Iterable[str]) -> tuple[list[Run], list[str]]:
     for result in results:
         if result["task"] in tasks:
             run = run_of(result)
-            key = (*run.row, run.task, run.dataset, *run.figures)
-            left_out["older than another of the same settings"] += key in runs
+            key = (run.task, run.dataset, *run.row, *run.figures)
+            left_out.update(["older than another of the same settings"] * (key in runs))
             runs[key] = run
         elif result["task"] not in TASKS:
             left_out[f"of {result['task']}, which has no table here"] += 1
-    return list(runs.values()), notes + [f"results left out: {count} {reason}" for reason, count in left_out.items()
-                                         if count]
+    return [*runs.values()], notes + [f"results left out: {count} {reason}" for reason, count in left_out.items()]
 
 
 def place(name: str) -> tuple[int, str]:
@@ -264,20 +240,23 @@ def show(value: float | str | None) -> str:
     return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def paper_table(title: str, published: Mapping[str, Mapping[str, float]], runs: Sequence[Run]) -> tuple:
+def paper_table(task: str, dataset: str, runs: Iterable[Run]) -> tuple:
     """(title, header, rows) of a data set: published, ours, difference, a row for each setting; below, what has learned
     nothing."""
+    title = f"{TASKS[task][0]}: {dataset} (not in the paper)"
+    about = {"title": title, "figures": {}} | PAPER.get(task, {}).get(dataset, {})
+    published, runs = about["figures"], [run for run in runs if (run.task, run.dataset) == (task, dataset)]
     rows = {(False, model, ""): {} for figures in published.values() for model in figures}
     for run in runs:
         rows.setdefault((False, *run.row), {}).update(run.figures | run.about)
         for name, figures in run.baselines.items():
-            counts = [figures[unit] for unit in figures if unit in run.about]
-            rows.setdefault((True, name, str(counts)), {}).update(figures)
+            # One row for all probes; another for another number of patches, or another rule of ranking.
+            rows.setdefault((True, name, str([*figures.values()])), {}).update(figures)
     keys = sorted(rows, key=lambda key: (key[0], bool(key[2]) or key[1] not in PAPER["models"], place(key[1]), key[2]))
     columns = {"model": [name if baseline else with_marks(name, marks) for baseline, name, marks in keys]}
-    names = [name for column in [*published, *(name for run in runs for name in run.figures)]
-             for name in (column, f"{column} +-")]
-    for column in dict.fromkeys([*names, *(name for run in runs for name in run.about)]):
+    names = [*published, *(name for run in runs for name in run.figures)]
+    names = [both for name in names for both in (name, f"{name} +-")] + [name for run in runs for name in run.about]
+    for column in dict.fromkeys(names):
         ours = [rows[key].get(column) for key in keys]
         if column in published:
             theirs = [None if baseline else published[column].get(name) for baseline, name, _ in keys]
@@ -285,7 +264,7 @@ def paper_table(title: str, published: Mapping[str, Mapping[str, float]], runs: 
                 "-" if None in pair else f"{pair[0] - pair[1]:+.1f}" for pair in zip(ours, theirs, strict=True)]}
         elif {*ours} != {None}:
             columns[column] = map(show, ours)
-    return title, list(columns), list(zip(*columns.values(), strict=True))
+    return about["title"], list(columns), list(zip(*columns.values(), strict=True))
 
 
 def tables_of(runs: Sequence[Run], tasks: Iterable[str], empty: bool) -> list[tuple]:
@@ -293,10 +272,8 @@ def tables_of(runs: Sequence[Run], tasks: Iterable[str], empty: bool) -> list[tu
     tables = []
     for task in tasks:
         paper, ours = PAPER.get(task, {}), {run.dataset for run in runs if run.task == task}
-        for dataset in [*(name for name in paper if empty or name in ours), *sorted(ours - paper.keys())]:
-            about = paper.get(dataset, {"title": f"{TASKS[task][0]}: {dataset} (not in the paper)", "figures": {}})
-            chosen = [run for run in runs if (run.task, run.dataset) == (task, dataset)]
-            tables.append(paper_table(about["title"], about["figures"], chosen))
+        tables += [paper_table(task, dataset, runs)
+                   for dataset in [*(name for name in paper if empty or name in ours), *sorted(ours - paper.keys())]]
     return tables
 
 
@@ -335,20 +312,18 @@ def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]
     for dataset in [*PAPER["segment"], *(run.dataset for run in runs if run.task == "segment")]:
         if name := dataset.endswith("-part") and dataset.removesuffix("-part"):
             title = name if dataset in PAPER["segment"] else f"{name} (not in the paper)"
-            wanted[title] = "segment", f"{name}-object", dataset
+            wanted[title] = ("segment", f"{name}-object"), ("segment", dataset)
     for task, title in (("retrieval", "Part retrieval, {}: AP"), ("transfer", "Keypoint transfer, {}: PCK@0.1")):
-        wanted |= {title.format(run.dataset): (task, "", run.dataset) for run in runs if run.task == task}
-    for title, (task, *datasets) in wanted.items():
-        values = {}
-        for column, dataset in enumerate(datasets):
-            for figures in [*PAPER.get(task, {}).get(dataset, {"figures": {}})["figures"].values()][:1]:
-                for model, figure in figures.items():
-                    values.setdefault((model, ""), [None] * 4)[2 * column] = figure
-            for run in runs:
-                if (run.task, run.dataset) == (task, dataset):
-                    values.setdefault(run.row, [None] * 4)[2 * column + 1] = next(iter(run.figures.values()))
-        panels[title] = [(with_marks(PAPER["models"].get(row[0], row[0]), row[1], "\n"), values[row])
-                         for row in sorted(values, key=lambda row: (bool(row[1]), place(row[0]), row[1]))]
+        wanted |= {title.format(run.dataset): ((), (task, run.dataset)) for run in runs if run.task == task}
+    for title, kinds in wanted.items():
+        columns = []
+        for kind in kinds:
+            published = PAPER.get(kind[0], {}).get(kind[1], {"figures": {}})["figures"] if kind else {}
+            columns += [{(model, ""): figure for model, figure in next(iter(published.values()), {}).items()},
+                        {run.row: next(iter(run.figures.values())) for run in runs if run[:2] == kind}]
+        rows = sorted(set().union(*columns), key=lambda row: (bool(row[1]), place(row[0]), row[1]))
+        panels[title] = [(with_marks(PAPER["models"].get(row[0], row[0]), row[1], "\n"),
+                          [column.get(row) for column in columns]) for row in rows]
     return panels
 
 
@@ -369,14 +344,13 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int 
         lines += [""] * bool(lines)
         for number, row in enumerate([header, *rows]):
             cells = [textwrap.wrap(row[0], widths[0], subsequent_indent="  "),
-                     *(row[column].split() if not number else [row[column]] for column in block)]
-            height = max(map(len, cells))
+                     *([row[column]] if number else row[column].split() for column in block)]
             # Headings stand on the line below them, figures beside the first line of their label.
-            cells = [[""] * (height - len(cell)) + cell if not number else cell + [""] * (height - len(cell))
-                     for cell in cells]
-            lines += ["  ".join([label.ljust(widths[0]), *(text.rjust(widths[column]) for text, column in
-                                                           zip(texts, block, strict=True))]).rstrip()
-                      for label, *texts in zip(*cells, strict=True)]
+            empty = [""] * max(map(len, cells))
+            cells = [(cell + empty)[:len(empty)] if number else (empty + cell)[-len(empty):] for cell in cells]
+            lines += ["  ".join(text.rjust(widths[column]) if column else text.ljust(widths[0])
+                                for column, text in zip([0, *block], texts, strict=True)).rstrip()
+                      for texts in zip(*cells, strict=True)]
             if not number:
                 lines.append("-" * (widths[0] + sum(2 + widths[column] for column in block)))
     return "\n".join(lines)
