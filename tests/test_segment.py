@@ -621,7 +621,7 @@ def test_tables_and_figure(tmp_path):
     draw_figure6(tmp_path / "figure.png", figure6_panels(tmp_path))
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.width > 800
-        colours = {colour for _, colour in figure.getcolors(1 << 20)}
+        colours = {colour for _, colour in figure.convert("RGB").getcolors(1 << 20)}
     assert {(0x9e, 0xca, 0xe1), (0xd9, 0x48, 0x01)} <= colours
     with pytest.raises(UserError, match="cannot be written"):
         draw_figure6(tmp_path / "no" / "figure.png", figure6_panels(tmp_path))
