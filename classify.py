@@ -72,6 +72,7 @@ from utils.run import (
     add_common_arguments,
     add_keypoint_arguments,
     exit_with_one_line_errors,
+    log_waiting,
     non_negative_float,
     positive_float,
     positive_int,
@@ -131,7 +132,7 @@ def train_on_features(probe: Probe, features: Features, order: torch.Tensor, epo
 
 
 def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews, order: torch.Tensor, epoch: int,
-                   precision: str, workers: int) -> int:
+                   precision: str, workers: int, log: Callable[[str], None] = print) -> int:
     """One epoch over images that are encoded as they come. order: ids (one per image) in the order of this epoch.
     Returns how many of them, over all processes, could not be decoded. Raises UserError where none could.
 
@@ -139,7 +140,6 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
     may differ. A batch is trained on as soon as all that lies before its end has been encoded.
     """
     views.epoch, device = epoch, next(encoder.parameters()).device
-    labels = views.labels.to(device)
     position = torch.empty(views.num_patches, dtype=torch.int64)
     position[order] = torch.arange(len(order))
     # The same on every process: (end of a batch, number of the probe, share of the epoch before it).
@@ -147,7 +147,7 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
                   for number, probe in enumerate(probes) for steps in [probe.steps(order)]
                   for index in range(len(steps)))
     waiting = [[] for _ in probes]
-    nothing = (torch.zeros(0, 1, encoder.embed_dim, device=device), labels[:0])
+    nothing = (torch.zeros(0, 1, encoder.embed_dim, device=device), views.labels[:0].to(device))
 
     def train_up_to(reached):
         while ends and ends[0][0] <= reached:
@@ -157,8 +157,9 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
             waiting[number].clear()
 
     progress, decoded = Progress(len(order) // world_size(), f"epoch {epoch + 1}", "images"), torch.tensor([0])
-    for images, ids in views.batches(order[rank()::world_size()].tolist(), encode_batch_size(device), workers,
-                                     pin_memory=device.type == "cuda"):
+    batches = views.batches(order[rank()::world_size()].tolist(), encode_batch_size(device), workers,
+                            pin_memory=device.type == "cuda")
+    for images, ids in log_waiting(batches, f"epoch {epoch + 1}", log):
         encoded, positions = encode_tokens(encoder, images.to(device, non_blocking=True), precision), position[ids]
         start = 0
         while start < len(ids):
@@ -168,7 +169,9 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
             stop = start + int((positions[start:] < ends[0][0]).sum())
             for probe, rows in zip(probes, waiting, strict=True):
                 tokens = encoded.tokens if probe.kind == "attentive" else encoded.cls[:, None]
-                rows.append((tokens[start:stop], labels[ids[start:stop].to(device)]))
+                # A copy that blocks would wait for the encoder.
+                labels = views.labels[ids[start:stop]].to(device, non_blocking=True)
+                rows.append((tokens[start:stop], labels))
             start = stop
         decoded += len(ids)
         progress.update(len(ids))
@@ -360,7 +363,8 @@ def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, ch
     for epoch in epochs:
         order = shuffled(training.ids, seed, epoch)
         if views:
-            left_out = train_on_views(probes, encoder, views, order, epoch, precision, workers)
+            say = log if epoch == epochs.start else (lambda line: None)
+            left_out = train_on_views(probes, encoder, views, order, epoch, precision, workers, say)
             if left_out and epoch == epochs.start:
                 log(f"training set: {left_out} images are left out, they could not be decoded")
         else:

@@ -15,7 +15,7 @@ transfer and principal components are not in the paper: models/transfer.py and m
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
@@ -46,6 +46,7 @@ from utils.run import (
     add_keypoint_arguments,
     autocast,
     exit_with_one_line_errors,
+    log_waiting,
     non_negative_int,
     positive_float,
     positive_int,
@@ -191,7 +192,8 @@ def mean_average_precision(ap: torch.Tensor, labels: torch.Tensor) -> tuple[floa
 
 
 def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[str], batch_size: int, workers: int,
-           precision: str, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+           precision: str, device: torch.device,
+           log: Callable[[str], None] = print) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Encodes this process's share of the images, each decoded once.
 
     features: of "cls", "avg", "projected". batch_size: patches, over all processes. Returns {feature: [n, D]}, float32
@@ -203,23 +205,26 @@ def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[s
     progress = Progress(total * world_size(), "encoding", "patches")
     rows, ids = {name: [] for name in features}, []
     per_process = max(1, batch_size // world_size())
-    for patches, batch_ids in dataset.batches(share, per_process, workers, pin_memory=device.type == "cuda"):
+    batches = dataset.batches(share, per_process, workers, pin_memory=device.type == "cuda")
+    for patches, batch_ids in log_waiting(batches, "encoding", log):
         with torch.inference_mode(), autocast(device, precision):
             extracted = encoder.extract(encoder.preprocess(patches.to(device, non_blocking=True)), isometric=True)
         for name in features:
             rows[name].append(extracted[name])
         ids.append(batch_ids)
         progress.update(len(batch_ids) * world_size())
-    if any_process(not all(part.isfinite().all() for parts in rows.values() for part in parts)):
-        raise UserError(f"the encoder gave features that are not finite at --precision {precision}; "
-                        "use --precision fp32, or other weights")
-    if not ids:
+    if ids:
+        found, ids = {name: torch.cat(rows[name]) for name in features}, torch.cat(ids)
+    else:
         # More processes than images: a share of none has the width of any.
         nothing = torch.zeros(1, 3, encoder.patch_size, encoder.patch_size, device=device)
         with torch.inference_mode():
             extracted = encoder.extract(nothing, isometric=True)
-        return {name: extracted[name][:0] for name in features}, torch.empty(0, dtype=torch.int64)
-    return {name: torch.cat(rows[name]) for name in features}, torch.cat(ids)
+        found, ids = {name: extracted[name][:0] for name in features}, torch.empty(0, dtype=torch.int64)
+    if any_process(not all(part.isfinite().all() for part in found.values())):
+        raise UserError(f"the encoder gave features that are not finite at --precision {precision}; "
+                        "use --precision fp32, or other weights")
+    return found, ids
 
 
 def save_features(path: Path, source: dict, device: torch.device) -> None:
@@ -494,7 +499,8 @@ def main() -> None:
         names = args.features or ["cls", "avg"] + ["projected"] * encoder.has_projector
         log(f"{args.dataset}: {len(dataset)} images, {dataset.num_patches} patches; "
             + check_memory(dataset.num_patches, encoder.embed_dim * len(names), device))
-        features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device)
+        features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device,
+                                       log)
         paths = [image.path for image in dataset.images] if args.dataset == "imagenet" else []
         sources = [{"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
                     "paths": paths, "encoder": encoder_identity(encoder), "data": dataset.identity("data set"),

@@ -18,7 +18,7 @@ import torch
 from utils import UserError
 from utils.distributed import any_process, barrier, gather_rows, is_main, shard
 from utils.provenance import digest, this_run
-from utils.run import Progress, autocast
+from utils.run import Progress, autocast, log_waiting
 from utils.storage import (
     allocate,
     atomic_write,
@@ -149,7 +149,7 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
         log(f"{label}: features come from the cache {kept.path}")
         copy_arrays(kept.arrays, arrays)
     else:
-        finite = encode_into(arrays, encoder, dataset, images, start, label, precision, workers)
+        finite = encode_into(arrays, encoder, dataset, images, start, label, precision, workers, log)
         if any_process(not finite):
             raise UserError(f"{label}: the encoder gave features that are not finite at --precision {precision}; "
                             "use bf16 or fp32")
@@ -162,13 +162,14 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
 
 
 def encode_into(arrays: dict[str, torch.Tensor], encoder: Encoder, dataset, images: range, first_id: int, label: str,
-                precision: str, workers: int) -> bool:
+                precision: str, workers: int, log: Callable[[str], None]) -> bool:
     """One pass over the images: fills the arrays, whose first row is that of first_id, and sets decoded to 1. Returns
     whether all that was written is finite."""
     device = arrays["cls"].device
     progress = Progress(len(arrays["cls"]), f"encoding {label}", "patches")
     finite = torch.ones((), dtype=torch.bool, device=device)
-    for patches, ids in dataset.batches(images, encode_batch_size(device), workers, pin_memory=device.type == "cuda"):
+    batches = dataset.batches(images, encode_batch_size(device), workers, pin_memory=device.type == "cuda")
+    for patches, ids in log_waiting(batches, f"encoding {label}", log):
         encoded = encode_tokens(encoder, patches.to(device, non_blocking=True), precision)
         values = encoded._asdict() | {"decoded": torch.ones(len(ids), dtype=torch.uint8, device=device)}
         for name in arrays:
@@ -181,8 +182,6 @@ def encode_into(arrays: dict[str, torch.Tensor], encoder: Encoder, dataset, imag
                 array[row:row + len(run)].copy_(values[name][start:start + len(run)], non_blocking=True)
             start += len(run)
         progress.update(len(ids))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     return bool(finite)
 
 

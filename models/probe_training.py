@@ -58,15 +58,16 @@ class Probe:
         tokens, rows, labels = batch
         recipe, epoch = self.recipe, epoch if self.recipe.every_step else int(epoch)
         logits = self.heads.classify(tokens, rows).flatten(0, 1)
-        count = all_reduce(torch.tensor([len(labels)], device=labels.device))
+        count = all_reduce(torch.full((1,), len(labels), device=labels.device))
         # A sum over heads: each head's gradient is that of its own mean loss.
         (F.cross_entropy(logits, labels.repeat(len(self.rates)), reduction="sum") / count).backward()
         if world_size() > 1:
             gradients = [parameter.grad for parameter in self.heads.parameters()]
             vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
-        self.optimizer.step(torch.tensor([
-            cosine_learning_rate(rate, epoch, self.epochs, recipe.warmup * self.epochs, recipe.minimum_lr)
-            for rate in self.rates], device=labels.device))
+        rates = torch.tensor([cosine_learning_rate(rate, epoch, self.epochs, recipe.warmup * self.epochs,
+                                                   recipe.minimum_lr) for rate in self.rates])
+        # A copy that blocks would wait for the device in every step.
+        self.optimizer.step(rates.to(labels.device, non_blocking=True))
 
     def record(self, score: torch.Tensor, test: torch.Tensor) -> None:
         """Notes an epoch's percentages, [K] each, and keeps a copy of the heads whose score is their best so far."""

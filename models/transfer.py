@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from utils import UserError
 from utils.distributed import gather_rows, shard, world_size
-from utils.run import Progress, autocast
+from utils.run import Progress, autocast, log_waiting
 from utils.storage import free_memory
 
 from .encoder import Encoder
@@ -91,11 +91,12 @@ def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tenso
 
 
 def encode(encoder: Encoder, pairs, numbers: Sequence[int], layers: Sequence[int], norm: bool, batch_size: int,
-           workers: int, precision: str) -> Iterator[torch.Tensor]:
+           workers: int, precision: str, log: Callable[[str], None]) -> Iterator[torch.Tensor]:
     """The L2-normalised patch tokens of each image of these numbers after the 0-based blocks layers, [L, h, w, D], on
     the encoder's device, in the type of the precision."""
     device, progress = next(encoder.parameters()).device, Progress(len(numbers) * world_size(), "encoding", "images")
-    for images, _ in pairs.images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda"):
+    batches = pairs.images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda")
+    for images, _ in log_waiting(batches, "encoding and matching", log):
         with autocast(device, precision):
             maps = encoder.get_intermediate_layers(encoder.preprocess(images.to(device, non_blocking=True)), n=layers,
                                                    norm=norm)
@@ -192,7 +193,7 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     numbers = [number for group in groups for number in group.tolist()]
     for columns in passes:
         # One loader serves all categories.
-        images = encode(encoder, pairs, numbers, layers[columns], norm, per_batch, workers, precision)
+        images = encode(encoder, pairs, numbers, layers[columns], norm, per_batch, workers, precision, log)
         for (*ends, at), group, part in zip(points, groups, found.split(counts), strict=True):
             tokens = torch.empty(len(layers[columns]), len(group), *grid, encoder.embed_dim, dtype=DTYPES[precision],
                                  device=device)

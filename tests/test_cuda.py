@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import models
 import retrieval
 import segment
+from datasets import patches
 from models import METHODS, build_model
 from models.attention.maps import query_key
 from models.encoder import Encoder
@@ -22,7 +25,7 @@ from models.segmentation_head import LinearHead
 from models.timm_vit import TimmEncoder
 from utils import UserError
 from utils.distributed import init_processes
-from utils.run import autocast
+from utils.run import autocast, log_waiting
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -166,6 +169,35 @@ def test_logits_of_windows_stay_below_what_cuda_interpolates(classes, crop_size)
         elements = classes * crop_size**2
         assert count == 1 or count * elements <= min(2**31 - 1, segment.WINDOW_BYTES[kind] // 4)
         assert count == 32 or (count + 1) * elements > min(2**31 - 1, segment.WINDOW_BYTES[kind] // 4)
+
+
+# What a run waits for
+
+@pytest.mark.parametrize("loading, encoding", [(0.05, 0.0), (0.0, 0.05)])
+def test_the_log_says_what_encoding_waited_for(loading, encoding):
+    def batches():
+        for number in range(4):
+            time.sleep(loading)
+            yield number
+
+    lines, seen = [], []
+    for number in log_waiting(batches(), "encoding", lines.append):
+        time.sleep(encoding)
+        seen.append(number)
+    total, waited = map(float, re.fullmatch(r"encoding: (.+) s, (.+) s of it waiting for images to be decoded, .*",
+                                            lines[0]).groups())
+    assert seen == [0, 1, 2, 3] and len(lines) == 1 and total >= 0.2
+    assert waited >= 0.2 if loading else waited <= 0.1
+
+
+def test_groups_of_patches_leave_work_for_every_worker(monkeypatch):
+    """Groups of 64, but of a small data set four for each worker, down to 16."""
+    groups = []
+    monkeypatch.setattr(patches, "DataLoader", lambda items, *args, **options: groups.append(len(items)) or [])
+    images = [patches.PatchImage("", None, [0])] * 1024
+    for workers in (0, 2, 8, 100):
+        assert list(patches.PatchDataset(images, ["a"]).batches(range(1024), 256, workers)) == []
+    assert groups == [16, 16, 32, 64]
 
 
 # --compile

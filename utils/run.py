@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -362,6 +362,22 @@ class Progress:
                 f"{clock(elapsed)} elapsed, {clock((self.total - self.done) / rate)} left")
         ending = "\n" if share >= 1 or not self.terminal else ""
         say(("\r\033[K" if self.terminal else "") + text, sys.stderr, ending)
+
+
+def log_waiting(batches: Iterable, what: str, log: Callable[[str], None]) -> Iterator:
+    """The same batches; at the end logs for how long they were waited for, and how long what is done with them took."""
+    start, waited, batches = time.monotonic(), 0.0, iter(batches)
+    while True:
+        before = time.monotonic()
+        batch = next(batches, None)
+        waited += time.monotonic() - before
+        if batch is None:
+            break
+        yield batch
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    total = time.monotonic() - start
+    log(f"{what}: {total:.1f} s, {waited:.1f} s of it waiting for images to be decoded, the rest for the encoder")
 
 
 def clock(seconds: float) -> str:
