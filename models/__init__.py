@@ -170,8 +170,8 @@ def _from_file(name: str, method, path: Path, num_heads: int | None, weights_key
         kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
         places = ", ".join(filter(None, state_dicts(checkpoint)))
         hint = f"; it has weights at {places}, which --weights-key can name" if places and not weights_key else ""
-        raise CheckpointError(f"{path} is not a file of {name}: {kind}{str(error).splitlines()[0]}{hint}; another "
-                              "--model or --num-heads may help") from error
+        raise CheckpointError(f"{path} is not a file of {name}: {kind}{' '.join(str(error).split())[:400]}{hint}; "
+                              f"another --model{' or --num-heads' * (name in METHODS)} may help") from error
 
 
 def _weights_file(name: str, weights: str, method, full: bool) -> Path:

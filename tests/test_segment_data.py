@@ -64,7 +64,7 @@ def test_folders_of_ones_own(tmp_path):
     for text in ("left\nright\n", "0 sky\nleft\nright\n"):
         (tmp_path / "names.txt").write_text(text)
         store = PixelStore(open_segmentation("folder", tmp_path, "train"), (32, 32), CPU, tmp_path, "disk")
-        paths |= {*tmp_path.glob("pixels-*")}
+        paths |= {*tmp_path.glob("pixels-*.int32")}
         assert store.pixels[0] >> 24 & 255 == len(text.split("\n")) - 3, "label 1 is class 0, or 1"
     assert len(paths) == 2
     with pytest.raises(UserError, match="does not hold images and label maps: expected images/val and labels/val$"):
