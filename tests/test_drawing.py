@@ -83,6 +83,18 @@ def test_a_sheet_marks_the_patches_that_overlap_the_query(tmp_path):
     assert not (np.asarray(Image.open(tmp_path / "sheet.png")) == MARK).all(2).any()
 
 
+def test_the_title_of_a_block_is_not_cut(tmp_path):
+    """Ink up to the end of the longest title, in the last of the blocks, and the right margin is white."""
+    patches = [(Image.new("RGB", (112, 112), "white"), False)]
+    name = "timm/vit_base_patch16_clip_224.laion2b_ft_in12k_in1k (random weights)"
+    draw_sheet(tmp_path / "sheet.png", Image.new("RGB", (452, 224), "white"),
+               [(name, [("cls", patches), ("projected", patches)])], columns=1)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    ink = np.flatnonzero((sheet < 128).any((0, 2)))
+    font = ImageFont.load_default(14)
+    assert ink[-1] - (16 + 452 + 32) > font.getlength(f"{name}: projected") * 2 and (sheet[:, -8:] == 255).all()
+
+
 def test_accuracy_curves_are_a_colour_for_each_rate_and_a_band_over_seeds(monkeypatch, tmp_path):
     figures = []
 

@@ -123,13 +123,15 @@ def draw_sheet(path: Path, query: Image.Image,
     """Writes a PNG: the query image on the left, then a row for each model, in it a block of patches for each feature.
     rows: (model, [(feature, [(patch, whether it overlaps the query), ...]), ...]). columns: of patches in a block."""
     deep = math.ceil(max(len(patches) for _, blocks in rows for _, patches in blocks) / columns)
-    block_width, block_height = columns * (CELL + GAP) - GAP, TITLE + deep * (CELL + GAP) - GAP
+    font, block_height = ImageFont.load_default(14), TITLE + deep * (CELL + GAP) - GAP
+    widest = max(font.getlength(f"{model}: {feature}") for model, blocks in rows for feature, _ in blocks)
+    block_width = max(columns * (CELL + GAP) - GAP, math.ceil(widest))
     across = max(len(blocks) for _, blocks in rows)
     left = MARGIN + query.width + 2 * MARGIN
     size = (left + across * (block_width + 2 * MARGIN) - MARGIN,
             MARGIN + max(len(rows) * (block_height + MARGIN), 2 * TITLE + query.height + MARGIN))
     sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), "query", fill="black", font=font)
     sheet.paste(query, (MARGIN, MARGIN + TITLE))
     if any(overlaps for _, blocks in rows for _, patches in blocks for _, overlaps in patches):

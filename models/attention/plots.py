@@ -112,7 +112,7 @@ def draw_fields(path: Path, rows: Sequence[Sequence[tuple[str, dict, str]]], col
     `columns` go on in the next. Coloured by the logarithm of value over the field's largest value, with circles of the
     radii that hold 50% and 90%."""
     rows = [row[start:start + columns] for row in rows for start in range(0, len(row), columns)]
-    across = max(3, *map(len, rows))
+    across = max(2, *map(len, rows))
     lines = sum(max(len(textwrap.wrap(title, 28)) + 1 for title, *_ in row) for row in rows)
     with plot(path, PAGE * across / 5, 1.5 * len(rows) + 0.11 * lines + 0.6) as figure:
         from matplotlib import colormaps
@@ -134,4 +134,4 @@ def draw_fields(path: Path, rows: Sequence[Sequence[tuple[str, dict, str]]], col
                 for radius in patches:
                     axes.add_patch(Circle((middle, middle), radius, fill=False, color="#0050ff"))
         figure.colorbar(image, ax=grid, location="bottom", aspect=40, shrink=0.8, pad=0.03 / len(rows),
-                        label="share of the largest value; circles: radii that hold 50% and 90%; grey: no pair")
+                        label="share of the largest value; grey: no pair\ncircles: radii that hold 50% and 90%")
