@@ -499,11 +499,12 @@ def main() -> None:
         names = args.features or ["cls", "avg"] + ["projected"] * encoder.has_projector
         log(f"{args.dataset}: {len(dataset)} images, {dataset.num_patches} patches; "
             + check_memory(dataset.num_patches, encoder.embed_dim * len(names), device))
+        identity = encoder_identity(encoder)  # before it runs: a timm model fits its tables to the images
         features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device,
                                        log)
         paths = [image.path for image in dataset.images] if args.dataset == "imagenet" else []
         sources = [{"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
-                    "paths": paths, "encoder": encoder_identity(encoder), "data": dataset.identity("data set"),
+                    "paths": paths, "encoder": identity, "data": dataset.identity("data set"),
                     "weights": encoder.weights, "sha256": encoder.sha256, "cls_from": encoder.cls_from,
                     "features_made_by": this_run(), "args": args_to_json(args),
                     **{name: vars(args)[name] for name in PROTOCOL}}]
