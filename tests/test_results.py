@@ -195,6 +195,21 @@ def test_seeds_and_neighbours_and_counts_have_columns(tmp_path):
     assert "| most frequent class | - | 34.0 | - | - | - | 34.0 | - | 34.0 | 15000 | 15543 |" in text
 
 
+def test_figure_6_puts_objects_and_parts_of_any_data_set_side_by_side(tmp_path):
+    own = {"model": "mine", **given(data_path="my-parts/x-part")}
+    write(tmp_path, *(line_of("segment", {**own, "dataset": f"new-{kind}", "mIoU": iou})
+                      for kind, iou in (("object", 60.0), ("part", 40.0))),
+          line_of("segment", {**own, "dataset": "folder"}), line_of("segment", {"model": "ibot", "mIoU": 30.0}),
+          line_of("retrieval", {"model": "ibot", **given(epochs=3)}), line_of("transfer", own))
+    panels = figure6_panels(tmp_path)
+    assert list(panels) == ["ade20k", "pascal", "new in my-parts/x-part (not in the paper)", "Part retrieval, cub: AP",
+                            "Keypoint transfer, spair in my-parts/x-part: PCK@0.1"]
+    assert dict(panels["ade20k"])["iBOT"] == [55.2, None, 32.2, 30.0] and len(panels["pascal"]) == 7
+    assert panels["new in my-parts/x-part (not in the paper)"] == [("mine", [None, 60.0, None, 40.0])]
+    assert dict(panels["Part retrieval, cub: AP"])["iBOT\n(epochs 3)"] == [None, None, None, 51.25]
+    assert len(panels["Part retrieval, cub: AP"]) == 8
+
+
 def test_chance_has_a_row_for_each_count_and_rule(tmp_path):
     write(tmp_path, *(line_of("retrieval", {"dataset": "new", **change}) for change in (
         {}, {"ap_chance": 26.0, **given(exclude_query=True)}, {"num_patches": 914, **given(num_images=3)})))

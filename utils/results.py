@@ -310,9 +310,9 @@ def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]
     and of retrieval and transfer. Raises UserError without results."""
     runs, wanted, panels = runs_of(folder, TASKS)[0], {}, {}
     for dataset in [*PAPER["segment"], *(run.dataset for run in runs if run.task == "segment")]:
-        if name := dataset.endswith("-part") and dataset.removesuffix("-part"):
-            title = name if dataset in PAPER["segment"] else f"{name} (not in the paper)"
-            wanted[title] = ("segment", f"{name}-object"), ("segment", dataset)
+        if found := re.fullmatch(r"(\S+)-part( in .*)?", dataset):
+            title = found[1] + (found[2] or "") + " (not in the paper)" * (dataset not in PAPER["segment"])
+            wanted[title] = ("segment", f"{found[1]}-object{found[2] or ''}"), ("segment", dataset)
     for task, title in (("retrieval", "Part retrieval, {}: AP"), ("transfer", "Keypoint transfer, {}: PCK@0.1")):
         wanted |= {title.format(run.dataset): ((), (task, run.dataset)) for run in runs if run.task == task}
     for title, kinds in wanted.items():
