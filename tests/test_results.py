@@ -22,9 +22,7 @@ from utils.results import (
     main,
     overview,
     paper_tables,
-    render,
     runs_of,
-    tables_of,
     text_table,
 )
 from utils.run import OneLineParser
@@ -246,7 +244,7 @@ def test_lines_of_older_and_damaged_schemas_are_shown_as_far_as_they_go(tmp_path
     write(tmp_path, *lines)
     runs, notes = runs_of(tmp_path, LINES)
     for style in STYLES:
-        assert render([*tables_of(runs, LINES, empty=True), overview(runs)[0]], notes, style)
+        assert paper_tables(tuple(LINES), tmp_path, style, everything=True)
     text = table(tmp_path)
     # In a table is every line with a task, a data set and a model; the others are counted or named.
     good = [line for line in lines if line.get("task") == task and isinstance(line.get("dataset"), str)

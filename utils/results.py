@@ -101,9 +101,10 @@ def is_finished(folder: Path, probe: str, line: dict) -> bool:
     return False
 
 
-def read_results(folder: Path) -> tuple[list[dict], list[str]]:
-    """The results lines of a folder, oldest first, and a note on each line that is none. Sure are strings at task,
-    dataset and model alone: a line may be of an older version. Raises UserError where there is no result."""
+def read_results(folder: Path, needed: Iterable[str] = (), task: str | None = None) -> tuple[list[dict], list[str]]:
+    """The results lines of a folder, or of one task, oldest first, and a note on each line that is none. Sure are
+    strings at task, dataset and model, and the needed keys of the task: a line may be of an older version. Raises
+    UserError where there is no result."""
     path, results, notes = folder / "results.jsonl", [], []
     if not path.is_file():
         raise UserError(f"{path} does not exist; run without --table first, or name its folder with --output-dir")
@@ -111,8 +112,9 @@ def read_results(folder: Path) -> tuple[list[dict], list[str]]:
         try:
             result = json.loads(line)
             result["model"] = result.get("model", result.get("name"))
-            reason = ", ".join(f"no {key}" for key in ("task", "dataset", "model")
-                               if not isinstance(result.get(key), str))
+            missing = [key for key in ("task", "dataset", "model") if not isinstance(result.get(key), str)]
+            missing += [key for key in needed if result.get("task") == task and key not in result]
+            reason = ", ".join(f"no {key}" for key in missing)
         except (ValueError, RecursionError, TypeError, AttributeError):
             reason = "not whole JSON"
         if not reason:
@@ -121,7 +123,8 @@ def read_results(folder: Path) -> tuple[list[dict], list[str]]:
             notes.append(f"{path}, line {number}, is not a results line ({reason}); left out")
     if not results:
         raise UserError(notes[0] if notes else f"{path} is empty; run without --table first")
-    return results, notes[:20] + [f"{len(notes) - 20} more such lines"] * (len(notes) > 20)
+    notes[20:] = [f"{len(notes) - 20} more such lines"] * (len(notes) > 20)
+    return [result for result in results if task in (None, result["task"])], notes
 
 
 def caveats(result: dict) -> str:
@@ -267,16 +270,6 @@ def paper_table(task: str, dataset: str, runs: Iterable[Run]) -> tuple:
     return about["title"], list(columns), list(zip(*columns.values(), strict=True))
 
 
-def tables_of(runs: Sequence[Run], tasks: Iterable[str], empty: bool) -> list[tuple]:
-    """A table for each data set of these tasks, the paper's first; empty: also for those without a run."""
-    tables = []
-    for task in tasks:
-        paper, ours = PAPER.get(task, {}), {run.dataset for run in runs if run.task == task}
-        tables += [paper_table(task, dataset, runs)
-                   for dataset in [*(name for name in paper if empty or name in ours), *sorted(ours - paper.keys())]]
-    return tables
-
-
 def overview(runs: Sequence[Run]) -> tuple[tuple, list[str]]:
     """(table, notes): a line for a model and its weights, a column for each data set and probe. Of several runs one
     without marks counts, else the last; the marks of the others are in the notes."""
@@ -297,11 +290,19 @@ def overview(runs: Sequence[Run]) -> tuple[tuple, list[str]]:
     return ("All models", ["model", *columns], rows), [f"[{n}] {marks}" for n, marks in enumerate(marked, 1)]
 
 
-def paper_tables(tasks: Sequence[str], folder: Path, style: str = "text") -> str:
-    """The paper's tables of these tasks with the results in folder/results.jsonl, and tables of other data, in one of
-    STYLES; below, what is left out and why. Raises UserError without results."""
-    runs, notes = runs_of(folder, tasks)
-    return render(tables_of(runs, tasks, empty=True), notes, style)
+def paper_tables(tasks: Sequence[str], folder: Path, style: str = "text", everything: bool = False) -> str:
+    """A table for each data set of these tasks, the paper's first, with the results in folder/results.jsonl, in one of
+    STYLES; below, what is left out and why. everything: only tables with a run, and a last one with a line for a model.
+    Raises UserError without results."""
+    (runs, notes), tables = runs_of(folder, tasks), []
+    for task in tasks:
+        paper, ours = PAPER.get(task, {}), {run.dataset for run in runs if run.task == task}
+        datasets = [*(name for name in paper if name in ours or not everything), *sorted(ours - paper.keys())]
+        tables += [paper_table(task, dataset, runs) for dataset in datasets]
+    if everything:
+        table, marks = overview(runs)
+        tables, notes = [*tables, table], marks + notes
+    return render(tables, notes, style)
 
 
 def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]]]]:
@@ -394,9 +395,7 @@ def main() -> None:
                         help="the --output-dir of the runs (default: outputs)")
     parser.add_argument("--format", choices=STYLES, default="text", help="(default: text)")
     args = parser.parse_args()
-    runs, notes = runs_of(args.folder, TASKS)
-    table, letters = overview(runs)
-    print(render([*tables_of(runs, TASKS, empty=False), table], letters + notes, args.format))
+    print(paper_tables(TASKS, args.folder, args.format, everything=True))
 
 
 if __name__ == "__main__":

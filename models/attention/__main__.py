@@ -35,7 +35,6 @@ of processes, beyond rounding. The queries of receptive fields are the same patc
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +63,8 @@ from .maps import Sums, add_centred, patch_gradients, patch_norms
 from .plots import summary_table, write_plots
 
 # What the table and the plots take from a results line.
-NEEDED = {"weights", "part", "mask_ratio", "num_images", "patch_size", "distance_pixels", "distance_pixels_uniform",
-          "map_similarity", "receptive_field"}
+NEEDED = ("weights", "part", "mask_ratio", "num_images", "patch_size", "distance_pixels", "distance_pixels_uniform",
+          "map_similarity", "receptive_field")
 MASK_RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -178,19 +177,11 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def attention_results(folder: Path) -> tuple[list[dict], list[str]]:
-    """Results lines of this command with all that tables and plots need, and notes on others. Raises UserError."""
-    results, notes = read_results(folder)
-    results = [result for result in results if result["task"] == "attention"]
-    whole = [result for result in results if result.keys() >= NEEDED]
-    return whole, notes + [f"results left out: {len(results) - len(whole)} of an older version"] * (whole != results)
-
-
 def main() -> None:
     """Sums attention over images, for the encoder and for MAE's decoder, and writes results lines and plots."""
     args, started = parse_arguments(), time.monotonic()
     if args.table:
-        results, notes = attention_results(args.output_dir)
+        results, notes = read_results(args.output_dir, NEEDED, "attention")
         print(render([summary_table(results)], notes, args.format))
         write_plots(results, args.output_dir)
         return
@@ -230,7 +221,7 @@ def main() -> None:
     for line in lines:
         append_result(args.output_dir, line)
     if is_main():
-        names = write_plots(attention_results(args.output_dir)[0], args.output_dir)
+        names = write_plots(read_results(args.output_dir, NEEDED, "attention")[0], args.output_dir)
         log(f"{', '.join(names)} in {args.output_dir}")
 
 
