@@ -29,6 +29,7 @@ from models.attention.maps import (
     radius_holding,
     watch_attention,
 )
+from models.attention.plots import latest
 from utils import UserError
 from utils.drawing import COLOURS
 
@@ -484,6 +485,13 @@ def test_mistakes_get_one_line_and_no_result(run, tmp_path):
     (tmp_path / "bad/two.png").unlink()
     _, err = run(*full, "--data-path", tmp_path / "bad", "--skip-bad-images", "--output-dir", tmp_path / "o", status=2)
     one_line(err, "no image could be read")
+
+
+def test_a_row_has_the_name_of_its_run():
+    """Also two runs of one file, as of an epoch sweep by --name; files where one name has several."""
+    common = {"model": "mae", "weights": "a/x.pth", "dataset": "imagenet", "part": "encoder", "mask_ratio": 0.0}
+    runs = [common | {"name": "one"}, common | {"name": "two"}, common | {"name": "two", "weights": "b/x.pth"}, common]
+    assert [name for name, *_ in latest(runs)] == ["one", "two a/x.pth", "two b/x.pth", "mae"]
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real samples of ../shared/real are not here")

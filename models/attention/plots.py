@@ -12,13 +12,13 @@ from utils.results import caveats, with_marks
 
 
 def latest(results: Sequence[dict]) -> dict[tuple, dict]:
-    """The last result of each (name, part, mask ratio). The name is the model's, with the file and its folder where a
-    model stands there with several weights, and with marks for random weights and synthetic data."""
-    models = [model for model, _ in {(result["model"], result["weights"]) for result in results}]
+    """The last result of each (name, part, mask ratio). The name is the run's, with the file and its folder where a
+    name stands there with several weights, and with marks for random weights and synthetic data."""
+    names = [name for name, _ in {(result.get("name", result["model"]), result["weights"]) for result in results}]
     chosen = {}
     for result in results:
-        name = result["model"]
-        if models.count(name) > 1 and result["weights"] != "random":
+        name = result.get("name", result["model"])
+        if names.count(name) > 1 and result["weights"] != "random":
             name += f" {'/'.join(Path(result['weights']).parts[-2:])}"
         chosen[with_marks(name, caveats(result)), result["part"], result["mask_ratio"]] = result
     return chosen
