@@ -40,8 +40,8 @@ def read_rgb(path: str | Path) -> Image.Image:
     """A picture in RGB, whatever its colours. Of 16-bit grey values the high byte is taken, as Pillow does for 16-bit
     colours. Raises one of BAD_IMAGE, also for 32-bit and floating-point values, of which none is known to be white."""
     with open_image(path) as image:
-        # Pillow before 11 opens a 16-bit PNG as mode I, and its own conversion cuts off what is above 255.
-        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+        # In mode I are PNG (before Pillow 11) and PGM; Pillow's own conversion cuts off what is above 255.
+        if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):
             raise ValueError("its values have 32 bits, and which of them is white is not known: save it with 8 bits")

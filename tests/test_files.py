@@ -38,7 +38,7 @@ def refused(words, function, *arguments):
 def test_a_16_bit_picture_is_scaled_to_8_bits(tmp_path):
     """v * 257 is the 16-bit form of the 8-bit value v, of black to white."""
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    for name in ("grey.png", "grey.tif"):
+    for name in ("grey.png", "grey.tif", "grey.pgm"):
         Image.fromarray(grey * 257).save(tmp_path / name)
         assert (np.asarray(read_rgb(tmp_path / name)) == grey[..., None]).all()
         assert (read_image(tmp_path / name) == grey[..., None]).all()
