@@ -68,7 +68,7 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
                                               f"published is {digits}; delete it if it is there and start again")
                 atomic_write(recorded, lambda file: file.write_text(file_hash(new) + "\n"))
                 os.replace(new, path)
-        if recorded.read_text().strip() != file_hash(path):
+        if recorded.read_bytes().strip() != file_hash(path).encode():
             raise CheckpointError(f"{path}: its SHA-256 is no longer the one recorded at first use in {recorded.name}; "
                                   "delete both files and start again")
     except OSError as error:
@@ -85,7 +85,8 @@ def download(url: str, part: Path, advice: str) -> None:
     """
     kept = part.with_name(part.name + ".version")
     with open(part, "ab") as file:
-        headers, version = {"User-Agent": "torch.hub"}, kept.read_text() if kept.exists() else ""
+        headers, version = {"User-Agent": "torch.hub"}, kept.read_bytes() if kept.exists() else b""
+        version = version.decode("ascii", "ignore").strip()
         if file.tell():
             headers |= {"Range": f"bytes={file.tell()}-"} | ({"If-Range": version} if version else {})
         try:

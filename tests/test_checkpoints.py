@@ -154,6 +154,17 @@ def test_no_file_is_made_of_two_versions(server, tmp_path, monkeypatch, first, s
     assert cached(tmp_path) == ["a.pth", "a.pth.sha256"]
 
 
+def test_damaged_records_beside_a_download(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Server, "version", {"ETag": '"1"'})
+    path = fetch(f"{server}/mae/checkpoint.pth", "a.pth")
+    (path.parent / "a.pth.sha256").write_bytes(b"\xff\x00")
+    with pytest.raises(CheckpointError, match="no longer the one recorded"):
+        fetch(f"{server}/mae/checkpoint.pth", "a.pth")
+    (path.parent / "b.pth.part").write_bytes(b"another file")
+    (path.parent / "b.pth.part.version").write_bytes(b"\xff\n")
+    assert fetch(f"{server}/mae/checkpoint.pth", "b.pth").read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("version", [{"ETag": '"1"'}, {"Last-Modified": "Fri, 27 Nov 2026 01:00:00 GMT"}])
 def test_a_download_of_one_version_goes_on(server, tmp_path, monkeypatch, version):
     monkeypatch.setattr(Server, "version", version)
