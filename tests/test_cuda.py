@@ -1,28 +1,35 @@
 """What a machine with a GPU needs and one without can show."""
 
+import copy
 import json
 import os
 import re
 import time
 from argparse import Namespace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import PROCESSES
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 import retrieval
 import segment
 from datasets import patches
-from models import METHODS, build_model
+from datasets import segmentation_transforms as transforms
+from models import METHODS, build_model, fused_cross_entropy
 from models.attention.maps import query_key
 from models.encoder import Encoder
-from models.features import encoder_identity
-from models.segmentation_head import LinearHead
+from models.features import DTYPES, encode_tokens, encoder_identity
+from models.probes import HeadSGD, build_heads, knn_predict
+from models.segmentation_head import LinearHead, upsampled_cross_entropy
+from models.segmentation_probe import Segmenter
 from models.timm_vit import TimmEncoder
+from models.transfer import transfer_keypoints
 from utils import UserError
 from utils.distributed import init_processes
 from utils.run import autocast, log_waiting
@@ -169,6 +176,108 @@ def test_logits_of_windows_stay_below_what_cuda_interpolates(classes, crop_size)
         elements = classes * crop_size**2
         assert count == 1 or count * elements <= min(2**31 - 1, segment.WINDOW_BYTES[kind] // 4)
         assert count == 32 or (count + 1) * elements > min(2**31 - 1, segment.WINDOW_BYTES[kind] // 4)
+
+
+# CUDA's branches, on tensors that have a device and no data
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    with FakeTensorMode():
+        yield torch.device("cuda", 0)
+
+
+def moved(module, device):
+    """Module.to, which cannot change a real parameter into one without data."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    if tensors is part._parameters:
+                        tensors[name] = torch.nn.Parameter(tensors[name], tensor.requires_grad)
+    return module
+
+
+@cache
+def all_encoders():
+    return {method: golden(method) for method in METHODS} | {
+        "timm": build_model("timm/vit_tiny_patch16_224", "random")}
+
+
+@pytest.fixture
+def encoder(request):
+    """A copy, made before tensors have no data, of the encoder of the test's parameter method (else BEiT's)."""
+    return copy.deepcopy(all_encoders()[request.node.callspec.params.get("method", "beit")])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("method", [*METHODS, "timm"])
+def test_encoders_on_cuda(encoder, fake_cuda, method, precision):
+    encoder = moved(encoder, fake_cuda)
+    pixels = torch.empty(2, 3, 64, 64, dtype=torch.uint8, device=fake_cuda)
+    with torch.inference_mode(), autocast(fake_cuda, precision):
+        found = encoder.extract(encoder.preprocess(pixels), isometric=True)
+        layers = encoder.get_intermediate_layers(torch.empty(2, 3, 64, 96, device=fake_cuda), [1, 3], norm=True)
+    assert all(value.is_cuda and value.dtype == torch.float32 for value in found.values())
+    assert all(layer.is_cuda and layer.shape[2:] == (4, 6) for layer in layers)
+    assert encoder.vit.blocks[0].mlp.fc1.weight.dtype == DTYPES[precision]
+    tokens = encode_tokens(encoder, pixels, precision).tokens
+    assert tokens.is_cuda and tokens.dtype == DTYPES[precision]
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_step_of_segmentation_on_cuda(encoder, fake_cuda, monkeypatch, batch_norm):
+    monkeypatch.setattr(fused_cross_entropy, "can_fuse", lambda logits, label: False)
+    segmenter = moved(Segmenter(encoder, LinearHead(2 * 48, 5), (1, 3), "bf16", False, batch_norm), fake_cuda).train()
+    logits = segmenter.patch_logits(torch.empty(2, 3, 64, 64, device=fake_cuda))
+    loss = upsampled_cross_entropy(logits, torch.empty(2, 64, 64, dtype=torch.uint8, device=fake_cuda))
+    assert logits.dtype == torch.float32 and loss.grad_fn.saved_tensors[0].shape == logits.shape
+    with torch.inference_mode():
+        logits = segmenter.eval()(torch.empty(2, 3, 50, 70, device=fake_cuda))
+        assert logits.shape == (2, 5, 50, 70)
+        assert segment.upsampled_argmax(logits[0], (90, 120)).is_cuda
+
+
+def test_a_training_batch_on_cuda(fake_cuda, monkeypatch):
+    """All but the choice among crops, whose number depends on the data (test_segmentation_transforms.py)."""
+    def first(cut, offsets):
+        samples = torch.arange(len(offsets), device=offsets.device)
+        labels = cut(samples, offsets[:, 0])
+        assert transforms.accept_crops(labels).is_cuda
+        return torch.zeros_like(samples), labels
+
+    monkeypatch.setattr(transforms, "choose_crops", first)
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: 40)  # source rows of a crop
+    transforms.colour_tables.cache_clear()
+    numbers = torch.empty(3, 4, dtype=torch.int64, device=fake_cuda)
+    batch = transforms.Packed(torch.empty(9000, dtype=torch.int32, device=fake_cuda), *numbers)
+    statistics = torch.empty(1, 3, 1, 1, device=fake_cuda)
+    changes = [transforms.draw_augmentation(0, 0, position) for position in range(4)]
+    images, labels = transforms.training_batch(batch, [(40, 50)] * 4, changes, (64, 32), 32, statistics, statistics)
+    transforms.colour_tables.cache_clear()
+    assert images.is_cuda and images.shape == (4, 3, 32, 32) and labels.is_cuda and labels.shape == (4, 32, 32)
+
+
+def test_ranking_and_heads_on_cuda(fake_cuda):
+    similarity = torch.empty(7, 100, device=fake_cuda)
+    assert retrieval.ranked_precision(similarity, 10, 30, 1).shape == (7,)
+    assert retrieval.ranked_precision(similarity, 10, 30, 1).is_cuda
+    tokens = torch.empty(9, 17, 48, dtype=torch.bfloat16, device=fake_cuda)
+    for kind in ("linear", "attentive"):
+        heads = moved(build_heads(kind, 2, 48, 5, 3, True), fake_cuda)
+        logits = heads.classify(tokens, torch.arange(4, device=fake_cuda))
+        assert logits.shape == (2, 4, 5) and logits.is_cuda
+        for parameter in heads.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        HeadSGD(heads.parameters(), trust_coefficient=0.001).step(torch.empty(2, device=fake_cuda))
+    assert knn_predict(tokens[:, 0], torch.empty(9, dtype=torch.int64, device=fake_cuda), tokens[:, 1], 5)[10].is_cuda
+    points = torch.empty(3, 2, dtype=torch.float64, device=fake_cuda)
+    found = transfer_keypoints(torch.empty(48, 4, 4, device=fake_cuda), torch.empty(48, 6, 6, device=fake_cuda), points,
+                               "soft-argmax")
+    assert found.is_cuda and found.shape == (3, 2)
 
 
 # What a run waits for
