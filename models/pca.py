@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
+from utils.distributed import barrier
 from utils.run import autocast
 from utils.storage import atomic_write, load_checked, save_checked
 
@@ -109,6 +110,7 @@ def pca_run(encoder: Encoder, dataset, name: str, foreground: str, precision: st
     colours, mask, ratios = token_colours(tokens.float(), foreground)
     key = {"images": [image.path for image in dataset.images], "size": list(images.shape), "foreground": foreground}
     save_checked(folder / f"pca_{name}.pt", {**key, "colours": colours})
+    barrier()  # the others read it
     rows = {}
     for path in sorted(folder.glob("pca_*.pt")):
         content = load_checked(path, "a row of principal components", ("images", "size", "foreground", "colours"))

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from copy import deepcopy
 from datetime import datetime, timedelta, timezone
 from importlib import metadata
@@ -22,9 +23,9 @@ from datasets.classification import open_classification
 from models import build_model
 from models.attention.__main__ import main as attention
 from models.features import encode_features, encoder_identity
-from utils import UserError
+from utils import UserError, storage
 from utils.provenance import check_same, digest
-from utils.storage import load_checked
+from utils.storage import load_checked, save_checked
 
 ROOT = Path(__file__).parents[1]
 IBOT = ("--model", "ibot", "--weights", ROOT / "tests/golden/ibot/checkpoint.pth", "--num-heads", 3)
@@ -298,6 +299,23 @@ def test_a_damaged_cache_gives_what_the_encoder_gives(folder, tmp_path):
         file.write_bytes(damaged_bytes(file.read_bytes(), chance))
         assert features() == expected
     assert sum("refused" in line for line in lines) >= 20
+
+
+def components_saved_slowly():
+    write = storage.atomic_write
+    storage.atomic_write = lambda path, content: (time.sleep(1), write(path, content))
+    retrieval.main()
+
+
+def test_processes_read_the_file_that_the_first_one_writes(launch, folder, tmp_path):
+    words = [*IBOT, "--dataset", "imagenet", "--data-path", folder / "val", "--pca", "--num-images", 2, "--device",
+             "cpu", "--workers", 0, "--output-dir", tmp_path]
+    launch(components_saved_slowly, words, processes=2)
+    content = torch.load(tmp_path / "pca_ibot.pt", weights_only=True)
+    save_checked(tmp_path / "pca_ibot.pt", {name: value for name, value in content.items() if name != "digest"})
+    torch.save(content | {"colours": None}, tmp_path / "pca_mae.pt")
+    _, err = launch(retrieval.main, words, status=2)
+    assert len(err.splitlines()) == 1 and f"{tmp_path / 'pca_mae.pt'} is not a row of principal components" in err
 
 
 def test_processes_agree_on_a_damaged_cache_and_on_refusals(launch, folder, tmp_path):
