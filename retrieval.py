@@ -417,7 +417,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--load-features", type=Path, nargs="+", metavar="FILE",
                        help="of one or several models, in place of encoding")
     group.add_argument("--num-images", type=positive_int, metavar="N",
-                       help="of imagenet (drawn by the seed; default: all) or synthetic (default: 60)")
+                       help="of imagenet (drawn by the seed; default: all) or synthetic (default: 30)")
     group.add_argument("--skip-bad-images", action="store_true", help="count undecodable images instead of stopping")
     group.add_argument("--authors-defects", action="store_true", help="MAE: shuffled tokens; DINO: the student")
     add_keypoint_arguments(parser, "one FILE")

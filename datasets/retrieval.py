@@ -22,13 +22,13 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
     files, the grid of any images, or synthetic.
 
     keypoints: numbers or names (synthetic: names), ["all"], or None for the paper's (of files: all). num_images: drawn
-    by the seed, of imagenet (default all) and synthetic (60). Raises UserError for an unknown keypoint, and files that
+    by the seed, of imagenet (default all) and synthetic (30). Raises UserError for an unknown keypoint, and files that
     are missing or wrong.
     """
     check_data_path(name, data_path)
     options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images, "transform": resize_square(image_size)}
     if name == "synthetic":
-        return load_synthetic_patches("train", num_images or 60, seed, keypoints, **options)
+        return load_synthetic_patches("train", num_images or 30, seed, keypoints, **options)
     if name == "imagenet":
         return load_grid(data_path, skip_bad_images, num_images, seed, image_size)
     if keypoints is not None:
