@@ -42,7 +42,7 @@ from models.features import (
     encoder_identity,
 )
 from models.probe_training import RECIPES, Probe, Recipe
-from models.probes import build_heads, head_of, knn_predict
+from models.probes import HEADS, build_heads, head_of, knn_predict
 from utils import UserError
 from utils.distributed import (
     all_reduce,
@@ -96,7 +96,7 @@ def confusion_of_heads(heads: nn.Module, features: Features, ids: torch.Tensor, 
     """
     heads.train(authors_defects)
     matrix, finite = None, True
-    batches = features.batches(ids.split(256 if authors_defects else 1024), heads.kind == "attentive")
+    batches = features.batches(ids.split(256 if authors_defects else 1024), heads.all_tokens)
     for tokens, rows, labels in batches:
         logits = heads.classify(tokens, rows)
         predicted, finite = logits.argmax(-1), logits.isfinite().flatten(1).all(1) & finite
@@ -127,7 +127,7 @@ def shuffled(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
 
 def train_on_features(probe: Probe, features: Features, order: torch.Tensor, epoch: int) -> None:
     steps = probe.steps(order)
-    for index, batch in enumerate(features.batches(steps, probe.kind == "attentive")):
+    for index, batch in enumerate(features.batches(steps, probe.heads.all_tokens)):
         probe.step(batch, epoch + index / len(steps))
 
 
@@ -168,7 +168,7 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
                 break
             stop = start + int((positions[start:] < ends[0][0]).sum())
             for probe, rows in zip(probes, waiting, strict=True):
-                tokens = encoded.tokens if probe.kind == "attentive" else encoded.cls[:, None]
+                tokens = encoded.tokens if probe.heads.all_tokens else encoded.cls[:, None]
                 # A copy that blocks would wait for the encoder.
                 labels = views.labels[ids[start:stop]].to(device, non_blocking=True)
                 rows.append((tokens[start:stop], labels))
@@ -225,7 +225,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = OneLineParser(__doc__)
     add_common_arguments(parser, METHODS, CLASSIFICATION_PARTS + CLASSIFICATION_IMAGES, batch_size=None)
     group = parser.add_argument_group("probing")
-    group.add_argument("--probe", nargs="+", choices=("linear", "attentive", "knn"), default=["linear"],
+    group.add_argument("--probe", nargs="+", choices=(*HEADS, "knn"), default=["linear"],
                        help="one or several, on the same features (default: linear)")
     group.add_argument("--epochs", type=positive_int, default=90, help="(default: %(default)s)")
     group.add_argument("--lr", type=positive_float, nargs="+", metavar="LR",
@@ -309,7 +309,7 @@ def encode_subsets(encode: Callable, train: PatchDataset, test: PatchDataset, he
     selects epoch and learning rate: the held-out patches where there are any, else the test set. augmented: training
     images are encoded later, crop by crop; only kNN needs features of them, then of their central crops.
     """
-    tokens, trained = "attentive" in kinds, None
+    tokens, trained = any(HEADS[kind].all_tokens for kind in kinds if kind in HEADS), None
     tested = encode(test, "test", tokens)
     testing = Subset(tested, decoded_ids(test, tested))
     ids = torch.arange(train.num_patches)
@@ -398,7 +398,7 @@ def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_
     heads.load_state_dict({key: tensor[index:index + 1] for key, tensor in probe.best.items()})
     matrix = confusion_of_heads(heads.to(encoder.mean.device), *testing, len(classes), authors_defects,
                                 [probe.names[index]])[0]
-    line = line | {"probe": probe.kind, "feature": "cls" if probe.kind == "linear" else "all tokens",
+    line = line | {"probe": probe.kind, "feature": "all tokens" if heads.all_tokens else "cls",
                    "epochs": probe.epochs, "batch_size": probe.batch_size, **summary, **per_class(matrix)}
     path = Path(f"{prefix}_{probe.kind}_head.pth")
     info = ("classes", "model", "weights", "sha256", "dataset", "precision", "lr", "best_epoch")
@@ -423,7 +423,7 @@ def evaluate(path: Path, encode: Callable, encoder: Encoder, test: PatchDataset,
              log: Callable[[str], None]) -> dict:
     """Tests a saved head and returns the whole results line."""
     heads = open_head(path, encoder, line["classes"]).to(encoder.mean.device)
-    tested = encode(test, "test", heads.kind == "attentive")
+    tested = encode(test, "test", heads.all_tokens)
     ids = decoded_ids(test, tested)
     matrix = confusion_of_heads(heads, tested, ids, len(line["classes"]), authors_defects, [str(path)])[0]
     percent = accuracy(matrix).item()

@@ -12,7 +12,8 @@ from .imagenet import list_images, load_grid
 from .patches import PatchDataset, PatchImage, resize_center_crop, resize_square
 from .synthetic import draw_image, image_seeds, load_synthetic_patches
 
-RETRIEVAL_DATASETS = ("cub", "coco", "keypoints", "imagenet", "synthetic")
+LOADERS = {"cub": load_cub, "coco": load_coco}
+RETRIEVAL_DATASETS = (*LOADERS, "keypoints", "imagenet", "synthetic")
 
 
 def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
@@ -35,7 +36,7 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
         options["parts" if name == "cub" else "keypoints"] = keypoints
     if name == "keypoints":
         return open_keypoints(files, 1, **options)[0]
-    return (load_cub if name == "cub" else load_coco)(data_path, **options)
+    return LOADERS[name](data_path, **options)
 
 
 def open_images(name: str, data_path: Path | None, num_images: int, seed: int, image_size: int,

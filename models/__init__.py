@@ -53,6 +53,8 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
         if method is None:
             encoder = own.load_own(name, weights)
             encoder.weights, encoder.sha256 = weights, file_hash(Path(name.rpartition(":")[0]))
+        elif weights == "random" and not hasattr(method, "random"):
+            raise CheckpointError(f"{name} has no untrained form: there is no function random in models/{name}.py")
         elif weights == "random":
             encoder = method.random(**method_options)
             encoder.weights = "random"
@@ -179,6 +181,8 @@ def _weights_file(name: str, weights: str, method, full: bool) -> Path:
         return fetch(weights)
     if weights != "official":
         return Path(weights)
+    if not hasattr(method, "OFFICIAL"):
+        raise CheckpointError(f"models/{name}.py names no official file; give --weights PATH")
     entry = method.OFFICIAL["full" if full and "full" in method.OFFICIAL else "backbone"]
     if "url" not in entry:
         raise CheckpointError(f"{name}: scripts cannot download the official file {entry['file']} from Google Drive; "

@@ -61,7 +61,7 @@ class LinearHeads(nn.Module):
     batch_norm: after a batch normalisation of it (ImageNet, eps 1e-6).
     """
 
-    kind = "linear"
+    kind, all_tokens = "linear", False
 
     def __init__(self, count: int, width: int, num_classes: int, batch_norm: bool = False):
         super().__init__()
@@ -95,7 +95,7 @@ class AttentiveHeads(nn.Module):
     Softmax does not see the constant, so b_k has no effect (as a key bias has none) and is left out.
     """
 
-    kind = "attentive"
+    kind, all_tokens = "attentive", True
 
     def __init__(self, count: int, width: int, num_classes: int, num_heads: int):
         super().__init__()
@@ -145,6 +145,9 @@ class AttentiveHeads(nn.Module):
         x = x.unflatten(0, (count, heads)).transpose(1, 2).flatten(2) + value_bias[:, None]
         x = x @ self.proj_weight.transpose(1, 2) + self.proj_bias[:, None]
         return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
+
+
+HEADS = {heads.kind: heads for heads in (LinearHeads, AttentiveHeads)}
 
 
 def normalise(tokens: torch.Tensor) -> torch.Tensor:
@@ -252,9 +255,9 @@ def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, n
 
 
 def build_heads(kind: str, count: int, width: int, num_classes: int, num_heads: int, batch_norm: bool) -> nn.Module:
-    if kind == "linear":
-        return LinearHeads(count, width, num_classes, batch_norm)
-    return AttentiveHeads(count, width, num_classes, num_heads)
+    if kind == "attentive":
+        return AttentiveHeads(count, width, num_classes, num_heads)
+    return HEADS[kind](count, width, num_classes, batch_norm)
 
 
 def load_head(path: str | Path) -> nn.Module:
@@ -263,7 +266,7 @@ def load_head(path: str | Path) -> nn.Module:
     Its attribute info holds what else the file says: classes, model, weights, dataset, accuracy. Raises ValueError.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, Mapping) or "head" not in content or content.get("kind") not in ("linear", "attentive"):
+    if not isinstance(content, Mapping) or "head" not in content or content.get("kind") not in HEADS:
         raise ValueError("it holds no head")
     return head_of(content)
 

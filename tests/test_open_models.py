@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 import traceback
+import types
 
 import huggingface_hub
 import pytest
@@ -12,6 +13,7 @@ import timm
 import torch
 from conftest import call_main
 
+import models
 import models.attention.__main__ as attention
 import retrieval
 from models import CheckpointError, build_model, timm_vit
@@ -294,3 +296,13 @@ def test_attention_of_models_without_a_class_token(tmp_path, launch, name):
                             "--num-images", 2, "--workers", 0, "--queries", 1, "--output-dir", tmp_path])
     line, = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert len(line["distance_patches"]) == build_model(f"timm/{name}", "random").depth
+
+
+def test_a_method_without_official_file_or_random_is_one_line(monkeypatch):
+    bare = types.ModuleType("models.bare")
+    monkeypatch.setitem(sys.modules, "models.bare", bare)
+    monkeypatch.setattr(models, "METHODS", (*models.METHODS, "bare"))
+    with pytest.raises(CheckpointError, match="bare.py names no official file; give --weights PATH"):
+        build_model("bare")
+    with pytest.raises(CheckpointError, match="no function random in models/bare.py"):
+        build_model("bare", "random")
