@@ -159,7 +159,7 @@ def class_colours(count: int) -> np.ndarray:
     x, y, z = np.cbrt(linear @ [[0.4340, 0.2127, 0.0178], [0.3762, 0.7152, 0.1095], [0.1898, 0.0722, 0.8728]]).T
     # Rounded: the same colours on every machine.
     lab = np.round([116 * y - 16, 500 * (x - y), 200 * (y - z)]).T
-    # Neither dark nor grey, and darker than all that is pale in save_picture.
+    # Neither dark, grey nor glaring, and darker than all that is pale in save_picture.
     chroma = np.hypot(lab[:, 1], lab[:, 2])
     usable = (lab[:, 0] > 30) & (lab[:, 0] < 80) & (chroma > 20) & (chroma < 80)
     candidates, lab = candidates[usable], lab[usable]
