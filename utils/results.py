@@ -333,7 +333,8 @@ def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 120) -> str:
     """For a terminal: columns padded, headings and labels broken into lines; columns that do not fit go below."""
     widths = [max(map(len, [*title.split(), *cells])) for title, *cells in zip(header, *rows, strict=True)]
-    widths[0] = min(widths[0], max(30, width - sum(widths[1:]) - 2 * len(widths[1:])))
+    least = min(40, max(map(len, " ".join(label for label, *_ in [header, *rows]).split())))
+    widths[0] = min(widths[0], max(least, width - sum(widths[1:]) - 2 * len(widths[1:])))
     blocks = [[]]
     for column, wide in enumerate(widths[1:], 1):
         if blocks[-1] and widths[0] + sum(2 + widths[other] for other in blocks[-1]) + 2 + wide > width:
