@@ -19,6 +19,7 @@ from utils.provenance import NO_EFFECT
 from utils.results import (
     STYLES,
     figure6_panels,
+    is_finished,
     main,
     overview,
     paper_tables,
@@ -229,6 +230,7 @@ def test_bad_lines_are_named_and_the_rest_is_shown(tmp_path):
                            (10, "not whole JSON")):
         assert f"results.jsonl, line {number}, is not a results line ({reason}); left out" in text
     assert "results left out: 1 of pca, which has no table here" in text and "line 8" not in text
+    assert not is_finished(tmp_path, "linear", {"task": "classify", "name": "ibot", "made_with": "x"})
 
 
 @pytest.mark.parametrize("task", LINES)

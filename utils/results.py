@@ -92,12 +92,9 @@ def append_text(path: Path, text: str) -> None:
 def is_finished(folder: Path, probe: str, line: dict) -> bool:
     """Whether results.jsonl has the line of a run's probe. line: its start, with "made_with", a digest of all that its
     figures depend on."""
-    path, keys = folder / "results.jsonl", ("task", "name", "made_with")
-    for text in path.read_text().splitlines() if path.is_file() else ():
-        with suppress(ValueError, AttributeError):
-            found = json.loads(text)
-            if found.get("probe") == probe and all(found.get(key) == line[key] for key in keys):
-                return True
+    same = {"probe": probe, **{key: line[key] for key in ("task", "name", "made_with")}}
+    with suppress(UserError):
+        return any(result | same == result for result in read_results(folder)[0])
     return False
 
 
