@@ -1,7 +1,7 @@
 """How long probing takes: the plain way (encode every epoch, textbook heads), two epochs scaled, against classify.py.
 
     python tests/bench_classify.py                                  on a GPU the size of CUB, from JPEG files drawn here
-    python tests/bench_classify.py --images 90 --precision fp32     what a CPU can do in minutes
+    python tests/bench_classify.py --images 90                      on a CPU minutes (by default 10 images)
     python tests/bench_classify.py --data-path CUB_200_2011         a real data set in place of drawn files
 
 Prints one table, the floors beside it, and memory peaks. Aims: at least 50 times for each probe; ours at most 1.3
@@ -150,7 +150,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--data-path", type=Path, help="a folder CUB_200_2011; without it files are drawn")
-    parser.add_argument("--images", type=int, default=11_730 if cuda else 90, help="to draw (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=11_730 if cuda else 10, help="to draw (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--epochs", type=int, default=90)
     parser.add_argument("--batch-size", type=int)

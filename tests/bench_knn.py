@@ -1,7 +1,7 @@
 """How long the neighbours of dense nearest-neighbour segmentation take, beside the plain way, and what it all costs.
 
     python tests/bench_knn.py                                     on a GPU: 32,768 queries, 262,144 patches in memory
-    python tests/bench_knn.py --device cpu --queries 2048 --memory-size 32768
+    python tests/bench_knn.py --device cpu                        1,024 queries, 32,768 patches
 
 The plain way holds all similarities of the queries and takes torch.topk of them. Vectors are noise around common
 directions, so that neighbours are close as those of real patches are. Not a test: pytest does not collect it.
@@ -67,9 +67,11 @@ def measured(function, device):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--queries", type=int, default=32_768)
-    parser.add_argument("--memory-size", type=int, default=262_144)
+    parser.add_argument("--queries", type=int, help="(default: 32768, on a CPU 1024)")
+    parser.add_argument("--memory-size", type=int, help="(default: 262144, on a CPU 32768)")
     args = parser.parse_args()
+    args.queries = args.queries or (32_768 if args.device == "cuda" else 1024)
+    args.memory_size = args.memory_size or (262_144 if args.device == "cuda" else 32_768)
     device = torch.device(args.device)
     queries, memory = (directions(count, WIDTH, device, seed)
                        for seed, count in enumerate((args.queries, args.memory_size)))

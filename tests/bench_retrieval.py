@@ -22,7 +22,7 @@ from sklearn.metrics import average_precision_score
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.cub import load_cub
 from datasets.synthetic import load_synthetic_patches
-from models import build_model
+from models import build_model, compile_blocks
 from retrieval import average_precision, encode_patches, mean_average_precision
 from utils.run import autocast
 
@@ -86,13 +86,14 @@ def encoder(device, batch, compiled):
     rate = matrix_rate(device, torch.bfloat16, 8192 if device.type == "cuda" else 2048)
     print(f"{device}: bf16 products {rate / 1e12:.2f} TFLOP/s; ViT-B/16 at 224, batches of {batch}")
     first = None
-    for precision in ("fp32", "bf16", "fp16"):
-        for way in ("eager", "compiled") if compiled else ("eager",):
-            run = torch.compile(model) if way == "compiled" else model
+    for way in ("eager", "compiled") if compiled else ("eager",):
+        if way == "compiled":
+            compile_blocks(model, 224, "bf16", print)
+        for precision in ("fp32", "bf16", "fp16"):
 
-            def forward(run=run, precision=precision):
+            def forward(precision=precision):
                 with torch.inference_mode(), autocast(device, precision):
-                    run(model.preprocess(images))
+                    model(model.preprocess(images))
 
             per_second = batch / seconds(forward, device)
             first = first or per_second
@@ -138,23 +139,24 @@ def main():
     parser.add_argument("what", choices=("ranking", "encoder", "timm", "precision"))
     parser.add_argument("--sizes", type=int, nargs="+", help="rows (default: 4000; on CUDA 30543 and 150000 too)")
     parser.add_argument("--sample", type=int, default=50, help="queries of the plain way")
-    parser.add_argument("--batch-size", type=int, help="(default: 16, on CUDA 512)")
+    parser.add_argument("--batch-size", type=int, help="(default: 4, on CUDA 512)")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too: minutes on a CPU")
     parser.add_argument("--model", default="ibot")
     parser.add_argument("--weights", default="random")
     parser.add_argument("--num-heads", type=int)
     parser.add_argument("--data-path", help="CUB_200_2011 (default: synthetic)")
-    parser.add_argument("--num-images", type=int, default=60)
+    parser.add_argument("--num-images", type=int, help="(default: 60, on a CPU 6)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.what == "ranking":
         ranking(device, args.sizes or ([4000, 30543, 150000] if device.type == "cuda" else [4000]), args.sample)
     elif args.what == "encoder":
-        encoder(device, args.batch_size or (512 if device.type == "cuda" else 16), args.compiled)
+        encoder(device, args.batch_size or (512 if device.type == "cuda" else 4), args.compiled)
     elif args.what == "timm":
         timm_path(device, args.batch_size or (256 if device.type == "cuda" else 2))
     else:
-        precision(device, args.model, args.weights, args.num_heads, args.data_path, args.num_images)
+        precision(device, args.model, args.weights, args.num_heads, args.data_path,
+                  args.num_images or (60 if device.type == "cuda" else 6))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How long an iteration of segment.py takes, stage by stage, and how fast its data path is beside PIL and NumPy.
 
     python tests/bench_segment.py                        on a GPU: batch 16, crops of 512, 209 classes, ViT-B/16
-    python tests/bench_segment.py --device cpu --batch-size 1
+    python tests/bench_segment.py --device cpu           batch 1
 
 The images are noise of ADE20K's usual size, 512 x 683. Not a test: pytest does not collect it.
 """
@@ -141,11 +141,13 @@ def compare_data_paths(batch_size, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, help="(default: 16, on a CPU 1)")
     parser.add_argument("--classes", type=int, default=209)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, help="(default: 20, on a CPU 3)")
     parser.add_argument("--only-data", action="store_true", help="the comparison on the CPU and nothing else")
     args = parser.parse_args()
+    args.batch_size = args.batch_size or (16 if args.device == "cuda" else 1)
+    args.repeats = args.repeats or (20 if args.device == "cuda" else 3)
     compare_data_paths(4, min(args.repeats, 5))
     if args.only_data:
         return

@@ -32,7 +32,7 @@ from models.timm_vit import TimmEncoder
 from models.transfer import transfer_keypoints
 from utils import UserError
 from utils.distributed import init_processes
-from utils.run import autocast, log_waiting
+from utils.run import autocast, exit_with_one_line_errors, log_waiting
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -102,6 +102,16 @@ def test_more_processes_than_gpus_are_one_line(machine_with_two_gpus, monkeypatc
     with pytest.raises(UserError, match=r"^3 processes were .* 2 GPU\(s\).*use --nproc-per-node 2, or --device cpu$"):
         init_processes("auto")
     assert not machine_with_two_gpus and init_processes("cpu") == CPU
+
+
+def test_the_end_with_nccl_waits_for_no_threads(monkeypatch):
+    left = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append("destroyed"))
+    monkeypatch.setattr(os, "_exit", left.append)
+    exit_with_one_line_errors(lambda: left.append("ran"))
+    assert left == ["ran", 0]
 
 
 # The encoder's weights in the run's precision
