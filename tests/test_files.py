@@ -61,7 +61,7 @@ def make_special(path, kind):
     elif kind == "folder":
         path.mkdir()
     elif kind == "device":
-        path.symlink_to("/dev/zero")
+        path.symlink_to("/dev/null")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device"])

@@ -150,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     if not options["source"].is_dir():
         raise UserError(f"--source {options['source']} is not a folder; give the unpacked release")
+    options.pop("changed")  # for tables
     FUNCTIONS[options.pop("dataset")](**options)
 
 
