@@ -199,11 +199,13 @@ def test_figure_6_puts_objects_and_parts_of_any_data_set_side_by_side(tmp_path):
     write(tmp_path, *(line_of("segment", {**own, "dataset": f"new-{kind}", "mIoU": iou})
                       for kind, iou in (("object", 60.0), ("part", 40.0))),
           line_of("segment", {**own, "dataset": "folder"}), line_of("segment", {"model": "ibot", "mIoU": 30.0}),
+          line_of("segment", {"model": "ibot", "mIoU": 20.0, "probe": "knn"}),
           line_of("retrieval", {"model": "ibot", **given(epochs=3)}), line_of("transfer", own))
     panels = figure6_panels(tmp_path)
     assert list(panels) == ["ade20k", "pascal", "new in my-parts/x-part (not in the paper)", "Part retrieval, cub: AP",
                             "Keypoint transfer, spair in my-parts/x-part: PCK@0.1"]
     assert dict(panels["ade20k"])["iBOT"] == [55.2, None, 32.2, 30.0] and len(panels["pascal"]) == 7
+    assert dict(panels["ade20k"])["iBOT\n(knn)"] == [None, None, None, 20.0]
     assert panels["new in my-parts/x-part (not in the paper)"] == [("mine", [None, 60.0, None, 40.0])]
     assert dict(panels["Part retrieval, cub: AP"])["iBOT\n(epochs 3)"] == [None, None, None, 51.25]
     assert len(panels["Part retrieval, cub: AP"]) == 8

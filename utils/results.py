@@ -307,6 +307,12 @@ def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]
     is none: what utils.drawing.draw_figure6 draws. Besides the paper's panels, those of other parts that were segmented
     and of retrieval and transfer. Raises UserError without results."""
     runs, wanted, panels = runs_of(folder, TASKS)[0], {}, {}
+
+    def bar(run):
+        # Another probe of segmentation than the paper's has a bar of its own.
+        probe = [] if run.task != "segment" or "linear mIoU" in run.figures else [next(iter(run.figures)).split()[0]]
+        return run.name, ", ".join(filter(None, [*probe, run.row[1]]))
+
     for dataset in [*PAPER["segment"], *(run.dataset for run in runs if run.task == "segment")]:
         if found := re.fullmatch(r"(\S+)-part( in .*)?", dataset):
             title = found[1] + (found[2] or "") + " (not in the paper)" * (dataset not in PAPER["segment"])
@@ -318,7 +324,7 @@ def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]
         for kind in kinds:
             published = PAPER.get(kind[0], {}).get(kind[1], {"figures": {}})["figures"] if kind else {}
             columns += [{(model, ""): figure for model, figure in next(iter(published.values()), {}).items()},
-                        {run.row: next(iter(run.figures.values())) for run in runs if run[:2] == kind}]
+                        {bar(run): next(iter(run.figures.values())) for run in runs if run[:2] == kind}]
         rows = sorted(set().union(*columns), key=lambda row: (bool(row[1]), place(row[0]), row[1]))
         panels[title] = [(with_marks(PAPER["models"].get(row[0], row[0]), row[1], "\n"),
                           [column.get(row) for column in columns]) for row in rows]
