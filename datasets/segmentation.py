@@ -159,10 +159,8 @@ class FolderSplit:
 class SyntheticSplit:
     """Images drawn by code, with part or object masks. Each is drawn once."""
 
-    background = 0  # the label of what is no class
-
     def __init__(self, kind: str, split: str):
-        self.kind, self.split = kind, split
+        self.kind, self.split, self.background = kind, split, 0
         self.names = PART_NAMES if kind == "part" else OBJECT_NAMES
         self.num_classes = len(self.names)
         self.numbers: Sequence[int] = range(NUM_IMAGES[split])

@@ -103,23 +103,20 @@ def geometric_spline(old: int, new: int) -> np.ndarray:
 
 def cubic_spline(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """The matrix [wanted, known] of cubic spline interpolation with not-a-knot ends, from values at the known points
-    (ascending, at least four) to those at the wanted points."""
-    count, steps = len(known), np.diff(known)
-    # Unknowns: the second derivatives. First derivatives are continuous at all inner points, third derivatives at the
-    # second and the last but one.
-    left, right = np.zeros((count, count)), np.zeros((count, count))
-    for i in range(1, count - 1):
-        left[i, i - 1:i + 2] = steps[i - 1] / 6, (steps[i - 1] + steps[i]) / 3, steps[i] / 6
-        right[i, i - 1:i + 2] = 1 / steps[i - 1], -1 / steps[i - 1] - 1 / steps[i], 1 / steps[i]
-    left[0, :3] = -1 / steps[0], 1 / steps[0] + 1 / steps[1], -1 / steps[1]
-    left[-1, -3:] = -1 / steps[-2], 1 / steps[-2] + 1 / steps[-1], -1 / steps[-1]
-    curvature, values = np.linalg.solve(left, right), np.eye(count)
-    start = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, count - 2)
-    step = steps[start][:, None]
-    after = (wanted - known[start])[:, None] / step
-    before = 1 - after
-    bend = (before**3 - before) * curvature[start] + (after**3 - after) * curvature[start + 1]
-    return before * values[start] + after * values[start + 1] + bend * step**2 / 6
+    (ascending, at least four) to those at the wanted points, none of which is outside of the known ones."""
+    knots = np.concatenate([[known[0]] * 4, known[2:-2], [known[-1]] * 4])
+
+    def basis(points):
+        """The cubic B-splines at the points, [points, known], by de Boor's recursion."""
+        interval = np.clip(np.searchsorted(knots, points, side="right") - 1, 3, len(known) - 1)
+        values = np.eye(len(knots) - 1)[interval]
+        for degree in (1, 2, 3):
+            width = knots[degree:] - knots[:-degree]
+            share = (points[:, None] - knots[:-degree]) / np.where(width > 0, width, 1)
+            values = share[:, :-1] * values[:, :-1] + (1 - share[:, 1:]) * values[:, 1:]
+        return values
+
+    return np.linalg.solve(basis(known).T, basis(wanted).T).T
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:

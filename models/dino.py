@@ -17,10 +17,7 @@ from .encoder import (
 
 URL = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain"
 NESTING = ""  # of the weights in the backbone file
-OFFICIAL = {
-    "backbone": {"url": f"{URL}.pth"},
-    "full": {"url": f"{URL}_full_checkpoint.pth"},
-}
+OFFICIAL = {"backbone": {"url": f"{URL}.pth"}, "full": {"url": f"{URL}_full_checkpoint.pth"}}
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str = "teacher") -> Encoder:

@@ -20,9 +20,7 @@ from .encoder import (
 )
 
 NESTING = "state_dict"  # of the weights in the backbone file
-OFFICIAL = {
-    "backbone": {"url": "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"},
-}
+OFFICIAL = {"backbone": {"url": "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"}}
 NUM_HEADS = {"vit_small": 12, "vit_base": 12}  # by the file's arch
 
 

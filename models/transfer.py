@@ -230,7 +230,7 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
 def draw_transfer(source: Image.Image, target: Image.Image, source_points: torch.Tensor, predicted: torch.Tensor,
                   points: torch.Tensor, right: torch.Tensor, side: int = 320) -> Image.Image:
     """Two images in squares side by side, a line from every keypoint to its prediction: green where right [n], red
-    where wrong, with a white ring at the true place. Points [n, 2] in pixels of their own image."""
+    where wrong, with a white disc at the true place. Points [n, 2] in pixels of their own image."""
     canvas = Image.new("RGB", (2 * side, side), "white")
     places = []
     for left, image, marks in ((0, source, [source_points]), (side, target, [predicted, points])):
@@ -241,10 +241,7 @@ def draw_transfer(source: Image.Image, target: Image.Image, source_points: torch
     for start, end, true, good in zip(*places, right.tolist(), strict=True):
         if not good:
             draw.line((*end, *true), fill="white")
-            # A dark edge: many backgrounds are white.
-            for radius, colour in ((5, "black"), (4, "white")):
-                draw.ellipse([true[0] - radius, true[1] - radius, true[0] + radius, true[1] + radius], outline=colour,
-                             width=2)
+            draw.ellipse([true[0] - 4, true[1] - 4, true[0] + 4, true[1] + 4], fill="white", outline="black")
         draw.line((*start, *end), fill="lime" if good else "red", width=2)
         draw.ellipse([start[0] - 3, start[1] - 3, start[0] + 3, start[1] + 3], fill="yellow", outline="black")
     return canvas

@@ -184,9 +184,9 @@ def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndar
     labels.putpalette(np.vstack([[UNLABELLED], colours])[1 - first_label:].astype(np.uint8).tobytes())
     scale = 512 / max(truth.shape)
     height, width = (max(1, round(side * scale)) for side in truth.shape)
-    pixels = {label: int((truth == label).sum()) for label in np.union1d(truth, pred).tolist() if label < len(names)}
-    legend = [(names[label] + ("" if pixels[label] else " (predicted only)"), tuple(colours[label].tolist()))
-              for label in sorted(pixels, key=lambda label: -pixels[label])]
+    present = sorted(np.union1d(truth[truth < len(names)], pred).tolist(), key=lambda label: -(truth == label).sum())
+    legend = [(names[label] + " (predicted only)" * (label not in truth), tuple(colours[label].tolist()))
+              for label in present]
     legend += [("not labelled; predictions there are pale", UNLABELLED)] * int((truth == 255).any())
     font, line = ImageFont.load_default(13), 18
     column = 30 + math.ceil(max(font.getlength(text) for text, _ in legend))
@@ -197,9 +197,8 @@ def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndar
     pred = colours[pred]
     pred[truth == 255] = 0.2 * pred[truth == 255] + 0.8 * 255
     truth = np.vstack([colours, [UNLABELLED]]).astype(np.uint8)[np.minimum(truth, len(names))]
-    for i, (title, panel, sampling) in enumerate((("image", image, Image.Resampling.BICUBIC),
-                                                  ("ground truth", truth, Image.Resampling.NEAREST),
-                                                  ("prediction", pred, Image.Resampling.NEAREST))):
+    for i, (title, panel) in enumerate({"image": image, "ground truth": truth, "prediction": pred}.items()):
+        sampling = Image.Resampling.NEAREST if i else Image.Resampling.BICUBIC
         draw.text((i * (width + 10) + 4, 4), title, fill="black", font=font)
         sheet.paste(Image.fromarray(panel).resize((width, height), sampling), (i * (width + 10), 24))
     for i, (text, colour) in enumerate(legend):

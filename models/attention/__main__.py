@@ -65,7 +65,6 @@ from .plots import summary_table, write_plots
 # What the table and the plots take from a results line.
 NEEDED = ("weights", "part", "mask_ratio", "num_images", "patch_size", "distance_pixels", "distance_pixels_uniform",
           "map_similarity", "receptive_field")
-MASK_RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 
 def image_noise(ids: Sequence[int], seed: int, sizes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
@@ -164,8 +163,8 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("attention (--dataset imagenet: any folder of images)")
     group.add_argument("--num-images", type=positive_int, default=256, metavar="N",
                        help="drawn by the seed (default: %(default)s)")
-    group.add_argument("--mask-ratios", type=non_negative_float, nargs="+", default=MASK_RATIOS, metavar="R",
-                       help="of MAE's decoder (default: 0 0.25 0.5 0.75 0.9)")
+    group.add_argument("--mask-ratios", type=non_negative_float, nargs="+", default=(0.0, 0.25, 0.5, 0.75, 0.9),
+                       metavar="R", help="of MAE's decoder (default: 0 0.25 0.5 0.75 0.9)")
     group.add_argument("--queries", type=non_negative_int, default=1, metavar="N",
                        help="per image, for the receptive fields; 0: none of them (default: %(default)s)")
     group.add_argument("--encoder-only", action="store_true", help="leave MAE's decoder out; the base file is enough")

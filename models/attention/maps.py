@@ -79,12 +79,6 @@ def watch_attention(blocks: Sequence[nn.Module], receive: Callable) -> Iterator[
         yield
 
 
-def patch_distances(height: int, width: int) -> torch.Tensor:
-    """Euclidean distances between the patch centres of a grid, row by row, in patches: [N, N]."""
-    centres = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
-    return (centres[:, None] - centres).square().sum(2).sqrt()
-
-
 def pair_similarity(unit_sum: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
     """The mean cosine similarity of all pairs of `count` unit vectors, from their sum [..., D]: its squared length is
     count plus twice the sum over pairs. Not finite for fewer than two vectors."""
@@ -139,7 +133,9 @@ class Sums:
                  decoder: bool = False):
         self.blocks, self.grid, self.prefix, self.decoder = blocks, grid, prefix, decoder
         layers, heads, count = len(blocks), blocks[0].attn.num_heads, grid[0] * grid[1]
-        self.distances = patch_distances(*grid).to(device)
+        # Between the centres of patches, in patches: [N, N].
+        centres = torch.cartesian_prod(*map(torch.arange, grid)).float()
+        self.distances = (centres[:, None] - centres).square().sum(2).sqrt().to(device)
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         # Two groups of queries: tokens of visible patches, mask tokens.
         self.distance, self.queries = zeros(2, layers, heads), zeros(2, layers, 1)
