@@ -28,7 +28,6 @@ from datasets.classification import (
     images_with,
     open_classification,
 )
-from datasets.coco import KeypointFiles
 from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
@@ -443,7 +442,7 @@ def main() -> None:
     # Data and encoder
     train, test = open_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images,
                                       args.image_size, args.keypoints,
-                                      KeypointFiles(args.annotations, args.images, args.category), args.seed)
+                                      (args.annotations, args.images, args.category), args.seed)
     held_out = hold_out(train, args.seed) if args.select == "held-out" else torch.zeros(train.num_patches).bool()
     options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
     encoder = load_encoder(args, device, log, projector=False, **options)

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.coco import KeypointFiles
 from datasets.imagenet import GRID_BOXES, overlap, query_image, shown_patch
 from datasets.pairs import PAIR_DATASETS, PairDataset, load_pairs
 from datasets.patches import PatchDataset
@@ -490,7 +489,7 @@ def main() -> None:
     else:
         dataset = open_retrieval(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
                                  args.seed, args.skip_bad_images, args.image_size,
-                                 KeypointFiles(args.annotations, args.images, args.category))
+                                 (args.annotations, args.images, args.category))
         # The paper's table has a projected column wherever the official full file has a projector.
         official = args.weights == "official" and args.model in WITH_PROJECTOR
         projector = "projected" in args.features if args.features else official or None

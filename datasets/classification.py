@@ -9,7 +9,7 @@ import torch
 from utils import UserError
 
 from . import check_data_path
-from .coco import NO_FILES, KeypointFiles, load_coco, open_keypoints
+from .coco import load_coco, open_keypoints
 from .cub import load_cub
 from .imagenet import load_image_folder
 from .patches import PatchDataset, resize_center_crop, resize_square
@@ -21,7 +21,7 @@ CLASSIFICATION_IMAGES = ("imagenet", "folder", "synthetic-species")
 
 def open_classification(name: str, data_path: Path | None, crop_scale: float = 0.5,
                         skip_bad_images: bool = False, image_size: int = 224, keypoints: Sequence[str] | None = None,
-                        files: KeypointFiles = NO_FILES, seed: int = 0) -> tuple[PatchDataset, PatchDataset]:
+                        files: Sequence = (None, None, None), seed: int = 0) -> tuple[PatchDataset, PatchDataset]:
     """(training set, test set), with Resize(256) and CenterCrop(224), but Resize(224) for the test set of
     CLASSIFICATION_PARTS; other image sizes in proportion. Test labels are indices into the training set's classes.
 

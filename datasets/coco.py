@@ -6,7 +6,6 @@ import math
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from utils import UserError
 
@@ -14,17 +13,6 @@ from .files import path_below
 from .patches import PatchDataset, Transform, choose_keypoints, keypoint_patches
 
 KEYPOINTS = (1, 11, 16)  # nose, right wrist, left ankle: the paper's three, in its order
-
-
-class KeypointFiles(NamedTuple):
-    """A data set of the user's own: files of COCO keypoints, the folder of all their images or one for each, and names
-    of categories."""
-    annotations: Sequence[Path] | None = None
-    images: Sequence[Path] | None = None
-    categories: Sequence[str] | None = None
-
-
-NO_FILES = KeypointFiles()
 
 
 def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int | str] = KEYPOINTS,
@@ -45,8 +33,9 @@ def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int | 
     return load_keypoints(annotations, folder, None, keypoints, crop_scale, transform, skip_bad_images)
 
 
-def open_keypoints(files: KeypointFiles, most: int, **options) -> list[PatchDataset]:
-    """load_keypoints (options: its) of each of 1 to most annotation files. Raises UserError."""
+def open_keypoints(files: Sequence, most: int, **options) -> list[PatchDataset]:
+    """load_keypoints (options: its) of each of 1 to most annotation files. files: what --annotations, --images (one
+    folder for all or one for each) and --category say, each a list or None. Raises UserError."""
     annotations, images, categories = files
     if not annotations or not images:
         raise UserError("--dataset keypoints needs --annotations FILE (COCO keypoints, JSON) and --images DIR")
@@ -115,7 +104,7 @@ def read_keypoints(path: Path, categories: Sequence[str] | None = None,
         if different := [category["name"] for category in chosen if category.get("keypoints") != names]:
             raise UserError(f"{path}: the categories {chosen[0]['name']} and {different[0]} have different keypoints; "
                             f"choose --category from {', '.join(known)} (--dataset keypoints)")
-        if not all(isinstance(name, str) for name in names):
+        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             refuse(f"the names of its keypoints are {str(names)[:40]}")
         for image, name in content["images"]:
             if image in file_names:
@@ -126,6 +115,8 @@ def read_keypoints(path: Path, categories: Sequence[str] | None = None,
         numbers, objects, ids = {category["id"] for category in chosen}, [], set()
         for image, annotation, category, values in content["annotations"]:
             if category not in numbers:
+                if category not in {entry["id"] for entry in known.values()}:
+                    refuse(f"annotation {annotation} is of category {category}, which is not listed once")
                 continue
             if image not in file_names or len(values) != 3 * len(names):
                 refuse(f"annotation {annotation} has {len(values)} keypoint values, of image {image}; expected "

@@ -67,7 +67,6 @@ def list_images(folder: str | Path, num_images: int | None = None, seed: int = 0
 def central(image: Image.Image, scale: int = 1) -> Image.Image:
     """The 224 x 224 image that GRID_BOXES divides: short side 256, bicubic, central crop; both times scale."""
     from torchvision import transforms
-
     return transforms.CenterCrop(224 * scale)(transforms.Resize(256 * scale, Image.BICUBIC)(image))
 
 

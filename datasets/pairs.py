@@ -66,7 +66,6 @@ class PairDataset:
     def __init__(self, pairs: Iterable[Pair], image_size: int, load: Callable | None = None,
                  size: Callable | None = None):
         from torchvision import transforms  # as in patches.py
-
         self.pairs, self.image_size = sorted(pairs, key=lambda pair: pair.category), image_size
         if not self.pairs:
             raise UserError("there is no pair of images that share keypoints; check the data set and the split")

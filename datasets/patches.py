@@ -65,14 +65,12 @@ def patch_image(path: str, points: Sequence[Sequence[float]], labels: Sequence[i
 def resize_square(size: int = 224) -> Transform:
     """The published transform of part patches, which are square: bicubic (Pillow). PIL -> uint8 [3, size, size]."""
     from torchvision import transforms
-
     return transforms.Compose([transforms.Resize(size, Image.BICUBIC), transforms.PILToTensor()])
 
 
 def resize_center_crop(resize: int = 256, crop: int = 224) -> Transform:
     """Bicubic (Pillow) to a short side of resize, then the central crop. PIL image -> uint8 [3, crop, crop]."""
     from torchvision import transforms
-
     return transforms.Compose([transforms.Resize(resize, Image.BICUBIC), transforms.CenterCrop(crop),
                                transforms.PILToTensor()])
 
@@ -80,7 +78,6 @@ def resize_center_crop(resize: int = 256, crop: int = 224) -> Transform:
 def random_crop_flip(size: int = 224) -> Transform:
     """RandomResizedCrop (bicubic) and horizontal flip. PIL image -> uint8 [3, size, size]."""
     from torchvision import transforms
-
     crop = transforms.RandomResizedCrop(size, interpolation=Image.BICUBIC)
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 

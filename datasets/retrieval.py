@@ -6,7 +6,7 @@ from pathlib import Path
 from utils import UserError
 
 from . import check_data_path
-from .coco import NO_FILES, KeypointFiles, load_coco, open_keypoints
+from .coco import load_coco, open_keypoints
 from .cub import load_cub
 from .imagenet import list_images, load_grid
 from .patches import PatchDataset, PatchImage, resize_center_crop, resize_square
@@ -18,13 +18,13 @@ RETRIEVAL_DATASETS = (*LOADERS, "keypoints", "imagenet", "synthetic")
 
 def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
                    num_images: int | None, seed: int, skip_bad_images: bool, image_size: int = 224,
-                   files: KeypointFiles = NO_FILES) -> PatchDataset:
+                   files: Sequence = (None, None, None)) -> PatchDataset:
     """The patches of one of RETRIEVAL_DATASETS: all of CUB, COCO's training set, the keypoints of one of the user's
     files, the grid of any images, or synthetic.
 
     keypoints: numbers or names (synthetic: names), ["all"], or None for the paper's (of files: all). num_images: drawn
-    by the seed, of imagenet (default all) and synthetic (30). Raises UserError for an unknown keypoint, and files that
-    are missing or wrong.
+    by the seed, of imagenet (default all) and synthetic (30). files: as of open_keypoints. Raises UserError for an
+    unknown keypoint, and files that are missing or wrong.
     """
     check_data_path(name, data_path)
     options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images, "transform": resize_square(image_size)}

@@ -44,7 +44,6 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
         method = importlib.import_module(f".{name}", __name__)
     elif ".py:" not in name:
         from .timm_vit import suggestion
-
         raise CheckpointError(f"unknown model {name!r}: take one of {', '.join(METHODS)}, FILE.py:FUNCTION or timm/NAME"
                               f"{suggestion(name, METHODS)}")
 

@@ -285,7 +285,6 @@ def plain_vit(state: Mapping[str, torch.Tensor], num_heads: int | None) -> nn.Mo
     """timm's VisionTransformer with the weights of an official file of DeiT, MoCo v3, DINO, MAE or iBOT: one qkv bias,
     no LayerScale, LayerNorm epsilon 1e-6, position embedding with a class-token row."""
     from timm.models.vision_transformer import VisionTransformer
-
     shape = vit_shape(state, num_heads)
     if "pos_embed" not in state:
         raise CheckpointError("missing keys: pos_embed")
@@ -300,7 +299,6 @@ def plain_vit(state: Mapping[str, torch.Tensor], num_heads: int | None) -> nn.Mo
 def random_vit(**options) -> nn.Module:
     """timm's VisionTransformer, an untrained ViT-B/16 with its initialisation."""
     from timm.models.vision_transformer import VisionTransformer
-
     return VisionTransformer(num_classes=0, norm_layer=layer_norm, **options)
 
 
@@ -308,7 +306,6 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
     """A fixed 2-d sine-cosine position embedding with class row 0, [1, 1 + grid * grid, width], for untrained encoders.
     Trained ones read theirs from the file: the order of sines, cosines and axes differs between methods."""
     from timm.layers import build_sincos2d_pos_embed
-
     table = build_sincos2d_pos_embed([grid, grid], width)
     return torch.cat([torch.zeros(1, 1, width), table[None]], dim=1)
 

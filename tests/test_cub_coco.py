@@ -15,7 +15,7 @@ from PIL import Image
 import classify
 import retrieval
 from datasets.classification import CLASSIFICATION_IMAGES, CLASSIFICATION_PARTS, open_classification
-from datasets.coco import KeypointFiles, load_coco, read_keypoints
+from datasets.coco import load_coco, read_keypoints
 from datasets.cub import load_cub
 from datasets.retrieval import RETRIEVAL_DATASETS, open_retrieval
 from datasets.segmentation import PROTOCOLS, open_segmentation
@@ -354,6 +354,9 @@ def test_coco_malformed_json_names_the_line(coco):
     (lambda c: c.pop("images"), ["not a COCO keypoints file", "'images'"]),
     (lambda c: c["categories"].append({"id": 2, "name": "bicycle"}), ["person and bicycle", "different keypoints"]),
     (lambda c: c["categories"][0].pop("keypoints"), ["not a COCO keypoints file", "'keypoints'"]),
+    (lambda c: c["annotations"][0].update(category_id=5), ["annotation 1 is of category 5", "not listed once"]),
+    (lambda c: c["categories"].append(c["categories"][0] | {"id": 2}), ["is of category 1", "not listed once"]),
+    (lambda c: c["categories"][0]["keypoints"].__setitem__(0, "joint2"), ["names of its keypoints"]),
     (lambda c: c.update(annotations=[]), ["no patch of the keypoints 1, 11, 16 is left"]),
 ])
 def test_coco_other_json(coco, spoil, words):
@@ -388,15 +391,19 @@ def test_coco_outlines_are_dropped_while_reading(coco):
     assert peak < 3 * path.stat().st_size
 
 
+def own_files(annotations=None, images=None, category=None):
+    return annotations, images, category
+
+
 @needs_coco
 def test_the_person_file_as_ones_own_gives_the_patches_of_coco():
     files = [COCO / f"annotations/person_keypoints_{split}2017.json" for split in ("train", "val")]
     folders = [COCO / f"images/{split}2017" for split in ("train", "val")]
     ours = open_retrieval("keypoints", None, ["nose", "11", "left_ankle"], 0.5, None, 0, False,
-                          files=KeypointFiles(files[:1], folders[:1]))
+                          files=own_files(files[:1], folders[:1]))
     official = load_coco(COCO)
     assert ours.images == official.images and ours.classes == official.classes == ["nose", "right_wrist", "left_ankle"]
-    both = open_classification("keypoints", None, keypoints=["1", "11", "16"], files=KeypointFiles(files, folders))
+    both = open_classification("keypoints", None, keypoints=["1", "11", "16"], files=own_files(files, folders))
     for found, expected in zip(both, open_classification("coco", COCO), strict=True):
         assert found.images == expected.images and torch.equal(found.labels, expected.labels)
         assert repr(found.transform) == repr(expected.transform)
@@ -425,7 +432,7 @@ def test_several_categories(zoo):
     """Those that share their keypoints are pooled by the keypoint's name; others are an error until one is chosen."""
     def dataset(categories, keypoints=None):
         return open_retrieval("keypoints", None, keypoints, 0.5, None, 0, False,
-                              files=KeypointFiles(zoo[:1], zoo[1:], categories))
+                              files=own_files(zoo[:1], zoo[1:], categories))
     pooled = dataset(["cat", "dog"])
     assert pooled.classes == ["eye", "tail", "paw"] and len(pooled) == 9 and pooled.num_patches == 27
     assert [Path(image.path).name for image in dataset(["dog"]).images] == ["2.png", "4.png", "6.png", "8.png"]
@@ -437,7 +444,7 @@ def test_several_categories(zoo):
 
 def test_one_file_is_split_by_image(zoo):
     def split(seed, **options):
-        files = KeypointFiles(zoo[:1], zoo[1:], ["cat", "dog"])
+        files = own_files(zoo[:1], zoo[1:], ["cat", "dog"])
         return [[image.path for image in part.images]
                 for part in open_classification("keypoints", None, files=files, seed=seed, **options)]
     train, test = split(0)
@@ -448,7 +455,7 @@ def test_one_file_is_split_by_image(zoo):
 
 def test_files_that_do_not_fit_are_one_line(zoo, tmp_path):
     def opened(*files):
-        return open_retrieval("keypoints", None, None, 0.5, None, 0, False, files=KeypointFiles(*files))
+        return open_retrieval("keypoints", None, None, 0.5, None, 0, False, files=own_files(*files))
     expect_line(["--annotations takes one FILE", "2 and 1 were given"], opened, [zoo[0]] * 2, zoo[1:])
     expect_line(["none.json does not exist"], opened, [tmp_path / "none.json"], zoo[1:])
     expect_line(["nowhere does not exist"], opened, zoo[:1], [tmp_path / "nowhere"])

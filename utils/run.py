@@ -225,11 +225,9 @@ def add_keypoint_arguments(parser: argparse.ArgumentParser, files: str) -> None:
                        help="numbers from 1 or names, or all (default: the paper's; of --dataset keypoints all)")
     group.add_argument("--annotations", type=Path, nargs="+", metavar="FILE",
                        help=f"--dataset keypoints: your own, in COCO's form (JSON): {files}")
-    group.add_argument("--images", type=Path, nargs="+", metavar="DIR",
-                       help="--dataset keypoints: the folder that file_name counts from, one or one for each FILE")
+    group.add_argument("--images", type=Path, nargs="+", metavar="DIR", help="their folder, or one for each FILE")
     group.add_argument("--category", nargs="+", metavar="NAME",
-                       help="--dataset keypoints: of these categories alone; several are pooled, and must have the "
-                            "same keypoints (default: all)")
+                       help="of these alone; several are pooled and must have the same keypoints (default: all)")
 
 
 def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float]:

@@ -66,7 +66,6 @@ def watch_attention(blocks: Sequence[nn.Module], receive: Callable) -> Iterator[
     # As in models/encoder.py.
     from timm.models.beit import Attention as BeitAttention
     from timm.models.vision_transformer import Attention as VitAttention
-
     modules = [getattr(block, "attn", block) for block in blocks]
     # By exact type: a subclass may compute its weights differently.
     unknown = [type(attn) for attn in modules if type(attn) not in (VitAttention, BeitAttention)]
