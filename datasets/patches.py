@@ -4,6 +4,7 @@ Source of the rule and of the transforms: the authors' code of part retrieval (p
 patches have sides of about d / 2, where the paper's text says d: crop_scale 0.5 and 1.0.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from utils import UserError
+from utils.distributed import environment
 from utils.provenance import digest, files_digest
+from utils.run import WORKER_LOST, log_once
 
 from .files import BAD_IMAGE, read_rgb, reason
 
@@ -24,6 +27,8 @@ Transform = Callable[[Image.Image], torch.Tensor]
 # Workers send groups of at most about this many patches: the cost of a transfer hardly depends on its size (64 cost the
 # receiving process a fifth less than 16).
 PATCHES_PER_GROUP = 64
+# Groups that a worker may have made before one is taken, and the seconds that one may take.
+PREFETCH, PATIENCE = 2, 600
 
 
 def select_keypoints(points, crop_scale: float = 0.5, minimum: float = 20.0,
@@ -147,7 +152,12 @@ class PatchDataset(Dataset):
         size = min(PATCHES_PER_GROUP, max(16, int(counts.sum()) // (4 * max(1, workers))))
         group = (counts.cumsum(0) - counts) // size
         groups = indices.split(group.unique_consecutive(return_counts=True)[1].tolist())
-        loader = DataLoader([one.tolist() for one in groups], None, num_workers=workers, collate_fn=self._load_group)
+        if workers:
+            largest = max(int(self.first_id.diff()[one].sum()) for one in groups)
+            with torch.random.fork_rng(devices=[]):
+                workers = workers_with_room(workers, largest * self.cut(Image.new("RGB", (64, 64)), None)[0].nbytes)
+        loader = DataLoader([one.tolist() for one in groups], None, num_workers=workers, collate_fn=self._load_group,
+                            **{"prefetch_factor": PREFETCH, "timeout": PATIENCE} if workers else {})
         filled = 0
         for patches, ids in received(loader):
             while len(ids):
@@ -206,6 +216,22 @@ def keypoint_patches(points: Iterable[tuple[str, list[tuple[int, Sequence[float]
     return PatchDataset(images, [names[keypoint] for keypoint in chosen], transform, skip_bad_images=skip_bad_images)
 
 
+def workers_with_room(workers: int, group_bytes: int) -> int:
+    """As many of the workers as shared memory has room for what they hold, also for this machine's other processes: a
+    worker whose group does not fit would be killed, or wait for ever. What is too many is logged."""
+    try:
+        room = os.statvfs("/dev/shm")
+    except OSError:
+        return workers
+    free = 0.8 * room.f_bavail * room.f_frsize / environment("LOCAL_WORLD_SIZE", 1, 1)
+    # Besides, one group is being used. Each takes whole pages, and a page for its ids.
+    fitting = max(0, min(workers, int((free / (group_bytes + 8192) - 1) // PREFETCH)))
+    if fitting < workers:
+        log_once(f"shared memory (/dev/shm) has room for {fitting} of {workers} data loading processes; where it is a "
+                 "container's, start it with more (docker run --shm-size 8g)")
+    return fitting
+
+
 def received(loader: DataLoader) -> Iterator:
     """The loader's items. Raises the UserError that is one of them, or one that says that a worker was killed."""
     try:
@@ -216,8 +242,7 @@ def received(loader: DataLoader) -> Iterator:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader") or "Terminated" in str(error):
             raise
-        raise UserError("a data loading process was killed, most often because memory or shared memory (/dev/shm) ran "
-                        "out; use fewer --workers") from None
+        raise UserError(WORKER_LOST) from None
 
 
 class RandomViews(PatchDataset):

@@ -57,7 +57,7 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
             folder.mkdir(parents=True, exist_ok=True)
             # One process at a time; one that waited finds the file. The lock stays: removing it would let two in.
             with open(folder.parent / "checkpoints.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                fcntl.lockf(lock, fcntl.LOCK_EX)
                 if not path.exists():
                     download(url, part, f"download it by hand to {path}, or give --weights PATH")
                 new = path if path.exists() else part

@@ -4,14 +4,14 @@ Every process holds the features of its own contiguous share of the images, in t
 layer-normalised, as attentive heads use them, class tokens as the encoder gives them.
 """
 
-import fcntl
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from utils.distributed import any_process, barrier, gather_rows, is_main, shard
 from utils.provenance import digest, this_run
 from utils.run import Progress, autocast, log_waiting
 from utils.storage import (
+    RunLock,
     allocate,
     atomic_write,
     create_file,
@@ -200,14 +201,14 @@ def copy_arrays(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]
 class FeatureCache:
     """A folder with a file for each array, written as PATH.partial and renamed when it is complete.
 
-    arrays: mapped, this process's rows. lock: an open file, of the main process while the cache is written. made_with:
-    the fingerprint of the features, in complete.json beside the sizes and checksums of the files.
+    arrays: mapped, this process's rows. lock: of the main process while the cache is written. made_with: the
+    fingerprint of the features, in complete.json beside the sizes and checksums of the files.
     """
     path: Path
     made_with: dict
     complete: bool
     arrays: dict[str, torch.Tensor]
-    lock: TextIO | None
+    lock: RunLock | None
 
     @classmethod
     def open(cls, path: Path, full: dict, rows: slice, made_with: dict,
@@ -220,8 +221,12 @@ class FeatureCache:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 complete = is_recorded(path / "complete.json", made_with, [path / name for name in full], log)
                 if not complete:
-                    lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115  held until it is complete
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock = RunLock(path)
+                    for half in {*path.parent.glob("*.partial")} - {partial}:
+                        with suppress(UserError):
+                            other = RunLock(half.with_suffix(""))  # no run writes it any more
+                            shutil.rmtree(half, ignore_errors=True)
+                            other.close()
                     for half in (path, partial):
                         if half.exists():
                             log(f"{half} is damaged or half-written: refused, it is written anew")
@@ -229,7 +234,7 @@ class FeatureCache:
                     partial.mkdir()
                     for name, (shape, dtype) in full.items():
                         create_file(partial / name, shape, dtype)
-            except BlockingIOError:
+            except UserError:
                 problem = "another run is writing it"
             except OSError as error:
                 problem = f"{error.strerror}: {error.filename or partial}"
@@ -256,7 +261,6 @@ class FeatureCache:
             record = files_record(self.made_with, [partial / name for name in self.arrays])
             atomic_write(partial / "complete.json", lambda path: path.write_bytes(record))
             os.replace(partial, self.path)
-            Path(self.lock.name).unlink(missing_ok=True)
             self.lock.close()
         barrier()
 

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,8 @@ from test_segment import draw_lip
 
 import classify
 import segment
+from datasets import patches
+from datasets.patches import PatchDataset, PatchImage
 from models import segmentation_probe
 from utils import UserError, run, storage
 from utils.results import append_result
@@ -255,3 +260,70 @@ def test_temporary_files_of_dead_processes_are_swept(tmp_path):
     # The names are those that are given.
     storage.atomic_write(tmp_path / "a", lambda path: path.write_text(path.name))
     assert (tmp_path / "a").read_text() == f".a.{host}.{os.getpid()}.tmp"
+
+
+# Data loading
+
+class Dataset(PatchDataset):
+    def __init__(self, path, count=64):
+        super().__init__([PatchImage(str(path), None, [0])] * count, ["class"])
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (20, 20), (10, 20, 30)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_no_more_workers_than_shared_memory_has_room_for(picture, monkeypatch):
+    """A group is 16 patches of 224 x 224 x 3 bytes, 2.4 MB; a worker holds two, and one is in use."""
+    lines, started, loader = [], [], patches.DataLoader
+    monkeypatch.setattr(run.Ending, "log", lines.append)
+    monkeypatch.setattr(patches, "DataLoader", lambda groups, size, num_workers, collate_fn, **more: started.append(
+        num_workers) or loader(groups, size, collate_fn=collate_fn))
+    for megabytes, processes, workers in ((64, 1, 10), (64, 2, 4), (3, 1, 0), (1000, 1, 16)):
+        monkeypatch.setattr(os, "statvfs", lambda path, room=megabytes: SimpleNamespace(f_bavail=room, f_frsize=10**6))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        batches = list(Dataset(picture).batches(range(64), 10, 16))
+        assert sum(len(ids) for _, ids in batches) == 64 and started.pop() == workers
+        assert len([line for line in lines if f"has room for {workers} of 16 data" in line]) == (workers < 16)
+
+
+def test_a_real_run_in_little_shared_memory(picture, tmp_path):
+    """64 MB, the default of containers; in a mount namespace of its own, where that is allowed."""
+    code = ("import sys; sys.path[:0] = ['.', 'tests']\nfrom pathlib import Path; from test_endings import Dataset\n"
+            "print(sum(len(ids) for _, ids in Dataset(Path(sys.argv[1]), 800).batches(range(800), 200, 24)))")
+    command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh"]
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    found = subprocess.run([*command, sys.executable, "-c", code, picture], cwd=ROOT, capture_output=True, text=True,
+                           timeout=120)
+    assert found.stdout.splitlines()[-1] == "800", found.stderr
+    assert "has room for 10 of 24 data loading processes" in found.stdout
+
+
+@pytest.mark.parametrize("phase", ["between batches", "stuck", "in a call of ours", "at the end"])
+def test_a_worker_that_the_system_kills_is_one_line(picture, capsys, monkeypatch, phase):
+    """PyTorch raises it in whatever the main process does at that moment."""
+    def main():
+        iterator = Dataset(picture, 2000).batches(range(2000), 16, 2)
+        next(iterator)
+        victim = multiprocessing.active_children()[0]
+        if phase == "in a call of ours":
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(victim.pid, signal.SIGKILL))
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            for _ in range(1000):
+                time.sleep(0.01)
+        os.kill(victim.pid, signal.SIGSTOP if phase == "stuck" else signal.SIGKILL)
+        if phase == "between batches":
+            torch.randn(300, 300) @ torch.randn(300, 300)
+        if phase == "at the end":
+            time.sleep(0.5)
+        for _ in iterator:
+            pass
+
+    monkeypatch.setattr(patches, "PATIENCE", 2)
+    assert ended(main) == 2
+    assert not multiprocessing.active_children()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: a data loading process was killed or is stuck"), lines

@@ -1,6 +1,7 @@
 """What a run of any script needs: common options, one-line errors, the log, progress."""
 
 import argparse
+import multiprocessing
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TextIO
 
@@ -20,6 +22,8 @@ from .provenance import check_same, this_run
 from .results import STYLES, args_to_json, unsaved
 from .storage import load_checked, save_checked, sweep
 
+WORKER_LOST = ("a data loading process was killed or is stuck, most often because memory or shared memory (/dev/shm) "
+               "ran out; use fewer --workers")
 # A signal to all of a run's processes may reach a worker first.
 WORKER_STOPPED = re.compile(r"DataLoader worker .* signal: (Terminated|Interrupt)")
 # What memory that ran out, and processes that ended, are called by those who notice.
@@ -93,6 +97,7 @@ def exit_with_one_line_errors(main: Callable[[], None]) -> None:
         for each in before:
             # torchrun sends one to the others as soon as one process has ended.
             signal.signal(each, signal.SIG_IGN)
+        kill_workers()
         end_run(line, status)
     finally:
         for each, handler in before.items():
@@ -105,6 +110,15 @@ def exit_with_one_line_errors(main: Callable[[], None]) -> None:
         os._exit(0)
 
 
+def kill_workers() -> None:
+    """Ends this process's own, of which one may be stuck: leaving in order would wait for it."""
+    raises = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's, for a worker that ends
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join(1)
+    signal.signal(signal.SIGCHLD, raises or signal.SIG_DFL)
+
+
 def one_line(error: Exception) -> str | None:
     """What the user should know of an error, on one line; None for one that is a defect of this code."""
     text = " ".join(str(error).split())
@@ -114,8 +128,7 @@ def one_line(error: Exception) -> str | None:
         cache = ", or --cache disk" if "cache" in Ending.options else ""
         return f"memory ran out ({text[:150]}): use a smaller --batch-size, fewer --workers{cache}"
     if text.startswith("DataLoader worker"):
-        return ("a data loading process was killed or stuck, most often because memory or shared memory (/dev/shm) ran "
-                "out; use fewer --workers")
+        return WORKER_LOST
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}; correct this and start again"
     if "PytorchStreamWriter" in text:
@@ -158,6 +171,11 @@ def uninterrupted() -> Iterator[None]:
         Ending.whole = False
     if Ending.signal:
         raise Interrupted(Ending.signal)
+
+
+@cache
+def log_once(line: str) -> None:
+    Ending.log(line)
 
 
 def spare_other_run(path: Path, settings: dict) -> None:
