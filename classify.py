@@ -257,10 +257,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                        help="write a checkpoint after an epoch if the last is older (default: 60)")
     group.add_argument("--evaluate", type=Path, metavar="HEAD", help="no training: test a head that was saved")
     group.add_argument("--save-plots", action="store_true", help="accuracy over epochs, confusion matrix, as PNG")
-    return check_arguments(parser.parse_args(arguments))
-
-
-def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    args = parser.parse_args(arguments)
+    training = ("epochs", "lr", "seeds", "batch_size", "resume", "checkpoint_seconds", "save_plots")
+    if args.evaluate:
+        parser.check_used(args, "--evaluate", *training, "probe", "select", "no_augment")
+    elif args.probe == ["knn"]:
+        parser.check_used(args, "--probe knn", *training)
+    if args.dataset in CLASSIFICATION_IMAGES:
+        parser.check_used(args, f"--dataset {args.dataset}", "crop_scale")
     if args.no_augment and args.dataset in CLASSIFICATION_PARTS:
         raise UserError(f"--no-augment is for whole images; {args.dataset} is never augmented")
     if args.save_plots:

@@ -59,6 +59,9 @@ ABOUT = ("weights", "sha256", "cls_from", "features_made_by", *PROTOCOL)
 FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "encoder", "data", "args", *ABOUT)
 # Those of the ranking, whatever made the features.
 RANKING = ("exclude_query", "num_queries")
+# What --load-features takes from the file, or does not need.
+MAKE_FEATURES = (*PROTOCOL, "weights", "weights_key", "num_heads", "data_path", "batch_size", "compile", "features",
+                 "num_images", "save_features", "skip_bad_images", "annotations", "images", "category")
 
 
 def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: torch.Tensor | None = None,
@@ -444,6 +447,21 @@ def parse_arguments() -> argparse.Namespace:
                        help="leave out the query's own image (default: patches that overlap the query are marked)")
     group.add_argument("--columns", type=positive_int, default=6, help="of patches in a block (default: %(default)s)")
     args = parser.parse_args()
+    pairs = ("split", "num_pairs", "layers", "norm", "match", "pictures")
+    sheets = ("queries", "query", "top", "other_images", "columns")
+    ranking = ("features", "exclude_query", "num_queries", "crop_scale", "keypoints", "save_features", "load_features",
+               "authors_defects")
+    if args.load_features:
+        parser.check_used(args, "--load-features", *pairs, "pca", *MAKE_FEATURES)
+    elif args.dataset in PAIR_DATASETS:
+        parser.check_used(args, f"--dataset {args.dataset}", *ranking, *sheets, "skip_bad_images")
+    elif args.pca:
+        parser.check_used(args, "--pca", *ranking, *sheets, *pairs)
+    elif args.dataset == "imagenet":
+        parser.check_used(args, "picture sheets (--dataset imagenet)", *ranking[1:5], *pairs)
+    else:
+        unused = () if args.dataset.startswith("synthetic") else ("num_images",)
+        parser.check_used(args, f"--dataset {args.dataset}", *sheets, *pairs, *unused)
     if args.save_features and not args.save_features.parent.is_dir():
         raise UserError(f"--save-features {args.save_features}: the folder does not exist; make it first")
     if args.dataset in PAIR_DATASETS and args.layers == ["all"]:

@@ -109,7 +109,16 @@ def parse_arguments() -> argparse.Namespace:
                             "class, and a window smaller than the crop repeats the window before it")
     group.add_argument("--figure6", type=Path, metavar="FILE",
                        help="no run: draw figure 6 with the results beside it (.png or .pdf)")
-    return check_arguments(parser.parse_args())
+    args = parser.parse_args()
+    # The numbers of a recipe may stand beside --evaluate and --probe knn: one command line serves all three.
+    training = ("resume", "norm", "batch_norm", "select", "eval_every")
+    if args.evaluate:
+        parser.check_used(args, "--evaluate", *training, *KNN_ARGUMENTS)
+    elif args.probe == ["knn"]:
+        parser.check_used(args, "--probe knn", *training)
+    elif "knn" not in args.probe:
+        parser.check_used(args, "--probe linear", *KNN_ARGUMENTS[1:])
+    return check_arguments(args)
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:

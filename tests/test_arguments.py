@@ -76,3 +76,43 @@ def test_a_stride_above_the_crop(launch, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="stride 65"):
         segment.slide_inference(lambda windows: windows, torch.zeros(1, 3, 128, 128), 64, 65)
+
+
+@pytest.mark.parametrize(("script", "words", "options", "mode"), [
+    ("classify", ["--evaluate", "x", "--resume", "--epochs", "3"], "--epochs --resume", "--evaluate"),
+    ("classify", ["--probe", "knn", "--save-plots"], "--save-plots", "--probe knn"),
+    ("classify", ["--dataset", "folder", "--crop-scale", "1"], "--crop-scale", "--dataset folder"),
+    ("segment", ["--evaluate", "x", "--resume"], "--resume", "--evaluate"),
+    ("segment", ["--evaluate", "x", "--probe", "knn"], "--probe", "--evaluate"),
+    ("segment", ["--memory-size", "7"], "--memory-size", "--probe linear"),
+    ("segment", ["--probe", "knn", "--norm"], "--norm", "--probe knn"),
+    ("retrieval", ["--query", "a:3"], "--query", "--dataset synthetic"),
+    ("retrieval", ["--dataset", "imagenet", "--num-queries", "3"], "--num-queries", "picture sheets"),
+    ("retrieval", ["--load-features", "x", "--model", "mae", "--features", "cls"], "--model --features",
+     "--load-features"),
+    ("retrieval", ["--dataset", "spair", "--save-features", "x"], "--save-features", "--dataset spair"),
+    ("retrieval", ["--dataset", "imagenet", "--pca", "--top", "3"], "--top", "--pca"),
+    ("retrieval", ["--dataset", "cub", "--no-norm"], "--norm", "--dataset cub"),
+    ("models.attention.__main__", ["--model", "ibot", "--mask-ratios", "0.5"], "--mask-ratios", "--model ibot")])
+def test_options_that_this_mode_does_not_read(launch, script, words, options, mode):
+    err = launch(parse(script), words, status=2)[1]
+    assert err == f"error: {options} has no effect with {mode}; leave one of them out\n" or mode == "picture sheets"
+    assert len(err.splitlines()) == 1 and f"{options} has no effect with {mode}" in err
+    launch(parse(script), [*words, "--table"])
+
+
+@pytest.mark.parametrize(("words", "named"), [
+    (["--data-path", ""], "argument --data-path: ''"), (["--weights="], "argument : '--weights='"),
+    (["--name", "x" * 300], "argument --name: 'xxx"), (["--output-dir", "a/" + "x" * 201], "argument --output-dir: "),
+    (["--name", "\udcff"], "argument --name: '\\udcff'")])
+def test_words_that_no_file_can_have_as_a_name(launch, words, named):
+    err = launch(parse("retrieval"), words, status=2)[1]
+    assert len(err.splitlines()) == 1 and named in err and "is empty, longer than file names are, or not UTF-8" in err
+
+
+def test_a_folder_of_data_without_a_name_of_the_data_set(launch, tmp_path):
+    words = ["--weights", "random", "--data-path", tmp_path, "--output-dir", tmp_path / "out"]
+    for script in ("retrieval", "classify", "segment"):
+        err = launch(importlib.import_module(script).main, words, status=2)[1]
+        assert len(err.splitlines()) == 1 and f"--data-path {tmp_path}" in err and "name another data set" in err
+    assert not (tmp_path / "out").exists()

@@ -41,8 +41,14 @@ class OneLineParser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, words: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """As argparse's, and as `changed` the names of those that differ from their default, which tables mark. Raises
+        """As argparse's, and as `changed` the names of those that differ from their default, which tables mark. Empty
+        words, as of a shell variable that is not set, and those that no file can be named after are errors. Raises
         UserError where a list holds a value twice."""
+        words = sys.argv[1:] if words is None else words
+        for option, word in zip(["", *words], words, strict=False):
+            name, longest = os.fsencode(word), max(map(len, re.sub(".*://.*", "", word).split("/")))
+            if re.fullmatch(r"(--[\w-]+=)?", word) or longest > 200 or "\ufffd" in name.decode(errors="replace"):
+                self.error(f"argument {option}: {ascii(word[:40])} is empty, longer than file names are, or not UTF-8")
         args = super().parse_args(words, namespace)
         for action in self._actions:
             values = vars(args).get(action.dest) if action.nargs == "+" else None
@@ -51,10 +57,11 @@ class OneLineParser(argparse.ArgumentParser):
         args.changed = [name for name, value in vars(args).items() if value != self.get_default(name)]
         return args
 
-    def check_used(self, args: argparse.Namespace, mode: str, *unused: str) -> None:
-        """Raises UserError for options other than their default that a mode does not read."""
-        changed = [f"--{name.replace('_', '-')}" for name in unused if vars(args)[name] != self.get_default(name)]
-        if changed:
+    @staticmethod
+    def check_used(args: argparse.Namespace, mode: str, *unused: str) -> None:
+        """Raises UserError for options other than their default that a mode does not read; --table reads none."""
+        changed = [f"--{name.replace('_', '-')}" for name in unused if name in args.changed]
+        if changed and not args.table:
             raise UserError(f"{' '.join(changed)} has no effect with {mode}; leave one of them out")
 
     def error(self, message):
@@ -278,6 +285,8 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
         raise UserError("--cache gpu: this run has no GPU; use --cache cpu or disk")
     if args.dataset != "keypoints" and any(vars(args).get(name) for name in ("annotations", "images", "category")):
         raise UserError(f"--annotations, --images and --category are for --dataset keypoints, not for {args.dataset}")
+    if args.data_path and args.dataset.startswith("synthetic"):
+        raise UserError(f"--data-path {args.data_path}: --dataset {args.dataset} reads no files; name another data set")
     open_output(args.output_dir)
     log = Ending.log = Log()
     this_run.cache_clear()

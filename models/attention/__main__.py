@@ -171,6 +171,8 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--skip-bad-images", action="store_true",
                        help="leave out undecodable images instead of stopping")
     args = parser.parse_args()
+    if args.model != "mae" or args.encoder_only:
+        parser.check_used(args, f"--model {args.model}" if args.model != "mae" else "--encoder-only", "mask_ratios")
     if args.compile:
         raise UserError("--compile: attention is read inside the blocks, which then cannot be compiled; leave it out")
     return args
