@@ -22,7 +22,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets.segmentation import PARTIMAGENET_NOTE, PROTOCOLS, FolderSplit, SyntheticSplit, in_order, open_segmentation
+from datasets.segmentation import (
+    PARTIMAGENET_NOTE,
+    PROTOCOLS,
+    FolderSplit,
+    Protocol,
+    SyntheticSplit,
+    in_order,
+    open_segmentation,
+)
 from datasets.segmentation_store import PixelStore, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from models import METHODS, Encoder, choose_layers, load_encoder
@@ -122,17 +130,32 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills in the data set's protocol where an option was not given. Raises UserError for values that cannot be."""
+    """Fills in the data set's scales and what follows from other options. Raises UserError for values that cannot
+    be."""
     protocol = PROTOCOLS[args.dataset]
-    for name in ("base_scale", "test_scale", "crop_size", "stride"):
+    for name in ("base_scale", "test_scale"):
         setattr(args, name, getattr(args, name) or getattr(protocol, name))
     if args.warmup_iterations is None:
         args.warmup_iterations = min(1500, args.iterations // 10)
     args.probe = ["linear"] if args.evaluate else args.probe
-    if args.stride > args.crop_size:
-        raise UserError(f"--stride {args.stride} is above --crop-size {args.crop_size}: pixels between the windows "
-                        f"would have no logits; use --stride {max(1, args.crop_size * 2 // 3)}")
+    crop_size, stride = args.crop_size or protocol.crop_size, args.stride or protocol.stride
+    if stride > crop_size:
+        raise UserError(f"--stride {stride} is above --crop-size {crop_size}: pixels between the windows would have no "
+                        f"logits; use --stride {max(1, crop_size * 2 // 3)}")
     return args
+
+
+def fit_windows(crop_size: int | None, stride: int | None, protocol: Protocol, patch: int) -> tuple[int, int]:
+    """Crop size and stride: those given, else the data set's, or where the patch does not divide its crop the nearest
+    multiples of the patch. Raises UserError for a given crop size that is none."""
+    def nearest(size):
+        return max(1, round(size / patch)) * patch
+    if crop_size and crop_size % patch:
+        raise UserError(f"--crop-size {crop_size} is not divisible by the patch size {patch}; "
+                        f"use --crop-size {nearest(crop_size)}")
+    fits = protocol.crop_size % patch == 0
+    return (crop_size or (protocol.crop_size if fits else nearest(protocol.crop_size)),
+            stride or (protocol.stride if fits else nearest(protocol.stride)))
 
 
 def window_boxes(height: int, width: int, crop_size: int, stride: int) -> list[tuple[int, int, int, int]]:
@@ -347,8 +370,12 @@ def main() -> None:
     if args.dataset.startswith("partimagenet"):
         log(PARTIMAGENET_NOTE)
     encoder = load_encoder(args, device, log, projector=False)
-    if args.crop_size % encoder.patch_size:
-        raise UserError(f"--crop-size {args.crop_size} is not divisible by the patch size {encoder.patch_size}")
+    protocol, patch = PROTOCOLS[args.dataset], encoder.patch_size
+    args.crop_size, args.stride = fit_windows(args.crop_size, args.stride, protocol, patch)
+    for name, usual in (("crop_size", protocol.crop_size), ("stride", protocol.stride)):
+        if vars(args)[name] != usual and name not in args.changed:
+            log(f"{name.replace('_', ' ')} {vars(args)[name]}, the nearest to {usual} that patches of {patch} divide")
+            args.changed.append(name)
     args.layers = choose_layers(args.layers, encoder.depth)
     line = start_line("segment", args, encoder)
     settings = {name: value for name, value in settings_of(args).items() if name not in KNN_ARGUMENTS}

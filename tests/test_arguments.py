@@ -1,11 +1,14 @@
 """What the command lines of all scripts refuse, in one line that names the option."""
 
 import importlib
+import json
 
 import pytest
 import torch
 
 import segment
+from datasets.synthetic import NUM_IMAGES
+from utils.results import paper_tables
 from utils.run import OneLineParser
 
 SCRIPTS = {"retrieval": [], "classify": [], "segment": [], "models.attention.__main__": [],
@@ -116,3 +119,42 @@ def test_a_folder_of_data_without_a_name_of_the_data_set(launch, tmp_path):
         err = launch(importlib.import_module(script).main, words, status=2)[1]
         assert len(err.splitlines()) == 1 and f"--data-path {tmp_path}" in err and "name another data set" in err
     assert not (tmp_path / "out").exists()
+
+
+OWN = """
+import timm
+import torch
+
+
+class Own(torch.nn.Module):
+    patch_size = 14
+
+    def __init__(self):
+        super().__init__()
+        self.vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, patch_size=14, img_size=56, embed_dim=32,
+                                     depth=1, num_heads=2, dynamic_img_size=True)
+        self.blocks = self.vit.blocks
+
+    def forward(self, images):
+        return self.vit.forward_features(images)
+
+
+def make(weights):
+    return Own()
+"""
+
+
+def test_a_patch_that_does_not_divide_the_usual_crop(launch, monkeypatch, tmp_path):
+    """timm's ViT with patches of 14 pixels: the nearest sizes are taken and said; a given crop is refused."""
+    monkeypatch.setitem(NUM_IMAGES, "val", 3)
+    (tmp_path / "own.py").write_text(OWN)
+    words = ["--model", f"{tmp_path}/own.py:make", "--weights", "random", "--layers", "0", "--iterations", 1,
+             "--batch-size", 1, "--device", "cpu", "--workers", 0, "--output-dir", tmp_path]
+    err = launch(segment.main, [*words, "--crop-size", 255, "--stride", 100], status=2)[1]
+    assert "--crop-size 255 is not divisible by the patch size 14; use --crop-size 252" in err
+    out, _ = launch(segment.main, [*words, "--test-scale", 64, 32])
+    result = json.loads((tmp_path / "results.jsonl").read_text())
+    assert result["args"]["crop_size"] == 252 and result["args"]["stride"] == 168
+    assert "crop size 252, the nearest to 256 that patches of 14 divide" in out and "stride 168, the" in out
+    assert {"crop_size", "stride"} <= {*result["args"]["changed"]}
+    assert "crop size 252" in (table := paper_tables(["segment"], tmp_path, "csv")) and "stride 168" in table

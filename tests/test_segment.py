@@ -531,6 +531,13 @@ def test_a_head_of_another_class_count(monkeypatch, capsys, finished, lip, tmp_p
     assert "and is ['aeroplane', 'bicycle'] now; use the encoder and the classes it was trained on, mae and lip" in line
 
 
+@pytest.mark.parametrize(("given", "patch", "windows"), [
+    ((None, None), 16, (512, 341)), ((None, None), 14, (518, 336)), ((None, 100), 14, (518, 100)),
+    ((448, 300), 14, (448, 300)), ((None, None), 8, (512, 341))])
+def test_windows_that_the_patch_divides(given, patch, windows):
+    assert segment.fit_windows(*given, segment.PROTOCOLS["ade20k"], patch) == windows
+
+
 def test_resuming_another_run(monkeypatch, capsys, finished, lip, tmp_path):
     shutil.copy(finished[0] / "mae_lip_segment.pt", tmp_path)
     assert "lr was [0.05] when" in fails(monkeypatch, capsys, lip, tmp_path, "--resume", "--lr", "0.1")
