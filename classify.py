@@ -79,7 +79,7 @@ from utils.run import (
     setup,
     spare_other_run,
 )
-from utils.storage import RunLock, load_checked
+from utils.storage import RunLock, load_checked, require_room
 
 NEIGHBOURS = (10, 20, 100, 200)
 CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out tenth of the training images"}
@@ -335,7 +335,8 @@ def make_probes(kinds: Sequence[str], recipes: dict[str, Recipe], batch_size: in
                 seeds: Sequence[int], epochs: int, num_train: int, encoder: Encoder, num_classes: int,
                 log: Callable[[str], None]) -> list[Probe]:
     """A Probe of each kind, with a head for every learning rate and seed. batch_size and rates: None = the recipe's,
-    the batch no larger than the training set and the rate in proportion. Raises UserError for a larger batch_size."""
+    the batch no larger than the training set and the rate in proportion. Raises UserError for a larger batch_size, and
+    for heads that do not fit in memory."""
     if batch_size and batch_size > num_train:
         raise UserError(f"--batch-size {batch_size} is larger than the training set ({num_train} patches); "
                         "use at most that, or leave it out")
@@ -346,6 +347,15 @@ def make_probes(kinds: Sequence[str], recipes: dict[str, Recipe], batch_size: in
         chosen = rates or [recipe.lr * size / recipe.batch_size]
         log(f"{kind}: batches of {size} (published: {recipe.batch_size}), learning rates "
             f"{', '.join(f'{rate:g}' for rate in chosen)}, {len(seeds)} heads each, {epochs} epochs")
+        # Weights, gradients, momentum, the best and a checkpoint's copy; and of a batch what its gradients are made of.
+        width, rows = encoder.embed_dim, -(-size // world_size())
+        weights, activations = num_classes * width, num_classes
+        if kind == "attentive":
+            weights, activations = weights + 4 * width ** 2, activations + 3 * encoder.num_heads * width
+        count = len(chosen) * len(seeds)
+        require_room(4 * count * (5 * weights + 2 * rows * activations), encoder.mean.device,
+                     f"{count} {kind} heads at batches of {size}",
+                     lambda share, count=count: f"{int(share * count)} or fewer, by --seeds and --lr")
         probes.append(Probe(kind, recipe, size, chosen, seeds, epochs, encoder.embed_dim, num_classes,
                             encoder.num_heads, encoder.mean.device))
     return probes

@@ -28,7 +28,7 @@ from datasets.pairs import PAIR_DATASETS, PairDataset, load_pairs
 from datasets.patches import PatchDataset
 from datasets.retrieval import RETRIEVAL_DATASETS, open_images, open_retrieval
 from models import METHODS, WITH_PROJECTOR, Encoder, choose_layers, load_encoder
-from models.features import encoder_identity
+from models.features import encoder_identity, require_batch_room
 from models.pca import pca_run
 from models.transfer import ALPHAS, draw_pairs, transfer_run
 from models.transfer import transfer_keypoints as transfer_keypoints
@@ -51,7 +51,7 @@ from utils.run import (
     positive_int,
     setup,
 )
-from utils.storage import atomic_write, free_memory, load_checked, save_checked
+from utils.storage import atomic_write, free_memory, load_checked, require_room, save_checked
 
 # The arguments that features are made with, and all that a source of features (and its file) holds.
 PROTOCOL = ("name", "model", "dataset", "precision", "crop_scale", "image_size", "keypoints", "authors_defects")
@@ -259,15 +259,6 @@ def defect_options(model: str, weights: str) -> dict:
     if model == "dino" and weights == "random":
         raise UserError("--authors-defects: a random control has no student; give a full checkpoint of DINO")
     return defects[model]
-
-
-def check_memory(num_patches: int, width: int, device: torch.device) -> str:
-    """What the features need, for the log. Raises UserError where they do not fit on the device."""
-    need, free = num_patches * width * 4 / 1e9, free_memory(device) / 1e9
-    if need > free:
-        raise UserError(f"features need {need:.1f} GB, {free:.1f} GB are free on {device}; "
-                        "use fewer --features or --num-images")
-    return f"features need {need:.2f} GB"
 
 
 def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None, seed: int, device: torch.device,
@@ -514,8 +505,10 @@ def main() -> None:
         options = defect_options(args.model, args.weights) if args.authors_defects else {}
         encoder = load_encoder(args, device, log, projector=projector, **options)
         names = args.features or ["cls", "avg"] + ["projected"] * encoder.has_projector
-        log(f"{args.dataset}: {len(dataset)} images, {dataset.num_patches} patches; "
-            + check_memory(dataset.num_patches, encoder.embed_dim * len(names), device))
+        count, need = dataset.num_patches, 4 * dataset.num_patches * encoder.embed_dim * len(names)
+        log(f"{args.dataset}: {len(dataset)} images, {count} patches, features of {need / 1e9:.2f} GB")
+        require_room(need, device, f"features of {count} patches", lambda share: "fewer --features or --num-images")
+        require_batch_room(encoder, args.image_size, min(args.batch_size, count))
         identity = encoder_identity(encoder)  # before it runs: a timm model fits its tables to the images
         features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device,
                                        log)

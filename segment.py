@@ -34,8 +34,8 @@ from datasets.segmentation import (
 from datasets.segmentation_store import PixelStore, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from models import METHODS, Encoder, choose_layers, load_encoder
-from models.features import encoder_identity
-from models.knn_segmentation import NEIGHBOURS, KNNSegmenter, fill_memory
+from models.features import encoder_identity, require_batch_room
+from models.knn_segmentation import NEIGHBOURS, KNNSegmenter, fill_memory, plan_memory
 from models.segmentation_probe import Segmenter, linear_probe, load_segmenter, summary
 from utils import UserError
 from utils.distributed import all_reduce, any_process, shard, world_size
@@ -382,6 +382,11 @@ def main() -> None:
     settings |= encoder_identity(encoder) | (train_split.identity("training set") if train_split else {})
     line["made_with"] = digest({**settings_of(args), "probe": None}, settings, test_split.identity("test set"))
     log(f"{run_title(line)}: {len(names)} classes, {len(train_split or ())} training and {len(test_split)} test images")
+
+    if not args.evaluate:
+        require_batch_room(encoder, args.crop_size, args.batch_size, "--crop-size")
+    if "knn" in args.probe:
+        plan_memory(encoder, args.passes * len(train_split), args.crop_size, len(names), args.memory_size)
 
     @cache
     def store():

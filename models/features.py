@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from utils import UserError
-from utils.distributed import any_process, barrier, gather_rows, is_main, shard
+from utils.distributed import any_process, barrier, gather_rows, is_main, shard, world_size
 from utils.provenance import digest, this_run
 from utils.run import Progress, autocast, log_waiting
 from utils.storage import (
@@ -28,6 +28,7 @@ from utils.storage import (
     is_recorded,
     map_file,
     prefetched,
+    require_room,
     temporary_file,
 )
 
@@ -184,6 +185,17 @@ def encode_into(arrays: dict[str, torch.Tensor], encoder: Encoder, dataset, imag
             start += len(run)
         progress.update(len(ids))
     return bool(finite)
+
+
+def require_batch_room(encoder: Encoder, size: int, batch_size: int, option: str = "--image-size") -> None:
+    """Raises UserError, on all processes, where a batch (batch_size: over all processes) of images of size x size,
+    which option sets, would not fit while it is encoded in float32. Counted is the least: pixels as bytes and twice as
+    floats, and of one block the tokens, their sum with what is added and an MLP four times as wide."""
+    count, patch = -(-batch_size // world_size()), encoder.patch_size
+    need = count * (27 * size**2 + 4 * 6 * (size // patch) ** 2 * encoder.embed_dim)
+    require_room(need, encoder.mean.device, f"batches of {batch_size} images of {size} x {size}", lambda share:
+                 f"--batch-size {int(share * count) * world_size()} or less" if share * count >= 1 else
+                 f"--batch-size 1 and {option} {max(1, int(size * (share * count) ** 0.5) // patch) * patch} or less")
 
 
 def encode_batch_size(device: torch.device) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import UserError
-from utils.distributed import environment, gather_rows, shard, world_size
+from utils.distributed import any_process, environment, gather_rows, shard, world_size
 from utils.run import Progress, autocast
 from utils.storage import free_memory
 
@@ -135,6 +135,26 @@ def choose_patches(histograms: torch.Tensor, count: int, uniform: torch.Tensor) 
     return torch.zeros_like(labelled).scatter_(1, order, True) & labelled
 
 
+def plan_memory(encoder: Encoder, num_crops: int, crop_size: int, num_classes: int,
+                memory_size: int) -> tuple[int, str]:
+    """(patches from each crop, what the memory takes, for the log) of fill_memory. Raises UserError for a memory
+    smaller than num_crops or, on all processes, too large for the machine."""
+    device = encoder.mean.device
+    per_crop = min(memory_size // num_crops, (crop_size // encoder.patch_size) ** 2)
+    if per_crop == 0:
+        raise UserError(f"--memory-size {memory_size} is less than one patch for each of the {num_crops} training "
+                        f"crops; use --memory-size {num_crops} or more")
+    size, each = per_crop * num_crops, 4 * (encoder.embed_dim + num_classes)
+    processes = environment("LOCAL_WORLD_SIZE", 1, 1) if device.type == "cpu" else 1
+    room = 0.8 * free_memory(device) / processes - SEARCH_BYTES[device.type]
+    what = (f"memory of up to {size} patches ({per_crop} from each of {num_crops} crops): {size * each / 1e9:.2f} GB "
+            f"on {device}" + (f" in each of {world_size()} processes" if world_size() > 1 else ""))
+    if any_process(size * each > room):
+        raise UserError(f"{what}, but there is room for {max(room, 0) / 1e9:.2f} GB; use --memory-size "
+                        f"{max(int(room / each), 0)} or less")
+    return per_crop, what
+
+
 @torch.inference_mode()
 def fill_memory(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], num_crops: int, batch_size: int,
                 crop_size: int, num_classes: int, memory_size: int, seed: int, precision: str,
@@ -147,20 +167,10 @@ def fill_memory(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Te
     there are. Raises UserError for a memory smaller than num_crops or too large for the machine, for no labels at all,
     and for tokens that are not finite.
     """
-    device, patches = encoder.mean.device, (crop_size // encoder.patch_size) ** 2
-    per_crop, share = min(memory_size // num_crops, patches), shard(batch_size)
-    if per_crop == 0:
-        raise UserError(f"--memory-size {memory_size} is less than one patch for each of the {num_crops} training "
-                        f"crops; use --memory-size {num_crops} or more")
-    size, width = per_crop * num_crops, encoder.embed_dim + num_classes
-    processes = environment("LOCAL_WORLD_SIZE", 1, 1) if device.type == "cpu" else 1
-    room, each = 0.8 * free_memory(device) / processes - SEARCH_BYTES[device.type], 4 * width
-    what = (f"memory of up to {size} patches ({per_crop} from each of {num_crops} crops): {size * each / 1e9:.2f} GB "
-            f"on {device}" + (f" in each of {world_size()} processes" if world_size() > 1 else ""))
-    if size * each > room:
-        raise UserError(f"{what}, but there is room for {max(room, 0) / 1e9:.2f} GB; use --memory-size "
-                        f"{max(int(room / each), 0)} or less")
+    device, patches, share = encoder.mean.device, (crop_size // encoder.patch_size) ** 2, shard(batch_size)
+    per_crop, what = plan_memory(encoder, num_crops, crop_size, num_classes, memory_size)
     log(f"{what}; a search takes up to {SEARCH_BYTES[device.type] / 1e9:.2f} GB more")
+    size = per_crop * num_crops
 
     # One piece, filled from the front: joining parts at the end would take it twice.
     memory, labels = torch.empty(size, encoder.embed_dim, device=device), torch.empty(size, num_classes, device=device)

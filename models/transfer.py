@@ -20,7 +20,7 @@ from utils.run import Progress, autocast, log_waiting
 from utils.storage import free_memory
 
 from .encoder import Encoder
-from .features import DTYPES
+from .features import DTYPES, require_batch_room
 
 ALPHAS = (0.05, 0.1, 0.15, 0.2)
 # Of the windowed soft-argmax: GeoAware-SC's values (arXiv:2311.17034).
@@ -189,6 +189,7 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
         f"their image); {need * per_pass / 1e9:.2f} GB of tokens on {device}, {len(passes)} pass(es)")
 
     per_batch = max(1, batch_size * 224**2 // (size**2 * world_size()))
+    require_batch_room(encoder, size, min(per_batch * world_size(), len(pairs.images)))
     found = torch.empty(mine.stop - mine.start, len(layers), 2, dtype=torch.float64, device=device)
     numbers = [number for group in groups for number in group.tolist()]
     for columns in passes:

@@ -2,15 +2,19 @@
 
 import importlib
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 import segment
 from datasets.synthetic import NUM_IMAGES
+from utils import storage
 from utils.results import paper_tables
 from utils.run import OneLineParser
 
+IBOT = Path(__file__).parent / "golden" / "ibot" / "checkpoint.pth"
 SCRIPTS = {"retrieval": [], "classify": [], "segment": [], "models.attention.__main__": [],
            "datasets.prepare.__main__": ["lip", "--source", ".", "--target", "x"]}
 SENSELESS = ("nan", "inf", "-inf", "-1", "1e400", "1" + 40 * "0", "x", "", "0x10")
@@ -158,3 +162,29 @@ def test_a_patch_that_does_not_divide_the_usual_crop(launch, monkeypatch, tmp_pa
     assert "crop size 252, the nearest to 256 that patches of 14 divide" in out and "stride 168, the" in out
     assert {"crop_size", "stride"} <= {*result["args"]["changed"]}
     assert "crop size 252" in (table := paper_tables(["segment"], tmp_path, "csv")) and "stride 168" in table
+
+
+@pytest.mark.parametrize(("script", "words", "parts"), [
+    ("classify", ["--seeds", 1000], ["1000 attentive heads", "or fewer, by --seeds and --lr"]),
+    ("segment", ["--crop-size", 16000], ["batches of 16 images of 16000 x 16000", "--batch-size 1 and --crop-size"]),
+    ("segment", ["--batch-size", 100000], ["batches of 100000 images of 256 x 256", "--batch-size"]),
+    ("segment", ["--probe", "knn", "--passes", 90, "--memory-size", 10**8], ["memory of up to", "--memory-size"]),
+    ("retrieval", ["--image-size", 8000, "--num-images", 4], ["images of 8000 x 8000", "--image-size"]),
+    ("retrieval", ["--dataset", "synthetic-pairs", "--image-size", 8000, "--num-images", 4], ["--image-size"])])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_does_not_fit_is_refused_before_work_starts(launch, tmp_path, script, words, parts, processes):
+    """With a gigabyte free; the need, what is free and what would fit are said."""
+    common = ["--model", "ibot", "--weights", IBOT, "--num-heads", 3, "--device", "cpu", "--workers", 0]
+    common += {"classify": ["--probe", "attentive"], "segment": ["--layers", "3"]}.get(script, [])
+    main = partial(with_a_gigabyte, importlib.import_module(script).main)
+    _, err = launch(main, [*common, *words, "--output-dir", tmp_path], processes, status=2)
+    assert len(err.splitlines()) == 1 and all(part in err for part in [*parts, " GB"]), err
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def with_a_gigabyte(main):
+    from models import knn_segmentation
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (storage, knn_segmentation):
+            patch.setattr(module, "free_memory", lambda device: 10**9)
+        main()

@@ -469,7 +469,7 @@ def test_mistakes_get_one_line_and_no_result(run, tmp_path):
         ((*full, "--data-path", tmp_path / "bad"), ["one.jpg", "cannot be decoded", "--skip-bad-images"]),
         ((*full, *synthetic, "--mask-ratios", 0.75, 1), ["--mask-ratios 0.75 1", "below 1"]),
         ((*full, *synthetic, "--mask-ratios", 0.99), ["--mask-ratios 0.99", "one visible"]),
-        ((*full, *synthetic, "--mask-ratios", -0.5), ["--mask-ratios -0.5"]),
+        ((*full, *synthetic, "--mask-ratios", -0.5), ["--mask-ratios: '-0.5'"]),
         ((*full, *synthetic, "--queries", 5), ["--queries 5", "4 of 16"]),
         ((*full, "--num-images", 0), ["--num-images"]),
         (("--weights", tmp_path / "none.pth"), ["none.pth", "does not exist"]),

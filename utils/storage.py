@@ -180,6 +180,16 @@ def has_room(need: int, tier: str, device: torch.device, reserve: int, pinned: b
     return need <= min(0.8 * free, free - reserve), free
 
 
+def require_room(need: float, device: torch.device, what: str, advice: Callable[[float], str]) -> None:
+    """Raises UserError, on all processes, where one of them has not need bytes free on the device. what: needs them, in
+    the plural; advice: of the share of need that would fit, what to use instead."""
+    room, free = has_room(int(need), "gpu" if device.type == "cuda" else "cpu", device, 0, False)
+    if not room:
+        share = " in each process" if world_size() > 1 else ""
+        raise UserError(f"{what} need {need / 1e9:.2f} GB{share}, {free / 1e9:.2f} GB are free on {device}; use "
+                        f"{advice(0.8 * free / need)}")
+
+
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tier: str, folder: Path,
              on_disk: Callable[[], torch.Tensor], what: str, advice: str, log: Callable[[str], None],
              reserve: dict[str, int] | None = None, pin: bool = True) -> torch.Tensor:

@@ -51,14 +51,15 @@ from utils.run import (
     add_common_arguments,
     autocast,
     exit_with_one_line_errors,
-    non_negative_float,
     non_negative_int,
+    number,
     positive_int,
     setup,
 )
 from utils.storage import free_memory
 
 from .. import METHODS, Encoder, load_encoder
+from ..features import require_batch_room
 from .maps import Sums, add_centred, patch_gradients, patch_norms
 from .plots import summary_table, write_plots
 
@@ -163,7 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("attention (--dataset imagenet: any folder of images)")
     group.add_argument("--num-images", type=positive_int, default=256, metavar="N",
                        help="drawn by the seed (default: %(default)s)")
-    group.add_argument("--mask-ratios", type=non_negative_float, nargs="+", default=(0.0, 0.25, 0.5, 0.75, 0.9),
+    group.add_argument("--mask-ratios", type=number(float, 0, 1), nargs="+", default=(0.0, 0.25, 0.5, 0.75, 0.9),
                        metavar="R", help="of MAE's decoder (default: 0 0.25 0.5 0.75 0.9)")
     group.add_argument("--queries", type=non_negative_int, default=1, metavar="N",
                        help="per image, for the receptive fields; 0: none of them (default: %(default)s)")
@@ -204,6 +205,7 @@ def main() -> None:
     log(check_memory(encoder, len(ratios), count, device))
 
     dataset = open_images(args.dataset, args.data_path, args.num_images, args.seed, size, args.skip_bad_images)
+    require_batch_room(encoder, size, min(args.batch_size, len(dataset)))
     sums = sum_attention(encoder, dataset, grid, ratios, args.queries, args.batch_size, args.workers, args.precision,
                          args.seed, device)
 
