@@ -258,11 +258,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--evaluate", type=Path, metavar="HEAD", help="no training: test a head that was saved")
     group.add_argument("--save-plots", action="store_true", help="accuracy over epochs, confusion matrix, as PNG")
     args = parser.parse_args(arguments)
-    training = ("epochs", "lr", "seeds", "batch_size", "resume", "checkpoint_seconds", "save_plots")
+    # The numbers of a recipe may stand beside --evaluate and --probe knn: one command line serves all three.
     if args.evaluate:
-        parser.check_used(args, "--evaluate", *training, "probe", "select", "no_augment")
+        parser.check_used(args, "--evaluate", "resume", "save_plots", "select")
     elif args.probe == ["knn"]:
-        parser.check_used(args, "--probe knn", *training)
+        parser.check_used(args, "--probe knn", "resume", "save_plots")
     if args.dataset in CLASSIFICATION_IMAGES:
         parser.check_used(args, f"--dataset {args.dataset}", "crop_scale")
     if args.no_augment and args.dataset in CLASSIFICATION_PARTS:

@@ -52,9 +52,9 @@ def _process(main, words, environment, pipe):
 
 @pytest.fixture
 def launch():
-    """launch(main, words, processes=1, status=0) -> (standard output, error) of the first process; all end in status.
-    Several processes join through gloo, by torchrun's variables; they get main by pickle, so it is a function of a
-    module (or functools.partial of one), and see the environment of this process but nothing patched into it."""
+    """launch(main, words, processes=1, status=0) -> (standard output of the first process, errors of all); all end in
+    status. Several processes join through gloo, by torchrun's variables; they get main by pickle, so it is a function
+    of a module (or functools.partial of one), and see the environment of this process but nothing patched into it."""
     def run(main, words, processes=1, status=0):
         if processes == 1:
             results = [call_main(main, words)]
@@ -78,5 +78,5 @@ def launch():
                 process.kill()
         for code, out, err in results:
             assert code == status, out + err
-        return results[0][1:]
+        return results[0][1], "".join(err for _, _, err in results)
     return run

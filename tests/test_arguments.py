@@ -86,7 +86,7 @@ def test_a_stride_above_the_crop(launch, tmp_path):
 
 
 @pytest.mark.parametrize(("script", "words", "options", "mode"), [
-    ("classify", ["--evaluate", "x", "--resume", "--epochs", "3"], "--epochs --resume", "--evaluate"),
+    ("classify", ["--evaluate", "x", "--resume", "--select", "held-out"], "--resume --select", "--evaluate"),
     ("classify", ["--probe", "knn", "--save-plots"], "--save-plots", "--probe knn"),
     ("classify", ["--dataset", "folder", "--crop-scale", "1"], "--crop-scale", "--dataset folder"),
     ("segment", ["--evaluate", "x", "--resume"], "--resume", "--evaluate"),

@@ -119,7 +119,6 @@ def test_heads(launch, data, tmp_path):
         content = load_checked(tmp_path / script / name, "a head", ("head",))
         content["head"][key].flatten()[1] = float("nan")
         save_checked(tmp_path / name, content)
-        words = words[:-2] if script == "classify" else words
         refused(launch, script, [*words, "--evaluate", tmp_path / name], tmp_path / "out", "not finite", "head")
 
 
