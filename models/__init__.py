@@ -81,7 +81,7 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
                               f"{name} has no projector; only {', '.join(WITH_PROJECTOR)} have one")
     if projector is False:
         encoder.projector = None
-    if decoder and not getattr(encoder, "has_decoder", False):
+    if decoder and getattr(encoder, "decoder", None) is None:
         raise CheckpointError(f"{encoder.weights} has no decoder; MAE's mae_pretrain_vit_base_full.pth has one")
     return encoder
 

@@ -27,9 +27,8 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str 
         if branch == "student":
             raise CheckpointError("this file holds the teacher's backbone only; the student is in the full checkpoint")
         return Encoder(plain_vit(unwrap(checkpoint), num_heads), bicubic_by_scale)
-    state = unwrap(checkpoint, branch)
     # Only the student was saved from DistributedDataParallel.
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {key.removeprefix("module."): value for key, value in unwrap(checkpoint, branch).items()}
     vit = plain_vit(take_prefix(state, "backbone."), num_heads)
     head = take_prefix(state, "head.")
     return Encoder(vit, bicubic_by_scale, WeightNormHead.from_state(head) if head else None)

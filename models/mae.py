@@ -69,10 +69,6 @@ class MAEEncoder(Encoder):
         self.shuffle = torch.Generator().manual_seed(0) if shuffle_patches else None
         self.eval().requires_grad_(False)
 
-    @property
-    def has_decoder(self) -> bool:
-        return self.decoder is not None
-
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         tokens = super().embed(images)
         if self.shuffle is None:
@@ -101,7 +97,7 @@ class MAEEncoder(Encoder):
     def decode(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """What encode_visible returns at the native size -> predicted patches [B, N, p * p * 3], pixels row by row,
         channels last. Raises CheckpointError without a decoder."""
-        if not self.has_decoder:
+        if self.decoder is None:
             raise CheckpointError("this MAE file has no decoder; mae_pretrain_vit_base_full.pth has one")
         return self.decoder(latent, ids_restore)
 

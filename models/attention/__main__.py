@@ -192,7 +192,7 @@ def main() -> None:
 
     wants_decoder = args.model == "mae" and not args.encoder_only
     encoder = load_encoder(args, device, log, projector=False, decoder=wants_decoder and args.weights == "official")
-    if wants_decoder and not encoder.has_decoder:
+    if wants_decoder and encoder.decoder is None:
         raise UserError(f"{encoder.weights} has no decoder; mae_pretrain_vit_base_full.pth has one. "
                         "--encoder-only measures the encoder alone")
     if not hasattr(encoder, "vit"):
