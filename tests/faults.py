@@ -268,6 +268,8 @@ WORDS = ["", " ", "nan", "-1", "²", "../../evil", "a/b", "a\nb", "x" * 300, "x"
 PATHS = ["", ".", "/", "/dev/null", "/dev/zero", "/etc/passwd", "/etc", "nowhere", "x" * 300, "/proc/self/mem",
          "a\nb", "é\udcff", "fifo", "{data}/folder/train/cats/0.png", "{data}/cub", "{data}/cub/images.txt",
          "{golden}/dino/checkpoint.pth", "{golden}/segmentation/head.pt", "{data}/fifo", "{data}/empty", "/root/x"]
+# For options that write: nothing that another case, or the machine, needs.
+WRITTEN = ["", ".", "nowhere/x", "x" * 300, "a\nb", "é\udcff", "fifo", "written", "written.png"]
 NUMBERS = ["nan", "inf", "-inf", "-1", "0", "-0", "1e400", "1" + 40 * "0", "x", "", " ", "1.5", "0x10", "1e3", "²",
            "１", "1_0", "+3", "-3", "3", "1", "2", "7", "16", "48", "1000", "100000", "0.5", "1e-20", "1e20"]
 SKIP = {"--help", "-h", "--table", "--device", "--target", "--output-dir"}
@@ -305,6 +307,8 @@ def hostile_words(chance, action, data):
     pool = {"number": NUMBERS, "path": PATHS, "choice": [*(action.choices or ()), "", "nothing"], "word": WORDS}[kind]
     if option == "--dataset":
         pool = [*action.choices]
+    if option in ("--save-features", "--cache-dir", "--figure6"):
+        pool = WRITTEN
     if option in SMALL:
         pool = [value for value in pool if not value.isdecimal() or len(value) > 10 or int(value) < 20]
         pool = [value for value in pool if value not in ("1_0",)]

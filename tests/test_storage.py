@@ -1,5 +1,6 @@
 """Where arrays live: all processes take the same tier, whatever each of them has free."""
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from utils import UserError, storage
 from utils.distributed import all_reduce, init_processes, rank
+from utils.storage import atomic_write
 
 FLOAT = torch.float32
 
@@ -51,3 +53,10 @@ def test_nothing_fits(tmp_path):
     with pytest.raises(UserError, match=r"fit nowhere: .*File exists.*only .* GB are free in memory"):
         storage.allocate((1 << 45,), FLOAT, torch.device("cpu"), "disk", tmp_path,
                          lambda: storage.temporary_file(tmp_path / "file", (1,), FLOAT), "array", "buy more", print)
+
+
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        atomic_write(tmp_path / "pipe", lambda path: path.write_text("x"))
+    assert (tmp_path / "pipe").is_fifo()

@@ -1,5 +1,6 @@
 """Files that are written whole, and large arrays on the GPU, in host memory or in mapped files."""
 
+import errno
 import fcntl
 import glob
 import json
@@ -74,7 +75,10 @@ class RunLock:
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls write(temporary path), flushes the file to disk and renames it to path: a reader never sees half of it."""
+    """Calls write(temporary path), flushes the file to disk and renames it to path: a reader never sees half of it.
+    Raises OSError, also where a device or a pipe is at path, which the renaming would replace."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = temporary_name(path)
     try:
         write(temporary)
