@@ -23,6 +23,7 @@ from datasets import patches
 from datasets.patches import PatchDataset, PatchImage
 from models import segmentation_probe
 from utils import UserError, run, storage
+from utils.distributed import init_processes
 from utils.results import append_result
 from utils.run import Log, exit_with_one_line_errors, save_or_warn
 
@@ -330,3 +331,86 @@ def test_a_worker_that_the_system_kills_is_one_line(picture, capsys, monkeypatch
     assert not multiprocessing.active_children()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: a data loading process was killed or is stuck"), lines
+
+
+# Several processes
+
+def run_processes(body, tmp_path, count=2, **environment):
+    """[(exit status, lines on standard error), ...] of processes with this main, taken for dead after 2 s."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+                      "from utils import UserError, distributed\nfrom utils.distributed import *\n"
+                      "from utils.run import exit_with_one_line_errors\n"
+                      "distributed.SILENCE = 2\ndef main():\n    init_processes('cpu')\n"
+                      + "".join(f"    {line}\n" for line in body.splitlines()) + "exit_with_one_line_errors(main)\n")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return [outcome(process) for process in start(script, [], count)]
+
+
+def test_a_dead_process_ends_the_others_with_one_line_and_a_slow_one_does_not(tmp_path):
+    """Whatever they are at: here no collective in which its connection would be missed."""
+    slow, waiting = run_processes("if is_main(): time.sleep(5)\nbarrier()", tmp_path)
+    assert slow == waiting == (0, [])
+    alive, dead = run_processes("if is_main(): time.sleep(50)\nelse: os.kill(os.getpid(), 9)", tmp_path)
+    assert dead[0] == -9 and alive[0] == 2
+    assert len(alive[1]) == 1 and "process 1 of 2 has not been heard of for 2 s" in alive[1][0]
+
+
+def test_the_mistake_of_one_process_is_one_line_and_ends_all(tmp_path):
+    ends = run_processes("if rank() == 1: raise UserError('wrong')\ntime.sleep(50)", tmp_path, 3)
+    assert [code for code, _ in ends] == [2] * 3
+    assert sum((lines for _, lines in ends), []) == ["error: wrong"]
+    ends = run_processes("raise UserError('wrong')", tmp_path)
+    assert [code for code, _ in ends] == [2] * 2 and sum((lines for _, lines in ends), []) == ["error: wrong"]
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment promises 2 processes, but MASTER_ADDR and RANK are not set"),
+    ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost"}, "RANK=2 .* must be below WORLD_SIZE=2"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is not a whole number from 1; unset it"),
+    ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in the environment is not a whole number from 1")])
+def test_left_over_variables_of_torchrun(monkeypatch, variables, message, tmp_path):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        run.add_common_arguments(run.OneLineParser(), (), (), 1)
+        init_processes("cpu")
+
+
+def test_one_process_that_is_called_one_of_one_runs_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert init_processes("cpu") == torch.device("cpu") and not torch.distributed.is_initialized()
+
+
+def test_memory_that_runs_out_is_one_line(tmp_path):
+    body = ("import resource, torch\nresource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+            "torch.empty(1 << 40, dtype=torch.uint8)")
+    (code, lines), = run_processes(body, tmp_path, 1)
+    assert code == 2 and len(lines) == 1
+    assert lines[0].startswith("error: memory ran out (") and "use a smaller --batch-size, fewer --workers" in lines[0]
+    (code, lines), = run_processes("bytearray(1 << 60)", tmp_path, 1)
+    assert code == 2 and lines == ["error: memory ran out (): use a smaller --batch-size, fewer --workers"]
+
+
+def test_damaged_test_images_show_before_training(launch, tmp_path):
+    data = draw_lip(tmp_path / "data")
+    words = [*WORDS, "--dataset", "lip", "--data-path", data, "--layers", 0, "--output-dir", tmp_path / "out"]
+    (data / "img" / "val" / "3.jpg").write_bytes(b"none")
+    out, err = launch(segment.main, words, status=2)
+    assert "3.jpg cannot be read as an image" in err and "loss" not in out and "decoding" not in err
+
+
+def test_two_processes_stop_at_a_signal_to_either_and_resume_to_the_same_bits(lip, tmp_path):
+    words = [*lip, "--iterations", 150, "--output-dir"]
+    whole, stopped = (start("segment.py", [*words, tmp_path / name], 2) for name in ("whole", "2"))
+    wait_for(stopped[0], "iteration 50")
+    os.kill(stopped[1].pid, signal.SIGTERM)
+    ends = [outcome(process) for process in stopped]
+    assert [code for code, _ in ends] == [143, 143] and ends[1][1] == []
+    assert len(ends[0][1]) == 1 and "stopped by SIGTERM: iteration " in ends[0][1][0] and "--resume" in ends[0][1][0]
+    again = start("segment.py", [*words, tmp_path / "2", "--resume"], 2)
+    assert [outcome(process) for process in (*whole, *again)] == [(0, [])] * 4
+    heads = [torch.load(tmp_path / side / "ibot_lip_segment.pt", weights_only=True)["head"] for side in ("whole", "2")]
+    assert all(torch.equal(value, heads[1][key]) for key, value in heads[0].items())
