@@ -14,6 +14,7 @@ transfer and principal components are not in the paper: models/transfer.py and m
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -495,6 +496,9 @@ def main() -> None:
     # Features: from files, or encoded here
     if args.load_features:
         sources = load_features(args.load_features)
+        for source in sources:
+            log(f"features of {run_title(source)}: weights {source['weights']}, SHA-256 {source['sha256']}; made by "
+                + re.sub(r"[{}']", "", str(source["features_made_by"])))
     else:
         dataset = open_retrieval(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
                                  args.seed, args.skip_bad_images, args.image_size,

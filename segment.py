@@ -50,6 +50,7 @@ from utils.results import (
     run_title,
     settings_of,
     start_line,
+    text_table,
 )
 from utils.run import (
     OneLineParser,
@@ -337,6 +338,17 @@ def open_training(dataset: str, data_path: Path | None, names: Sequence[str], se
     return split.subset(sorted(order[count:])), split.subset(sorted(order[:count]))
 
 
+def class_table(metrics: dict, names: Sequence[str], count: int = 5) -> str:
+    """mIoU, mAcc and aAcc, and the classes of the largest and the smallest IoU, padded for a terminal."""
+    iou, acc = metrics["iou_per_class"], metrics["acc_per_class"]
+    known = [index for index in iou.argsort(descending=True).tolist() if not iou[index].isnan()]
+    rows = [["mean of the classes", f"{metrics['mIoU']:.2f}", f"{metrics['mAcc']:.2f}"],
+            ["all pixels", "", f"{metrics['aAcc']:.2f}"]]
+    for title, chosen in (("best", known[:count]), ("worst", known[count:][-count:])):
+        rows += [[f"{title}: {names[index]}", f"{iou[index]:.2f}", f"{acc[index]:.2f}"] for index in chosen]
+    return text_table(["percent", "IoU", "accuracy"], rows)
+
+
 def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
     """The metrics of a results line; JSON has no NaN, so that what is undefined becomes None."""
     def plain(value):
@@ -422,6 +434,7 @@ def main() -> None:
                        num_pictures=args.save_pictures)
         log.open(args.output_dir)
         log(f"{run_title(line)}, {probe}: {summary(metrics)}")
+        log(class_table(metrics, names))
         append_result(args.output_dir, line | about | metrics_for_json(metrics, names)
                       | {"seconds": time.monotonic() - started})
 

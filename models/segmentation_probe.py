@@ -70,14 +70,15 @@ def summary(metrics: dict) -> str:
             f"({metrics['num_images']} images)")
 
 
-def train(segmenter: Segmenter, heads: Sequence[LinearHead], optimizer: torch.optim.Optimizer, batches: Iterator,
-          iterations: range, batch_size: int, warmup: int, save: Callable[[int], None], save_every: int,
-          test: Callable[[], dict], test_every: int | None, log: Callable[[str], None]) -> None:
+def train(segmenter: Segmenter, heads: Sequence[LinearHead], names: Sequence[str],
+          optimizer: torch.optim.Optimizer, batches: Iterator, iterations: range, batch_size: int, warmup: int,
+          save: Callable[[int], None], save_every: int, test: Callable[[], dict], test_every: int | None,
+          log: Callable[[str], None]) -> None:
     """Trains all heads on the same features, from iterations.start to the end of the schedule, iterations.stop.
 
-    The optimiser's groups hold their base learning rate as initial_lr. save(iterations done) is called every save_every
-    iterations, at the end and when a signal stops the run, test() every test_every before the end. Raises UserError
-    when a loss is not finite.
+    names: of the heads, for the log. The optimiser's groups hold their base rate as initial_lr. save(iterations done)
+    is called every save_every iterations, at the end and when a signal stops the run, test() of every head every
+    test_every before the end. Raises UserError when a loss is not finite.
     """
     progress, losses = Progress(len(iterations), "training", "iterations"), []
     segmenter.train()
@@ -100,17 +101,20 @@ def train(segmenter: Segmenter, heads: Sequence[LinearHead], optimizer: torch.op
             Ending.save = partial(save, done)
         if len(losses) == 50 * len(heads) or done == iterations.stop:
             means = all_reduce(torch.stack(losses).view(-1, len(heads)).mean(0)).tolist()
-            log(f"iteration {done}/{iterations.stop}: loss {' '.join(f'{mean:.4f}' for mean in means)}, "
-                f"lr {optimizer.param_groups[0]['lr']:.2e}")
+            shown = [f"{mean:.4f} ({name})" for mean, name in zip(means, names, strict=True)]
+            log(f"iteration {done}/{iterations.stop}: loss {', '.join(shown)}; learning rates at "
+                f"{optimizer.param_groups[0]['lr'] / optimizer.param_groups[0]['initial_lr']:.3g} of these")
             if not np.isfinite(means).all():
-                raise UserError(f"the loss is {means[int(np.isfinite(means).argmin())]} near iteration {done}; "
+                raise UserError(f"the loss is {shown[int(np.isfinite(means).argmin())]} near iteration {done}; "
                                 "lower --lr, or use --precision fp32")
             losses = []
         progress.update()
         if done % save_every == 0 or done == iterations.stop:
             save(done)
         if test_every and done % test_every == 0 and done < iterations.stop:
-            log(f"after iteration {done}: {summary(test())}")
+            for segmenter.head, name in zip(heads, names, strict=True):
+                log(f"after iteration {done}: {summary(test())}, {name}")
+            segmenter.head = heads[0]
             segmenter.train()
     Ending.save = None
 
@@ -130,16 +134,16 @@ def make_heads(width: int, num_classes: int, rates: Sequence[float], decays: Seq
 
 
 def choose_head(segmenter: Segmenter, heads: Sequence[LinearHead], pairs: Sequence[tuple[float, float]],
-                test: Callable[[], dict], log: Callable[[str], None]) -> dict:
-    """Gives the segmenter the head of the best mIoU. pairs: (learning rate, weight decay) of each head. Returns those
-    of the chosen one and, where there are several, the mIoU of each, for the results line."""
+                names: Sequence[str], test: Callable[[], dict], log: Callable[[str], None]) -> dict:
+    """Gives the segmenter the head of the best mIoU. pairs, names: (learning rate, weight decay) of each head, and in
+    words. Returns those of the chosen one and, where there are several, the mIoU of each, for the results line."""
     scores = [0.0]
     if len(heads) > 1:
         scores = []
-        for segmenter.head, (lr, decay) in zip(heads, pairs, strict=True):
+        for segmenter.head, name in zip(heads, names, strict=True):
             metrics = test()
             scores.append(float(np.nan_to_num(metrics["mIoU"])))
-            log(f"learning rate {lr:g}, weight decay {decay:g}: {summary(metrics)}")
+            log(f"{name}: {summary(metrics)}")
     best = int(np.argmax(scores))
     segmenter.head = heads[best]
     grid = [{"lr": lr, "weight_decay": decay, "mIoU": score} for (lr, decay), score in zip(pairs, scores, strict=True)]
@@ -195,6 +199,8 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
     save = partial(save_checkpoint, path, segmenter, heads, optimizer,
                    {"settings": settings, "class_names": list(names)})
     done, total, lock = 0, settings["iterations"], RunLock(path)
+    pairs = list(itertools.product(rates, decays))
+    labels = [f"lr {lr:g}, weight decay {decay:g}, seed {settings['seed']}" for lr, decay in pairs]
     if not resume:
         spare_other_run(path, settings)
     elif any_process(path.exists()):
@@ -209,12 +215,12 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
     else:
         log(f"{path} does not exist yet: from the beginning")
     if done < total:
-        train(segmenter, heads, optimizer, batches(range(done, total)), range(done, total), settings["batch_size"],
-              settings["warmup_iterations"], save, save_every, partial(test, segmenter), test_every, log)
-    line = choose_head(segmenter, heads, list(itertools.product(rates, decays)), partial(choose, segmenter), log)
+        train(segmenter, heads, labels, optimizer, batches(range(done, total)), range(done, total),
+              settings["batch_size"], settings["warmup_iterations"], save, save_every, partial(test, segmenter),
+              test_every, log)
+    line = choose_head(segmenter, heads, pairs, labels, partial(choose, segmenter), log)
     if len(heads) > 1:
-        log(f"learning rate {line['lr']:g}, weight decay {line['weight_decay']:g}, chosen on "
-            f"{CHOSEN_BY[settings['select']]}")
+        log(f"{labels[pairs.index((line['lr'], line['weight_decay']))]}: chosen on {CHOSEN_BY[settings['select']]}")
         save(total)
     lock.close()
     return segmenter, line | {"probe": "linear", "iterations": total} | {name: settings[name] for name in HEAD_INPUT}

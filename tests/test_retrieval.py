@@ -208,7 +208,8 @@ def test_a_whole_run_and_its_options(run, tmp_path):
     assert first["task"] == "retrieval" and first["best"] in ("cls", "avg") and 0 < first["ap_cls"] < 100
     assert (tmp_path / "log.txt").read_text().count("encoded  AP") == 1
 
-    run("--load-features", tmp_path / "features.pt", "--output-dir", tmp_path)
+    out, _ = run("--load-features", tmp_path / "features.pt", "--output-dir", tmp_path)
+    assert "features of ibot" in out and "SHA-256 " in out and "made by run: " in out and "revision: " in out
     loaded = last_result(tmp_path)
     assert {key: loaded[key] for key in ("model", "sha256", "ap_cls", "map_avg", "ap_projected")} == {
         key: first[key] for key in ("model", "sha256", "ap_cls", "map_avg", "ap_projected")}

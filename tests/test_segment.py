@@ -354,6 +354,21 @@ def test_heads_trained_together_are_those_trained_alone(finished, monkeypatch, l
     assert torch.equal(content["head"]["weight"], content["heads"][f"{best}.weight"])
 
 
+def test_figures_name_their_head_and_a_table_ends_the_run(monkeypatch, lip, tmp_path, capsys):
+    run(monkeypatch, lip, tmp_path, "--lr", 0.1, 0.001, "--eval-every", 4)
+    printed = capsys.readouterr().out
+    for head in ("lr 0.1, weight decay 0.05, seed 0", "lr 0.001, weight decay 0.05, seed 0"):
+        assert f"({head})" in printed and f"(7 images), {head}" in printed and f"{head}: mIoU" in printed
+    table = printed[printed.rindex("percent"):].splitlines()
+    result = json.loads((tmp_path / "results.jsonl").read_text())
+    assert table[2].split() == ["mean", "of", "the", "classes", f"{result['mIoU']:.2f}", f"{result['mAcc']:.2f}"]
+    assert table[3].split() == ["all", "pixels", f"{result['aAcc']:.2f}"]
+    known = {name: value for name, value in result["iou_per_class"].items() if value is not None}
+    extremes = table[4].split()[-2], table[-1].split()[-2]
+    assert extremes == (f"{max(known.values()):.2f}", f"{min(known.values()):.2f}")
+    assert len({len(line) for line in table[1:] if "all pixels" not in line}) == 1 and "null" not in printed
+
+
 def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, lip, tmp_path, capsys):
     result = run(monkeypatch, lip, tmp_path, "--lr", 0.1, 0.001, "--select", "held-out")
     printed = capsys.readouterr().out
