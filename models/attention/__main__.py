@@ -221,8 +221,7 @@ def main() -> None:
     log.open(args.output_dir)
     log(f"{run_title(lines[0])}, {lines[0]['num_images']} images, {args.precision}")
     log(render([summary_table(lines)], [], "text"))
-    for line in lines:
-        append_result(args.output_dir, line)
+    append_result(args.output_dir, *lines)
     if is_main():
         names = write_plots(read_results(args.output_dir, NEEDED, "attention")[0], args.output_dir)
         log(f"{', '.join(names)} in {args.output_dir}")
