@@ -54,8 +54,7 @@ COMMON = ["--device", "cpu", "--workers", "0"]
 IBOT = ["--model", "ibot", "--weights", str(GOLDEN / "ibot" / "checkpoint.pth"), "--num-heads", "3"]
 MAE = ["--model", "mae", "--weights", str(GOLDEN / "mae" / "checkpoint_full.pth"), "--num-heads", "3"]
 # What differs between two runs that give the same figures.
-NO_FIGURES = ("run", "date", "revision", "versions", "args", "seconds", "seconds_features", "seconds_training",
-              "world_size", "weights", "sha256", "name")
+NO_FIGURES = ("run", "date", "revision", "versions", "args", "world_size", "weights", "sha256", "name")
 
 
 # Data, drawn once
@@ -206,7 +205,8 @@ def strict(text):
 def figures(folder):
     """The results lines of a run without what may differ; None where a line is no strict JSON."""
     try:
-        return [{key: value for key, value in strict(line).items() if key not in NO_FIGURES}
+        return [{key: value for key, value in strict(line).items()
+                 if key not in NO_FIGURES and not key.startswith(("seconds", "features_made_by"))}
                 for line in lines_of(folder / "output" / "results.jsonl")]
     except ValueError:
         return None
@@ -335,7 +335,7 @@ class Arguments:
         name = chance.choice(list(self.commands))
         script, words = self.commands[name]
         words = list(words)
-        for action in chance.sample(self.actions[script], chance.choice((1, 1, 2, 3))):
+        for action in chance.choices(self.actions[script], k=chance.choice((1, 1, 2, 3))):
             words += hostile_words(chance, action, self.data)
         words += ["--target" if script == "prepare" else "--output-dir", "output"]
         words = [word.replace("\0", "") for word in words]
