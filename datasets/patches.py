@@ -22,8 +22,7 @@ from utils.run import WORKER_LOST, log_once
 
 from .files import BAD_IMAGE, read_rgb, reason
 
-# A transform of patches.
-Transform = Callable[[Image.Image], torch.Tensor]
+Transform = Callable[[Image.Image], torch.Tensor]  # PIL RGB image -> uint8 [3, h, w]
 # Workers send groups of at most about this many patches: the cost of a transfer hardly depends on its size (64 cost the
 # receiving process a fifth less than 16).
 PATCHES_PER_GROUP = 64
@@ -98,8 +97,7 @@ class PatchDataset(Dataset):
     skip_bad_images its item is empty, and its ids never appear.
     """
 
-    def __init__(self, images: Sequence[PatchImage], classes: Sequence[str],
-                 transform: Callable[[Image.Image], torch.Tensor] | None = None,
+    def __init__(self, images: Sequence[PatchImage], classes: Sequence[str], transform: Transform | None = None,
                  load: Callable[[str], Image.Image] = read_rgb, skip_bad_images: bool = False):
         self.images, self.classes = images, list(classes)
         self.transform, self.load, self.skip_bad_images = transform or resize_square(), load, skip_bad_images
@@ -150,14 +148,14 @@ class PatchDataset(Dataset):
         counts = self.first_id.diff()[indices]
         # Four groups at least for each worker, where that leaves 16 patches in one.
         size = min(PATCHES_PER_GROUP, max(16, int(counts.sum()) // (4 * max(1, workers))))
-        group = (counts.cumsum(0) - counts) // size
-        groups = indices.split(group.unique_consecutive(return_counts=True)[1].tolist())
+        lengths = ((counts.cumsum(0) - counts) // size).unique_consecutive(return_counts=True)[1].tolist()
+        groups = [group.tolist() for group in indices.split(lengths)]
         if workers:
-            largest = max(int(self.first_id.diff()[one].sum()) for one in groups)
+            largest = max((int(group.sum()) for group in counts.split(lengths)), default=0)
             with torch.random.fork_rng(devices=[]):
                 workers = workers_with_room(workers, largest * self.cut(Image.new("RGB", (64, 64)), None)[0].nbytes)
-        loader = DataLoader([one.tolist() for one in groups], None, num_workers=workers, collate_fn=self._load_group,
-                            **{"prefetch_factor": PREFETCH, "timeout": PATIENCE} if workers else {})
+        loader = DataLoader(groups, None, num_workers=workers, collate_fn=self._load_group,
+                            prefetch_factor=PREFETCH if workers else None, timeout=PATIENCE if workers else 0)
         filled = 0
         for patches, ids in received(loader):
             while len(ids):
@@ -251,7 +249,7 @@ class RandomViews(PatchDataset):
     Set epoch before every pass over the images. transform: takes its random numbers from PyTorch's generator.
     """
 
-    def __init__(self, dataset: PatchDataset, transform: Callable[[Image.Image], torch.Tensor], seed: int):
+    def __init__(self, dataset: PatchDataset, transform: Transform, seed: int):
         super().__init__(dataset.images, dataset.classes, transform, dataset.load, dataset.skip_bad_images)
         self.seed, self.epoch = seed, 0
 

@@ -167,12 +167,9 @@ def accept_crops(labels: torch.Tensor, max_share: float = 0.75) -> torch.Tensor:
     """uint8 [B, h, w] -> bool [B]: more than one class, the largest on less than max_share of the labelled pixels."""
     count = len(labels)
     bins = labels.flatten(1).int().add_(256 * torch.arange(count, dtype=torch.int32, device=labels.device)[:, None])
-    if labels.is_cuda:
-        # The host waits for the device twice in bincount.
-        counts = torch.zeros(256 * count, dtype=torch.int32, device=labels.device)
-        counts.index_add_(0, bins.flatten(), torch.ones_like(counts[:1]).expand(bins.numel()))
-    else:
-        counts = torch.bincount(bins.flatten(), minlength=256 * count)
+    # Not bincount, in which the host waits for a GPU twice.
+    counts = torch.zeros(256 * count, dtype=torch.int32, device=labels.device)
+    counts.index_add_(0, bins.flatten(), torch.ones_like(counts[:1]).expand(bins.numel()))
     counts = counts.view(count, 256)[:, :IGNORE]
     return (counts.count_nonzero(1) > 1) & (counts.amax(1) < max_share * counts.sum(1))
 
@@ -182,20 +179,13 @@ def choose_crops(cut, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     [B, h, w]. cut: maps sample numbers [n] and their offsets [n, 2] to labels [n, h, w]. offsets: [B, 11, 2]."""
     samples, unchecked = torch.arange(len(offsets), device=offsets.device), offsets.shape[1] - 1
     chosen, labels = torch.zeros_like(samples), cut(samples, offsets[:, 0])
-    redrawn = remaining = samples[~accept_crops(labels)]
-    chosen[redrawn] = unchecked
-    # A GPU judges all further crops together: the host waits for it once in a batch and not after every draw.
-    size = unchecked - 1 if offsets.is_cuda else 1
-    for first in range(1, unchecked, size):
-        if first > 1:
-            remaining = remaining[chosen[remaining] == unchecked]
-        if not len(remaining):
-            break
-        drawn = offsets[remaining, first:first + size].flatten(0, 1)
-        accepted = accept_crops(cut(remaining.repeat_interleave(size), drawn)).view(-1, size)
-        numbers = torch.arange(first, first + size, device=offsets.device)
-        chosen[remaining] = torch.where(accepted, numbers, unchecked).amin(1)
+    redrawn = samples[~accept_crops(labels)]
     if len(redrawn):
+        # All further crops are judged together: the host waits for a GPU once in a batch and not after every draw.
+        numbers = torch.arange(1, unchecked, device=offsets.device)
+        further = offsets[redrawn, 1:unchecked].flatten(0, 1)
+        accepted = accept_crops(cut(redrawn.repeat_interleave(len(numbers)), further)).view(len(redrawn), -1)
+        chosen[redrawn] = torch.where(accepted, numbers, unchecked).amin(1)
         labels[redrawn] = cut(redrawn, offsets[redrawn, chosen[redrawn]])
     return chosen, labels
 
