@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from utils import UserError
-from utils.distributed import any_process, environment, gather_rows, shard, world_size
+from utils.distributed import gather_rows, shard
 from utils.run import Progress, autocast
-from utils.storage import free_memory
+from utils.storage import require_room
 
 from .encoder import Encoder
 from .segmentation_head import PatchSegmenter
@@ -145,14 +145,12 @@ def plan_memory(encoder: Encoder, num_crops: int, crop_size: int, num_classes: i
         raise UserError(f"--memory-size {memory_size} is less than one patch for each of the {num_crops} training "
                         f"crops; use --memory-size {num_crops} or more")
     size, each = per_crop * num_crops, 4 * (encoder.embed_dim + num_classes)
-    processes = environment("LOCAL_WORLD_SIZE", 1, 1) if device.type == "cpu" else 1
-    room = 0.8 * free_memory(device) / processes - SEARCH_BYTES[device.type]
-    what = (f"memory of up to {size} patches ({per_crop} from each of {num_crops} crops): {size * each / 1e9:.2f} GB "
-            f"on {device}" + (f" in each of {world_size()} processes" if world_size() > 1 else ""))
-    if any_process(size * each > room):
-        raise UserError(f"{what}, but there is room for {max(room, 0) / 1e9:.2f} GB; use --memory-size "
-                        f"{max(int(room / each), 0)} or less")
-    return per_crop, what
+    search = SEARCH_BYTES[device.type]
+    need = size * each + search
+    what = f"a search and a memory of up to {size} patches ({per_crop} from each of {num_crops} crops)"
+    require_room(need, device, what, lambda share:
+                 f"--memory-size {max(0, int(share * need - search) // each)} or less")
+    return per_crop, f"{what}: {search / 1e9:.2f} GB and {size * each / 1e9:.2f} GB on {device}"
 
 
 @torch.inference_mode()
@@ -169,7 +167,7 @@ def fill_memory(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Te
     """
     device, patches, share = encoder.mean.device, (crop_size // encoder.patch_size) ** 2, shard(batch_size)
     per_crop, what = plan_memory(encoder, num_crops, crop_size, num_classes, memory_size)
-    log(f"{what}; a search takes up to {SEARCH_BYTES[device.type] / 1e9:.2f} GB more")
+    log(what)
     size = per_crop * num_crops
 
     # One piece, filled from the front: joining parts at the end would take it twice.

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from utils import UserError
 from utils.distributed import gather_rows, shard, world_size
 from utils.run import Progress, autocast, log_waiting
-from utils.storage import free_memory
+from utils.storage import has_room
 
 from .encoder import Encoder
 from .features import DTYPES, require_batch_room
@@ -29,42 +29,44 @@ TEMPERATURE, WINDOW = 0.02, 15
 
 def transfer_keypoints(source: torch.Tensor, target: torch.Tensor, points: torch.Tensor,
                        match: str = "cell") -> torch.Tensor:
-    """Where the keypoints of one image are in another, by cosine similarity of tokens in float32.
+    """Where the keypoints of one image are in another, by cosine similarity of tokens in float64.
 
     source [D, h, w] and target [D, H, W]: tokens that cover the whole image. points [n, 2]: (x, y) in the source, from
     0 to 1; beyond the outermost centres of cells tokens are constant. match: "cell", the centre of the most similar
     cell, or "soft-argmax", the mean of the centres around it, weighted by softmax(similarity / temperature).
     Returns [n, 2], from 0 to 1 in the target. Raises ValueError for another match.
     """
-    source, target = (F.normalize(tokens.float(), dim=0).permute(1, 2, 0) for tokens in (source, target))
     first = torch.zeros(len(points), dtype=torch.int64, device=points.device)
-    queries = sample_tokens(source[None, None], first, points)[0]
-    return locate(queries @ target.flatten(0, 1).T, target.shape[:2], match).to(points.dtype)
+    queries = sample_tokens(source.permute(1, 2, 0)[None, None], first, points)
+    return locate(queries, target.permute(1, 2, 0)[None], match)[0].to(points.dtype)
 
 
 def sample_tokens(tokens: torch.Tensor, images: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """tokens [L, n, h, w, D] at points [m, 2] (x, y, 0 to 1) of images [m] -> [L, m, D], float32, L2-normalised."""
+    """Tokens [L, n, h, w, D] as unit vectors at points [m, 2] (x, y, 0 to 1) of images [m] -> [L, m, D], float64."""
     corners = []
     for size, place in zip(tokens.shape[2:4], (points[:, 1], points[:, 0]), strict=True):
         place = (place.double() * size - 0.5).clamp(0, size - 1)
         low = place.long()
         corners.append(((low, 1 - (place - low)), ((low + 1).clamp(max=size - 1), place - low)))
-    return F.normalize(sum(tokens[:, images, row, column].float() * (share_y * share_x).float()[:, None]
+    return F.normalize(sum(F.normalize(tokens[:, images, row, column].double(), dim=-1) * (share_y * share_x)[:, None]
                            for row, share_y in corners[0] for column, share_x in corners[1]), dim=-1)
 
 
-def locate(similarity: torch.Tensor, grid: Sequence[int], match: str) -> torch.Tensor:
-    """similarity [..., h * w] to the cells of grid (h, w), row by row -> [..., 2], (x, y) from 0 to 1, float64; NaN
-    where a similarity is NaN. match: as in transfer_keypoints."""
+def locate(queries: torch.Tensor, target: torch.Tensor, match: str) -> torch.Tensor:
+    """Unit vectors float64 [L, m, D] in the tokens [L, h, w, D] of an image -> [L, m, 2], (x, y) from 0 to 1, float64;
+    NaN where a token is NaN. match: as in transfer_keypoints."""
     if match not in ("cell", "soft-argmax"):
         raise ValueError(f"match {match!r} is neither 'cell' nor 'soft-argmax'")
-    (height, width), window = grid, 1 if match == "cell" else WINDOW
+    (height, width), window = target.shape[1:3], 1 if match == "cell" else WINDOW
+    # In float64: the last digit of a float32 product depends on how many rows it is made with, and softmax multiplies
+    # its error by 50.
+    similarity = queries @ F.normalize(target.double(), dim=-1).flatten(1, 2).mT
     best = similarity.argmax(-1)[..., None, None]
     offsets = torch.arange(window, device=best.device) - window // 2
     row, column = best // width + offsets[:, None], best % width + offsets
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     cells = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-    logits = similarity.gather(-1, cells.flatten(-2)).double() / TEMPERATURE
+    logits = similarity.gather(-1, cells.flatten(-2)) / TEMPERATURE
     weights = logits.masked_fill(~inside.flatten(-2), -torch.inf).softmax(-1).view(cells.shape)
     return torch.stack([(weights * ((place.double() + 0.5) / size)).sum((-2, -1))
                         for place, size in ((column, width), (row, height))], dim=-1)
@@ -74,8 +76,8 @@ def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tenso
                  match: str) -> torch.Tensor:
     """transfer_keypoints for many pairs and layers: one product for each target image, whose tokens are read once.
 
-    tokens [L, n, h, w, D]: L2-normalised, of n images. source, target [m], on the CPU: rows of tokens, by point; points
-    [m, 2]: from 0 to 1 in the source. Returns [L, m, 2], float64, on the tokens' device.
+    tokens [L, n, h, w, D]: of n images. source, target [m], on the CPU: rows of tokens, by point; points [m, 2]: from 0
+    to 1 in the source. Returns [L, m, 2], float64, on the tokens' device.
     """
     device, order = tokens.device, target.argsort(stable=True)
     images, counts = target[order].unique_consecutive(return_counts=True)
@@ -83,10 +85,7 @@ def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tenso
     found = torch.empty(len(tokens), len(points), 2, dtype=torch.float64, device=device)
     parts = (rows.split(counts.tolist(), dim) for rows, dim in ((source, 0), (points, 0), (found, 1)))
     for image, source_part, points_part, found_part in zip(images.tolist(), *parts, strict=True):
-        queries = sample_tokens(tokens, source_part, points_part)
-        # In float32: similarities rounded to bfloat16 tie.
-        similarity = queries @ tokens[:, image].flatten(1, 2).float().transpose(1, 2)
-        found_part.copy_(locate(similarity, tokens.shape[2:4], match))
+        found_part.copy_(locate(sample_tokens(tokens, source_part, points_part), tokens[:, image], match))
     return found[:, order.argsort().to(device)]
 
 
@@ -94,7 +93,7 @@ def encode(encoder: Encoder, pairs, numbers: Sequence[int], layers: Sequence[int
            workers: int, precision: str, log: Callable[[str], None]) -> Iterator[torch.Tensor]:
     """The L2-normalised patch tokens of each image of these numbers after the 0-based blocks layers, [L, h, w, D], on
     the encoder's device, in the type of the precision."""
-    device, progress = next(encoder.parameters()).device, Progress(len(numbers) * world_size(), "encoding", "images")
+    device, progress = encoder.mean.device, Progress(len(numbers) * world_size(), "encoding", "images")
     batches = pairs.images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda")
     for images, _ in log_waiting(batches, "encoding and matching", log):
         with autocast(device, precision):
@@ -162,13 +161,8 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     same_place, of the source's own coordinates) and the last layer's predictions, float64 [n, 2] in pixels. Raises
     UserError.
     """
-    device, size, patch = next(encoder.parameters()).device, pairs.image_size, encoder.patch_size
+    device, size, patch = encoder.mean.device, pairs.image_size, encoder.patch_size
     layers, grid = sorted(set(layers)), (size // patch, size // patch)
-    if size % patch:
-        raise UserError(f"--image-size {size} is not divisible by the patch size {patch}; "
-                        f"use {max(1, round(size / patch)) * patch}")
-    if not layers or layers[0] < 0 or layers[-1] >= encoder.depth:
-        raise UserError(f"--layers {' '.join(map(str, layers))}: this encoder has blocks 0 to {encoder.depth - 1}")
     source, target, side = pairs.source[pairs.pair], pairs.target[pairs.pair], pairs.box_side[pairs.pair]
     units, sizes = pairs.source_points / pairs.sizes[source], pairs.sizes[target]
     # Points are in the order of the pairs, and these are sorted by category.
@@ -179,7 +173,7 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     groups = [torch.cat(ends).unique() for *ends, _ in points]
 
     need = max(map(len, groups), default=0) * grid[0] * grid[1] * encoder.embed_dim * DTYPES[precision].itemsize
-    free = free_memory(device) / 2
+    free = has_room(need, "gpu" if device.type == "cuda" else "cpu", device, 0, pinned=False)[1] / 2
     if need > free:
         raise UserError(f"the tokens of a category need {need / 1e9:.1f} GB at --image-size {size}, half of the memory "
                         f"that is free on {device} is {free / 1e9:.1f} GB; use a smaller one")

@@ -183,8 +183,6 @@ def test_what_does_not_fit_is_refused_before_work_starts(launch, tmp_path, scrip
 
 
 def with_a_gigabyte(main):
-    from models import knn_segmentation
     with pytest.MonkeyPatch.context() as patch:
-        for module in (storage, knn_segmentation):
-            patch.setattr(module, "free_memory", lambda device: 10**9)
+        patch.setattr(storage, "free_memory", lambda device: 10**9)
         main()

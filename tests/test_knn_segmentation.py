@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from models import knn_segmentation
 from models.knn_segmentation import KNNSegmenter, choose_patches, fill_memory, label_histograms, nearest, patch_tokens
-from utils import UserError
-from utils.distributed import gather_rows, init_processes, is_main, shard
+from utils import UserError, storage
+from utils.distributed import gather_rows, init_processes, is_main, rank, shard
 
 CPU = torch.device("cpu")
 
@@ -237,11 +237,23 @@ def test_a_memory_below_one_patch_for_each_crop():
 
 
 def test_a_memory_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr(knn_segmentation, "free_memory", lambda device: 10 ** 9)
+    monkeypatch.setattr(storage, "free_memory", lambda device: 10 ** 9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(Colours, "embed_dim", 10 ** 6)
-    with pytest.raises(UserError, match="there is room for 0.27 GB; use --memory-size 66 or less"):
+    with pytest.raises(UserError, match="0.50 GB are free on cpu; use --memory-size 66 or less"):
         fill(memory_size=112)
+
+
+def fill_where_one_has_less_memory():
+    init_processes("cpu")
+    storage.free_memory = lambda device: (8 * 10 ** 9, 10 ** 8)[rank()]
+    fill()
+
+
+def test_the_process_with_the_least_memory_decides_for_all(launch):
+    """And its figure is said, whichever process speaks: the first has 8 GB, the second not enough for a search."""
+    _, err = launch(fill_where_one_has_less_memory, [], 2, status=2)
+    assert "0.10 GB are free on cpu; use --memory-size 0 or less" in err and len(err.splitlines()) == 1
 
 
 def test_tokens_that_are_not_finite():
