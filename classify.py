@@ -54,16 +54,7 @@ from utils.distributed import (
 )
 from utils.drawing import draw_confusion, draw_curves, require_matplotlib
 from utils.provenance import check_same, digest
-from utils.results import (
-    append_result,
-    is_finished,
-    paper_tables,
-    run_slug,
-    run_title,
-    settings_of,
-    start_line,
-    unsaved,
-)
+from utils.results import append_result, is_finished, run_slug, run_title, settings_of, start_line, unsaved
 from utils.run import (
     Ending,
     OneLineParser,
@@ -80,6 +71,7 @@ from utils.run import (
     spare_other_run,
 )
 from utils.storage import RunLock, load_checked, require_room
+from utils.tables import paper_tables
 
 NEIGHBOURS = (10, 20, 100, 200)
 CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out tenth of the training images"}

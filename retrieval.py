@@ -37,7 +37,7 @@ from utils import UserError
 from utils.distributed import all_reduce, any_process, gather_rows, is_main, shard, world_size
 from utils.drawing import draw_curves, draw_sheet, require_matplotlib
 from utils.provenance import check_same, this_run
-from utils.results import append_result, args_to_json, paper_tables, run_slug, run_title, start_line
+from utils.results import append_result, args_to_json, run_slug, run_title, start_line
 from utils.run import (
     Log,
     OneLineParser,
@@ -53,6 +53,7 @@ from utils.run import (
     setup,
 )
 from utils.storage import atomic_write, free_memory, load_checked, require_room, save_checked
+from utils.tables import paper_tables
 
 # The arguments that features are made with, and all that a source of features (and its file) holds.
 PROTOCOL = ("name", "model", "dataset", "precision", "crop_scale", "image_size", "keypoints", "authors_defects")

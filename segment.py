@@ -40,18 +40,9 @@ from models.segmentation_probe import Segmenter, linear_probe, load_segmenter, s
 from utils import UserError
 from utils.distributed import all_reduce, any_process, shard, world_size
 from utils.drawing import draw_figure6, save_picture
+from utils.formats import text_table
 from utils.provenance import digest
-from utils.results import (
-    append_result,
-    figure6_panels,
-    is_finished,
-    paper_tables,
-    run_slug,
-    run_title,
-    settings_of,
-    start_line,
-    text_table,
-)
+from utils.results import append_result, is_finished, run_slug, run_title, settings_of, start_line
 from utils.run import (
     OneLineParser,
     Progress,
@@ -64,6 +55,7 @@ from utils.run import (
     setup,
 )
 from utils.storage import prefetched
+from utils.tables import figure6_panels, paper_tables
 
 # Logits of one pass over sliding windows, in bytes.
 WINDOW_BYTES = {"cuda": 8 << 30, "cpu": 512 << 20}

@@ -11,8 +11,8 @@ import torch
 import segment
 from datasets.synthetic import NUM_IMAGES
 from utils import storage
-from utils.results import paper_tables
 from utils.run import OneLineParser
+from utils.tables import paper_tables
 
 IBOT = Path(__file__).parent / "golden" / "ibot" / "checkpoint.pth"
 SCRIPTS = {"retrieval": [], "classify": [], "segment": [], "models.attention.__main__": [],

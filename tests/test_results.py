@@ -15,18 +15,11 @@ import classify
 from models.attention.plots import write_plots
 from utils import UserError
 from utils.drawing import draw_confusion, draw_curves, draw_figure6, require_matplotlib
+from utils.formats import STYLES, text_table
 from utils.provenance import NO_EFFECT
-from utils.results import (
-    STYLES,
-    figure6_panels,
-    is_finished,
-    main,
-    overview,
-    paper_tables,
-    runs_of,
-    text_table,
-)
+from utils.results import is_finished
 from utils.run import OneLineParser
+from utils.tables import figure6_panels, main, overview, paper_tables, runs_of
 
 OURS = "timm/vit_small_patch16_224"
 DEFAULTS = {"changed": [], "data_path": None}
@@ -293,7 +286,7 @@ def test_one_command_prints_all_that_a_folder_holds(monkeypatch, capsys, tmp_pat
           line_of("segment", {"model": "ibot", "dataset": "ade20k-object", "mIoU": 60.0}),
           line_of("segment", {"model": "ibot", "mIoU": 10.0, **given(iterations=300)}),
           line_of("retrieval", {"model": "mae", **given(image_size=448)}))
-    monkeypatch.setattr(sys, "argv", ["results.py", str(tmp_path), "--format", "md"])
+    monkeypatch.setattr(sys, "argv", ["tables.py", str(tmp_path), "--format", "md"])
     main()
     out = capsys.readouterr().out
     for title in ("Table 3, part retrieval on cub", "classification on cub", "Table 4", "Table 5", "spair"):

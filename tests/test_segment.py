@@ -25,8 +25,8 @@ from models import segmentation_probe
 from models.encoder import Encoder
 from utils import UserError, storage
 from utils.drawing import draw_figure6
-from utils.results import figure6_panels, paper_tables
 from utils.run import exit_with_one_line_errors
+from utils.tables import figure6_panels, paper_tables
 
 GOLDEN = Path(__file__).parent / "golden" / "segmentation"
 NUM_CLASSES = 19  # LIP's

@@ -97,7 +97,7 @@ def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequen
 
 
 def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[float | None]]]]) -> None:
-    """Plots object and part segmentation as grouped bars. panels: from utils.results.figure6_panels."""
+    """Plots object and part segmentation as grouped bars. panels: from utils.tables.figure6_panels."""
     kinds = {"object, published": "#9ecae1", "object, ours": "#2171b5", "part, published": "#fdd0a2",
              "part, ours": "#d94801"}
     most = max(7, *map(len, panels.values()))

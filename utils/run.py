@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from . import UserError
 from .distributed import end_run, environment, finish, init_processes, is_main, stops_here, world_size
+from .formats import STYLES
 from .provenance import check_same, this_run
-from .results import STYLES, args_to_json, unsaved
+from .results import args_to_json, unsaved
 from .storage import load_checked, save_checked, sweep
 
 WORKER_LOST = ("a data loading process was killed or is stuck, most often because memory or shared memory (/dev/shm) "
@@ -239,7 +240,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
     group.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     group.add_argument("--table", action="store_true",
                        help="no run: print the results in --output-dir beside the paper's numbers (python -m "
-                            "utils.results: of all tasks)")
+                            "utils.tables: of all tasks)")
     group.add_argument("--format", choices=STYLES, default="text", help="of --table (default: %(default)s)")
 
 

@@ -44,7 +44,8 @@ from datasets.retrieval import open_images
 from utils import UserError
 from utils.distributed import is_main, shard, world_size
 from utils.drawing import require_matplotlib
-from utils.results import append_result, read_results, render, run_title, start_line
+from utils.formats import render
+from utils.results import append_result, read_results, run_title, start_line
 from utils.run import (
     OneLineParser,
     Progress,
