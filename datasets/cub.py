@@ -1,37 +1,29 @@
 """CUB-200-2011 part patches (Wah et al. 2011; https://www.vision.caltech.edu/datasets/cub_200_2011/)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from PIL import Image
 
 from utils import UserError
 
 from .files import path_below, read_lines
-from .patches import PatchDataset, choose_keypoints, keypoint_patches
+from .patches import PatchDataset, Transform, choose_keypoints, keypoint_patches
 
 PARTS = (11, 12, 9, 14)  # right eye, right leg, left wing, tail: the paper's four, in its order
 
 
 def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | str] = PARTS, crop_scale: float = 0.5,
-             transform: Callable[[Image.Image], torch.Tensor] | None = None,
-             skip_bad_images: bool = False) -> PatchDataset:
+             transform: Transform | None = None, skip_bad_images: bool = False) -> PatchDataset:
     """The part patches of the official folder CUB_200_2011 (by the rule of select_keypoints): 30,543 of 11,730 images.
 
     split: "train", "test", or None for all images, as in part retrieval. parts: ids or names of parts/parts.txt, or
     ["all"]; class k is the k-th of them. Only visible parts count, in the distances too. Order: images.txt, within an
-    image that of parts. Raises UserError for another layout, a malformed or contradictory line, an unknown part, and
-    where no patch is left.
+    image that of parts. Raises UserError as read_cub, for an unknown part, and where no patch is left.
     """
     root = Path(root)
-    if not (root / "images").is_dir():
-        raise missing(root / "images")
-    paths, points, names, *is_train = read_cub(root, "parts/parts.txt", *["train_test_split.txt"] * (split is not None))
+    paths, points, names, *tables = read_cub(root, *["train_test_split.txt"] * (split is not None))
     if split is not None:
-        paths = {image: path for image, path in paths.items() if is_train[0][image][1] == (split == "train")}
-    names = {part: name for part, (_, name) in names.items()}
+        paths = {image: path for image, path in paths.items() if tables[0][image][1] == (split == "train")}
     parts = choose_keypoints(parts, names, "part", root / "parts/parts.txt")
     by_path = ((path, [(label, points[image][part]) for label, part in enumerate(parts) if part in points[image]])
                for image, path in paths.items())
@@ -61,49 +53,51 @@ def missing(path: Path) -> UserError:
                      "images/CLASS/*.jpg}")
 
 
-def read_cub(root: Path, *others: str) -> list[dict]:
-    """By image id, the paths and (x, y) of the visible parts by part id; and the tables of others, of COLUMNS, as
-    read_table gives them. Raises UserError for a file that is missing, a line that does not fit or contradicts another,
-    and an image without a line."""
-    files = [root / name for name in ("images.txt", "parts/part_locs.txt", *others)]
-    for path in files:
-        if not path.is_file():
-            raise missing(path)
-    names, located, *tables = (read_table(path, COLUMNS[path.relative_to(root).as_posix()]) for path in files)
-    paths, points, lines = {}, {image: {} for image in names}, {}
-    for image, (number, name) in names.items():
-        paths[image] = path_below(root / "images", name, f"{files[0]}, line {number}")
+def read_cub(root: Path, *others: str) -> tuple[dict, ...]:
+    """By image id, the paths and the (x, y) of the visible parts by part id; the names of the parts by part id; and the
+    tables of others, as read_table gives them. Raises UserError for a missing file or folder, a line that does not fit
+    or contradicts another, and an image without a line."""
+    if not (root / "images").is_dir():
+        raise missing(root / "images")
+    images, parts, located, *tables = (read_table(root, name) for name in (
+        "images.txt", "parts/parts.txt", "parts/part_locs.txt", *others))
+    paths, points, lines = {}, {image: {} for image in images}, {}
+    for image, (number, name) in images.items():
+        where = f"{root / 'images.txt'}, line {number}"
+        paths[image] = path_below(root / "images", name, where)
         if lines.setdefault(name, number) != number:
-            raise UserError(f"{files[0]}, line {number}: {name} is on line {lines[name]} already; remove one of them")
-    known = dict(zip(others, tables, strict=True)).get("parts/parts.txt")
+            raise UserError(f"{where}: {name} is on line {lines[name]} already; remove one of them")
     for (image, part), (number, x, y, visible) in located.items():
-        if image not in names or known is not None and part not in known:
-            what = f"part {part} is not in parts.txt" if image in names else f"image {image} is not in images.txt"
-            raise UserError(f"{files[1]}, line {number}: {what}; unpack the data set again")
+        if image not in images or part not in parts:
+            what = f"image {image} is not in images.txt" if image not in images else f"part {part} is not in parts.txt"
+            raise UserError(f"{root / 'parts/part_locs.txt'}, line {number}: {what}; unpack the data set again")
         if visible:
             points[image][part] = x, y
-    for path, table in zip(files[1:], ({image: () for image, _ in located}, *tables), strict=True):
-        if table is not known and (absent := [image for image in names if image not in table]):
-            raise UserError(f"{path} has no line of image {absent[0]}; unpack the data set again")
-    return [paths, points, *tables]
+    for name, known in (("parts/part_locs.txt", {image for image, _ in located}), *zip(others, tables, strict=True)):
+        if absent := [image for image in images if image not in known]:
+            raise UserError(f"{root / name} has no line of image {absent[0]}; unpack the data set again")
+    return paths, points, {part: name for part, (_, name) in parts.items()}, *tables
 
 
-def read_table(path: Path, columns: dict[str, Callable]) -> dict:
-    """{value of the first column, or the first two where both are ids: (line number, values of the others)} of a file
-    of columns separated by spaces, of which the last may contain spaces. columns: name, and what converts its text.
-    Raises UserError at a line that does not fit or repeats a key."""
-    table = {}
+def read_table(root: Path, name: str) -> dict:
+    """{id, or (image id, part id): (line number, values of the other columns)} of a file of COLUMNS: columns separated
+    by spaces, of which the last may contain spaces. Raises UserError where there is no file, and at a line that does
+    not fit or repeats an id."""
+    path, columns, table = root / name, COLUMNS[name], {}
+    if not path.is_file():
+        raise missing(path)
     for number, line in enumerate(read_lines(path), 1):
         fields = line.strip().split(maxsplit=len(columns) - 1)
         if not fields:
             continue
         try:
-            first, *row = (convert(field) for convert, field in zip(columns.values(), fields, strict=True))
+            key, *values = (convert(field) for convert, field in zip(columns.values(), fields, strict=True))
         except ValueError:  # of the conversions, and of too few fields
             raise UserError(f"{path}, line {number}: found {line.strip()[:60]!r} instead of '{' '.join(columns)}'; "
                             "unpack the data set again") from None
-        key = (first, row.pop(0)) if "part_id" in [*columns][1:] else first
+        if name == "parts/part_locs.txt":
+            key = key, values.pop(0)
         if key in table:
             raise UserError(f"{path}, line {number}: {key} is on line {table[key][0]} already; remove one of them")
-        table[key] = number, *row
+        table[key] = number, *values
     return table

@@ -88,16 +88,21 @@ class PairDataset:
                                      transforms.PILToTensor()])
         self.images = PatchDataset([PatchImage(path, None, [0]) for path in sizes], ["image"], squash,
                                    load or load_rgb)
-        _, categories, sources, targets, source_points, target_points, boxes, _ = zip(*self.pairs, strict=True)
-        self.categories, numbers = list(dict.fromkeys(categories)), {path: number for number, path in enumerate(sizes)}
-        self.category = torch.tensor([self.categories.index(category) for category in categories])
-        ends = torch.tensor([[numbers[path] for path in paths] for paths in (sources, targets)])
-        points = torch.tensor(np.stack([np.concatenate(source_points), np.concatenate(target_points)])).double()
-        (self.source, self.target), (self.source_points, self.target_points) = ends, points
-        self.pair = torch.repeat_interleave(torch.tensor([len(of_pair) for of_pair in source_points]))
-        boxes, self.sizes = (torch.tensor(rows, dtype=torch.float64) for rows in (boxes, list(sizes.values())))
+        def floats(rows):
+            return torch.tensor(rows, dtype=torch.float64)
+        numbers = {path: number for number, path in enumerate(sizes)}
+        self.categories = list(dict.fromkeys(pair.category for pair in self.pairs))
+        self.category = torch.tensor([self.categories.index(pair.category) for pair in self.pairs])
+        self.source = torch.tensor([numbers[pair.source] for pair in self.pairs])
+        self.target = torch.tensor([numbers[pair.target] for pair in self.pairs])
+        self.pair = torch.repeat_interleave(torch.tensor([len(pair.source_points) for pair in self.pairs]))
+        self.source_points = floats([point for pair in self.pairs for point in pair.source_points])
+        self.target_points = floats([point for pair in self.pairs for point in pair.target_points])
+        self.sizes, boxes = floats(list(sizes.values())), floats([pair.box for pair in self.pairs])
         self.box_side = (boxes[:, 2:] - boxes[:, :2]).amax(1)
-        self.num_outside = int(((points < 0) | (points > self.sizes[ends[:, self.pair]])).any(2).any(0).sum())
+        outside = [(points < 0) | (points > self.sizes[images[self.pair]]) for points, images in (
+            (self.source_points, self.source), (self.target_points, self.target))]
+        self.num_outside = int((outside[0] | outside[1]).any(1).sum())
 
     def rows(self) -> list[dict]:
         """The list of pairs as plain values, one dictionary per pair, to be written beside the result."""
@@ -182,7 +187,7 @@ def load_cub_pairs(root: str | Path, image_size: int, num_pairs: int, seed: int 
     """Ordered pairs of test images of one species of CUB_200_2011 that share at least one visible part, of all 15; the
     category is the species, the points are all parts visible in both. Raises UserError."""
     root = Path(root)
-    paths, points, split, boxes = read_cub(root, "train_test_split.txt", "bounding_boxes.txt")
+    paths, points, _, split, boxes = read_cub(root, "train_test_split.txt", "bounding_boxes.txt")
     boxes = {image: (x, y, x + width, y + height) for image, (_, x, y, width, height) in boxes.items()}
     names = {image: str(Path(path).relative_to(root / "images")) for image, path in paths.items()}
     species = {image: name.split("/")[0] for image, name in names.items() if not split[image][1] and points[image]}

@@ -383,7 +383,9 @@ def test_cub_pairs():
 def test_cub_files_that_are_missing_or_cut_off(tmp_path):
     with pytest.raises(UserError, match="cub-pairs needs --data-path"):
         load_pairs("cub-pairs", None, 64)
-    (tmp_path / "parts").mkdir()
+    for folder in ("parts", "images"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "parts/parts.txt").write_text("1 beak\n")
     (tmp_path / "images.txt").write_text("1 001.a/1.jpg\n2 001.a/2.jpg\n")
     (tmp_path / "parts/part_locs.txt").write_text("1 1 3 4 1\n2 1 5 6 1\n")
     (tmp_path / "train_test_split.txt").write_text("1 0\n2 0\n")
