@@ -30,31 +30,30 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
     that is not in training.
     """
     check_data_path(name, data_path)
-    cropped = resize_center_crop(round(image_size * 256 / 224), image_size)
-    folder = partial(load_image_folder, data_path)
-    load, *test_splits = {
-        "cub": (partial(load_cub, data_path), "test"), "coco": (partial(load_coco, data_path), "val"),
-        "keypoints": (partial(open_keypoints, files, 2), "test"),
-        "synthetic": (load_synthetic_patches, "test"), "synthetic-species": (load_synthetic_species, "test"),
-        "imagenet": (folder, "val"), "folder": (folder, "val", "test")}[name]
-    test_split, test_transform = test_splits[0], cropped
+    test_transform = cropped = resize_center_crop(round(image_size * 256 / 224), image_size)
+    options = {"skip_bad_images": skip_bad_images}
     if name in CLASSIFICATION_PARTS:
-        load, test_transform = partial(load, crop_scale=crop_scale), resize_square(image_size)
+        options["crop_scale"], test_transform = crop_scale, resize_square(image_size)
         if keypoints is not None:
-            load = partial(load, **{"parts" if name == "cub" else "keypoints": keypoints})
+            options["parts" if name == "cub" else "keypoints"] = keypoints
     elif keypoints is not None:
         raise UserError(f"--keypoints chooses among part patches ({', '.join(CLASSIFICATION_PARTS)}), not for {name}")
-    elif load is folder:
-        test_split = next((split for split in test_splits if (data_path / split).is_dir()), None)
-        if test_split is None:
-            raise UserError(f"{data_path} has no folder {' or '.join(test_splits)}; --data-path must be a folder with "
-                            f"train/CLASS/*.JPEG and {' or '.join(f'{split}/CLASS/*.JPEG' for split in test_splits)}")
-    load = partial(load, skip_bad_images=skip_bad_images)
     if name == "keypoints":
-        train, test = split_in_two(load(transform=cropped), seed)
+        train, test = split_in_two(open_keypoints(files, 2, transform=cropped, **options), seed)
         test.transform = test_transform
     else:
-        train, test = load("train", transform=cropped), load(test_split, transform=test_transform)
+        folder = partial(load_image_folder, data_path)
+        load, test_split = {
+            "cub": (partial(load_cub, data_path), "test"), "coco": (partial(load_coco, data_path), "val"),
+            "synthetic": (load_synthetic_patches, "test"), "synthetic-species": (load_synthetic_species, "test"),
+            "imagenet": (folder, "val"), "folder": (folder, "val")}[name]
+        if name == "folder" and not (data_path / "val").is_dir():
+            test_split = "test"
+            if not (data_path / "test").is_dir():
+                raise UserError(f"{data_path} has no folder val or test; --data-path must be a folder with "
+                                "train/CLASS/*.JPEG and val/CLASS/*.JPEG or test/CLASS/*.JPEG")
+        train = load("train", transform=cropped, **options)
+        test = load(test_split, transform=test_transform, **options)
     check_classes(train, test)
     return train, test
 

@@ -1,7 +1,7 @@
 """Whole images of ImageNet-like folders, and the grid of patches of the paper's picture sheets."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from utils import UserError
 
 from .files import load_rgb
-from .patches import PatchDataset, PatchImage
+from .patches import PatchDataset, PatchImage, Transform
 
 # What torchvision's ImageFolder takes.
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -19,13 +19,11 @@ IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 GRID_BOXES = tuple((x, y, x + 56, y + 56) for y in range(0, 169, 28) for x in range(0, 169, 28))
 
 
-def load_image_folder(root: str | Path, split: str, transform: Callable[[Image.Image], torch.Tensor],
+def load_image_folder(root: str | Path, split: str, transform: Transform,
                       skip_bad_images: bool = False) -> PatchDataset:
-    """The whole images root/split/CLASS/**/IMAGE, one patch each, in the order of torchvision's ImageFolder.
-
-    transform: PIL image -> uint8 tensor [3, h, w]. The classes are the folders of this split: labels of two splits
-    agree only if their .classes are equal. Raises UserError for another layout.
-    """
+    """The whole images root/split/CLASS/**/IMAGE, one patch each, in the order of torchvision's ImageFolder. The
+    classes are the folders of this split: labels of two splits agree only if their .classes are equal. Raises UserError
+    for another layout."""
     folder = Path(root, split)
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
     if not classes:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils import UserError
 from utils.distributed import environment
 from utils.provenance import digest, files_digest
-from utils.run import WORKER_LOST, log_once
+from utils.run import WORKER_LOST, WORKER_STOPPED, log_once
 
 from .files import BAD_IMAGE, read_rgb, reason
 
@@ -181,9 +181,10 @@ class PatchDataset(Dataset):
         return torch.cat([patches for patches, _ in items]), torch.cat([ids for _, ids in items])
 
 
-def choose_keypoints(chosen: Sequence[int | str], names: dict[int, str], word: str, source: Path) -> list[int]:
+def choose_keypoints(chosen: Sequence[int | str], names: dict[int, str], word: str,
+                     source: str | Path) -> list[int]:
     """The numbers of keypoints that are given by number or name, or by ["all"]. names: of all, by number. word: for a
-    keypoint in messages; source: the file of names. Raises UserError for an unknown or repeated one."""
+    keypoint in messages; source: of the names. Raises UserError for an unknown or repeated one."""
     if [*chosen] == ["all"]:
         return [*names]
     numbers = {str(number): number for number in names} | {name: number for number, name in names.items()}
@@ -238,7 +239,7 @@ def received(loader: DataLoader) -> Iterator:
                 raise item
             yield item
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader") or "Terminated" in str(error):
+        if not str(error).startswith("DataLoader") or WORKER_STOPPED.match(str(error)):
             raise
         raise UserError(WORKER_LOST) from None
 

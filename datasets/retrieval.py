@@ -22,9 +22,9 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
     """The patches of one of RETRIEVAL_DATASETS: all of CUB, COCO's training set, the keypoints of one of the user's
     files, the grid of any images, or synthetic.
 
-    keypoints: numbers or names (synthetic: names), ["all"], or None for the paper's (of files: all). num_images: drawn
-    by the seed, of imagenet (default all) and synthetic (30). files: as of open_keypoints. Raises UserError for an
-    unknown keypoint, and files that are missing or wrong.
+    keypoints: numbers or names, ["all"], or None for the paper's (of files: all). num_images: drawn by the seed, of
+    imagenet (default all) and synthetic (30). files: as of open_keypoints. Raises UserError for an unknown keypoint,
+    and files that are missing or wrong.
     """
     check_data_path(name, data_path)
     options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images, "transform": resize_square(image_size)}

@@ -12,17 +12,14 @@ Points are complex numbers, x + 1j * y in pixels, with y pointing down.
 
 import cmath
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
-from utils import UserError
-
-from .patches import PatchDataset, PatchImage, patch_image
+from .patches import PatchDataset, PatchImage, Transform, choose_keypoints, patch_image
 from .synthetic_figures import PART_NAMES, SPECIES, Dice, Shape, fan, limb, oval, squared, step, tube
 
 OBJECT_NAMES = tuple(SPECIES)
@@ -290,19 +287,17 @@ def image_seeds(split: str, num_images: int | None = None, seed: int = 0) -> ran
 
 
 def load_synthetic_patches(split: str, num_images: int | None = None, seed: int = 0,
-                           keypoints: Sequence[str] | None = None, crop_scale: float = 0.5,
-                           transform: Callable[[Image.Image], torch.Tensor] | None = None,
-                           skip_bad_images: bool = False) -> PatchDataset:
+                           keypoints: Sequence[int | str] | None = None, crop_scale: float = 0.5,
+                           transform: Transform | None = None, skip_bad_images: bool = False) -> PatchDataset:
     """The part patches of a split's pictures (select_keypoints has the rule; all figures of a picture count together).
 
     split: "train", "test" or "val" (the same as "test"). num_images: pictures drawn (default NUM_IMAGES); those without
-    a patch are left out. keypoints: of KEYPOINT_NAMES, or ["all"] (default the first four), class k is the k-th. The
-    `path` of an image is its seed. Raises UserError for an unknown keypoint.
+    a patch are left out. keypoints: numbers from 1 or names of KEYPOINT_NAMES, or ["all"] (default the first four),
+    class k is the k-th. The `path` of an image is its seed. Raises UserError for an unknown keypoint.
     """
-    names = list(KEYPOINT_NAMES if keypoints == ["all"] else keypoints or DEFAULT_KEYPOINTS)
-    unknown = set(names) - set(KEYPOINT_NAMES)
-    if unknown:
-        raise UserError(f"synthetic figures have no keypoint {min(unknown)}; choose from {', '.join(KEYPOINT_NAMES)}")
+    known = dict(enumerate(KEYPOINT_NAMES, 1))
+    names = [known[number] for number in choose_keypoints(
+        keypoints or DEFAULT_KEYPOINTS, known, "keypoint", "the synthetic figures")]
     images = []
     for number in image_seeds(split, num_images, seed):
         chosen = [k for k in compose(number).keypoints if k.visible and k.name in names]
@@ -311,8 +306,7 @@ def load_synthetic_patches(split: str, num_images: int | None = None, seed: int 
     return PatchDataset([image for image in images if image.boxes], names, transform, draw_image, skip_bad_images)
 
 
-def load_synthetic_species(split: str, num_images: int | None = None, seed: int = 0,
-                           transform: Callable[[Image.Image], torch.Tensor] | None = None,
+def load_synthetic_species(split: str, num_images: int | None = None, seed: int = 0, transform: Transform | None = None,
                            skip_bad_images: bool = False) -> PatchDataset:
     """Whole pictures of one figure each, to be classified by its species (classes: OBJECT_NAMES)."""
     images = [PatchImage(number, None, [compose(number, num_figures=1).species[0] - 1])

@@ -202,8 +202,9 @@ def test_patches_are_the_same_from_workers_and_after_pickling():
 
 
 def test_unknown_keypoint_is_one_line():
-    with pytest.raises(UserError, match="no keypoint nose; choose from eye, hand"):
+    with pytest.raises(UserError, match="keypoint nose is not in the synthetic figures; choose from 1 eye, 2 hand"):
         load_synthetic_patches("train", 4, keypoints=("eye", "nose"))
+    assert load_synthetic_patches("train", 4, keypoints=("1", "tail")).classes == ["eye", "tail"]
 
 
 def test_species_are_whole_pictures_of_one_figure():
