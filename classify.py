@@ -43,24 +43,17 @@ from models.features import (
 from models.probe_training import RECIPES, Probe, Recipe
 from models.probes import HEADS, build_heads, head_of, knn_predict
 from utils import UserError
-from utils.distributed import (
-    all_reduce,
-    any_process,
-    barrier,
-    gather_rows,
-    is_main,
-    rank,
-    world_size,
-)
+from utils.distributed import all_reduce, any_process, gather_rows, is_main, rank, world_size
 from utils.drawing import draw_confusion, draw_curves, require_matplotlib
 from utils.provenance import check_same, digest
 from utils.results import append_result, is_finished, run_slug, run_title, settings_of, start_line, unsaved
 from utils.run import (
+    Checkpoint,
     Ending,
     OneLineParser,
     Progress,
     add_common_arguments,
-    add_keypoint_arguments,
+    add_patch_arguments,
     exit_with_one_line_errors,
     log_waiting,
     non_negative_float,
@@ -68,9 +61,8 @@ from utils.run import (
     positive_int,
     save_or_warn,
     setup,
-    spare_other_run,
 )
-from utils.storage import RunLock, load_checked, require_room
+from utils.storage import load_checked, require_room
 from utils.tables import paper_tables
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -227,19 +219,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--select", choices=("test", "held-out"), default="test",
                        help="what chooses epoch, learning rate and k: the test set, as in the paper (default), or a "
                             "tenth of the training images, which are then not trained on")
-    group.add_argument("--crop-scale", type=positive_float, default=0.5,
-                       help="side of a part patch / distance to the next keypoint (default: 0.5, the authors' code; "
-                            "the paper's text: 1.0)")
-    group.add_argument("--image-size", type=positive_int, default=224, metavar="N",
-                       help="of what the encoder gets, patches or whole images (default: %(default)s)")
     group.add_argument("--no-augment", action="store_true",
                        help="images: train on the central crop, each image encoded once, in place of random crops")
     group.add_argument("--authors-defects", action="store_true",
                        help="attentive: test with the statistics of test batches, as the authors' code does; MAE: with "
                             "shuffled tokens")
-    group.add_argument("--skip-bad-images", action="store_true", help="leave out images that cannot be decoded")
-    add_keypoint_arguments(parser, "one FILE for training and one for the test, or one, a fifth of whose images, drawn "
-                                   "by --seed, is the test set")
+    add_patch_arguments(parser, "one FILE for training and one for the test, or one, a fifth of whose images, drawn by "
+                                "--seed, is the test set")
     group = parser.add_argument_group("cache and files")
     group.add_argument("--cache", choices=("auto", "gpu", "cpu", "disk"), default="auto",
                        help="where tokens live; auto: the first with room")
@@ -262,28 +248,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if args.save_plots:
         require_matplotlib()
     return args
-
-
-def save_checkpoint(path: Path, settings: dict, epoch: int, states: list[dict]) -> None:
-    save_or_warn(path, {"settings": settings, "epoch": epoch, "probes": states}, saved_text(path, epoch))
-
-
-def saved_text(path: Path, epoch: int) -> str:
-    return f"epoch {epoch} is saved in {path}; go on with --resume"
-
-
-def load_checkpoint(path: Path, settings: dict, probes: Sequence[Probe], log: Callable[[str], None]) -> int:
-    """Restores the probes and returns the number of epochs done. Raises UserError where the run is another one."""
-    if not any_process(path.is_file()):
-        log(f"{path} does not exist: starting from the beginning")
-        return 0
-    content = load_checked(path, "a checkpoint of classify.py", ("settings", "epoch", "probes"))
-    check_same(path, content["settings"], settings)
-    for probe, state in zip(probes, content["probes"], strict=True):
-        probe.load_state(state)
-    log(f"resumed after epoch {content['epoch']}")
-    Ending.saved = saved_text(path, content["epoch"])
-    return content["epoch"]
 
 
 def open_head(path: Path, encoder: Encoder, classes: Sequence[str]) -> nn.Module:
@@ -355,9 +319,10 @@ def make_probes(kinds: Sequence[str], recipes: dict[str, Recipe], batch_size: in
 
 def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, choosing: Subset, testing: Subset,
                  views: RandomViews | None, epochs: range, seed: int, precision: str, workers: int,
-                 authors_defects: bool, save: Callable, save_seconds: float, log: Callable[[str], None]) -> int:
-    """Trains and tests every probe in each of the epochs, and calls save(epochs done, the probes' states) every
-    save_seconds, at the end and when a signal stops the run.
+                 authors_defects: bool, checkpoint: Checkpoint, save_seconds: float,
+                 log: Callable[[str], None]) -> int:
+    """Trains and tests every probe in each of the epochs, and saves the checkpoint every save_seconds, at the end and
+    when a signal stops the run.
 
     views: random crops of the training images, encoded as they come; None: the training subset's features are used.
     Returns how many of the views' images could not be decoded.
@@ -386,7 +351,7 @@ def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, ch
                 f"{probe.kind} " + ", ".join(f"{value:.2f} ({name})" for value, name in zip(
                     probe.test[-1], probe.names, strict=True)) for probe in probes))
         # A copy, which the next epoch leaves alone.
-        Ending.save = partial(save, epoch + 1, deepcopy([probe.state() for probe in probes]))
+        Ending.save = partial(checkpoint.save, epoch + 1, {"probes": deepcopy([probe.state() for probe in probes])})
         if time.monotonic() - saved >= save_seconds or epoch + 1 == epochs.stop:
             Ending.save()
             saved = time.monotonic()
@@ -476,14 +441,14 @@ def main() -> None:
                 **test.identity("test set")}
     line["made_with"] = digest(settings)
     prefix = args.output_dir / f"{run_slug(args.name)}_{args.dataset}"
-    checkpoint = Path(f"{prefix}_checkpoint.pth")
     if args.resume and any_process(all(is_finished(args.output_dir, kind, line) for kind in args.probe)):
         log(f"{run_title(line)}: finished already, its lines are in {args.output_dir / 'results.jsonl'}")
         return
-    lock = RunLock(checkpoint)
-    if not args.resume:
-        spare_other_run(checkpoint, settings)
-    done = load_checkpoint(checkpoint, settings, probes, log) if args.resume else 0
+    checkpoint = Checkpoint(Path(f"{prefix}_checkpoint.pth"), "a checkpoint of classify.py", "epoch", settings)
+    saved = checkpoint.load(args.resume, ["probes"], log)
+    if saved:
+        for probe, state in zip(probes, saved["probes"], strict=True):
+            probe.load_state(state)
 
     # Features
     augmented = whole_images and not args.no_augment
@@ -496,9 +461,9 @@ def main() -> None:
     # Training
     if probes:
         views = RandomViews(train, random_crop_flip(args.image_size), args.seed) if augmented else None
-        save = partial(save_checkpoint, checkpoint, settings)
-        line["num_train"] -= train_probes(probes, encoder, training, choosing, testing, views, range(done, args.epochs),
-                                          args.seed, args.precision, args.workers, args.authors_defects, save,
+        epochs = range(saved.get("epoch", 0), args.epochs)
+        line["num_train"] -= train_probes(probes, encoder, training, choosing, testing, views, epochs, args.seed,
+                                          args.precision, args.workers, args.authors_defects, checkpoint,
                                           args.checkpoint_seconds, log)
     line["seconds_training"] = time.monotonic() - started - line["seconds_features"]
     log(f"trained in {line['seconds_training']:.1f} s; {memory_peak(device)}")
@@ -509,12 +474,9 @@ def main() -> None:
              for probe in probes]
     if "knn" in args.probe:
         lines.append(run_knn(training, holding, testing, line, log))
-    unsaved.pop(checkpoint, None)
+    unsaved.pop(checkpoint.path, None)  # no longer needed
     append_result(args.output_dir, *(one | {"seconds": time.monotonic() - started} for one in lines))
-    if is_main():
-        checkpoint.unlink(missing_ok=True)
-    lock.close()
-    barrier()
+    checkpoint.close(delete=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from datasets.imagenet import GRID_BOXES, overlap, query_image, shown_patch
-from datasets.pairs import PAIR_DATASETS, PairDataset, load_pairs
+from datasets.pairs import PAIR_DATASETS, load_pairs
 from datasets.patches import PatchDataset
 from datasets.retrieval import RETRIEVAL_DATASETS, open_images, open_retrieval
 from models import METHODS, WITH_PROJECTOR, Encoder, choose_layers, load_encoder
@@ -43,27 +43,26 @@ from utils.run import (
     OneLineParser,
     Progress,
     add_common_arguments,
-    add_keypoint_arguments,
+    add_patch_arguments,
     autocast,
     exit_with_one_line_errors,
     log_waiting,
     non_negative_int,
-    positive_float,
     positive_int,
     setup,
 )
 from utils.storage import atomic_write, free_memory, load_checked, require_room, save_checked
 from utils.tables import paper_tables
 
-# The arguments that features are made with, and all that a source of features (and its file) holds.
-PROTOCOL = ("name", "model", "dataset", "precision", "crop_scale", "image_size", "keypoints", "authors_defects")
-ABOUT = ("weights", "sha256", "cls_from", "features_made_by", *PROTOCOL)
-FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "encoder", "data", "args", *ABOUT)
-# Those of the ranking, whatever made the features.
+# What made the features, as keys of a results line of their own; and what a file of features holds.
+PROTOCOL = ("crop_scale", "image_size", "keypoints", "authors_defects")
+FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "encoder", "data", "line")
+# Arguments of the ranking, whatever made the features.
 RANKING = ("exclude_query", "num_queries")
 # What --load-features takes from the file, or does not need.
-MAKE_FEATURES = (*PROTOCOL, "weights", "weights_key", "num_heads", "data_path", "batch_size", "compile", "features",
-                 "num_images", "save_features", "skip_bad_images", "annotations", "images", "category")
+MAKE_FEATURES = (*PROTOCOL, "name", "model", "dataset", "precision", "weights", "weights_key", "num_heads", "data_path",
+                 "batch_size", "compile", "features", "num_images", "save_features", "skip_bad_images", "annotations",
+                 "images", "category")
 
 
 def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: torch.Tensor | None = None,
@@ -238,7 +237,7 @@ def save_features(path: Path, source: dict, device: torch.device) -> None:
     save_checked(path, content)
 
 
-def load_features(paths: Sequence[Path]) -> list[dict]:
+def load_features(paths: Sequence[Path], log: Callable[[str], None]) -> list[dict]:
     """Reads what save_features wrote; of the rows, this process's share. Raises UserError, also for files of different
     data."""
     sources = [load_checked(path, "a whole feature file", FEATURE_FILE, option="--load-features ") for path in paths]
@@ -250,7 +249,34 @@ def load_features(paths: Sequence[Path]) -> list[dict]:
         share = slice(shard(len(source["ids"])).start, shard(len(source["ids"])).stop)
         source["features"] = {name: rows[share] for name, rows in source["features"].items()}
         source["ids"] = source["ids"][share]
+        line = source["line"]
+        log(f"features of {run_title(line)}: weights {line['weights']}, SHA-256 {line['sha256']}; made by "
+            + re.sub(r"[{}']", "", str(line["features_made_by"])))
     return sources
+
+
+def encode_source(args: argparse.Namespace, device: torch.device, log: Log) -> dict:
+    """Features of a data set's patches, with what a file of them holds and a results line says of them."""
+    dataset = open_retrieval(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images, args.seed,
+                             args.skip_bad_images, args.image_size, (args.annotations, args.images, args.category))
+    # The paper's table has a projected column wherever the official full file has a projector.
+    official = args.weights == "official" and args.model in WITH_PROJECTOR
+    projector = "projected" in args.features if args.features else official or None
+    options = defect_options(args.model, args.weights) if args.authors_defects else {}
+    encoder = load_encoder(args, device, log, projector=projector, **options)
+    names = args.features or ["cls", "avg"] + ["projected"] * encoder.has_projector
+    count, need = dataset.num_patches, 4 * dataset.num_patches * encoder.embed_dim * len(names)
+    log(f"{args.dataset}: {len(dataset)} images, {count} patches, features of {need / 1e9:.2f} GB")
+    require_room(need, device, f"features of {count} patches", lambda share: "fewer --features or --num-images")
+    require_batch_room(encoder, args.image_size, min(args.batch_size, count))
+    identity = encoder_identity(encoder)  # before it runs: a timm model fits its tables to the images
+    features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device, log)
+    if left_out := count - int(all_reduce(torch.tensor(len(ids)))):
+        log(f"{left_out} patches of images that could not be decoded were left out")
+    line = start_line("retrieval", args, encoder) | {name: vars(args)[name] for name in PROTOCOL}
+    return {"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
+            "paths": [image.path for image in dataset.images] if args.dataset == "imagenet" else [],
+            "encoder": identity, "data": dataset.identity("data set"), "line": line | {"features_made_by": this_run()}}
 
 
 def defect_options(model: str, weights: str) -> dict:
@@ -266,44 +292,41 @@ def defect_options(model: str, weights: str) -> dict:
 def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None, seed: int, device: torch.device,
                       log: Log) -> dict:
     """AP and mAP of every feature of a source, all processes together; returns the metrics of a results line."""
-    log(f"{run_title(source)}, {source['precision']}")
+    line = source["line"]
+    log(f"{run_title(line)}, {line['precision']}")
     ids = gather_rows(source["ids"].to(device)).cpu()
     labels = source["labels"][ids]
     if len(ids) == 0:
         raise UserError("no patch could be read, so there is nothing to retrieve")
-    skipped = len(source["labels"]) - len(ids)
     queries = torch.arange(len(ids))
     if num_queries and num_queries < len(ids):
         queries = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:num_queries].sort().values
     mine = queries[shard(len(queries)).start:shard(len(queries)).stop]
     counts = labels.bincount(minlength=len(source["classes"])).tolist()
-    metrics = {"num_patches": len(ids), "num_queries": len(queries), "skipped_patches": skipped,
-               "patches_per_class": dict(zip(source["classes"], counts, strict=True))}
+    metrics = {"num_patches": len(ids), "skipped_patches": len(source["labels"]) - len(ids),
+               "patches_per_class": dict(zip(source["classes"], counts, strict=True)), "num_queries": len(queries)}
     chance = torch.tensor([random_ranking_ap(len(ids), count, exclude_query) for count in counts])
     metrics["ap_chance"] = mean_average_precision(chance[labels[queries]], labels[queries])[0]
     for name, rows in source["features"].items():
         try:
             ap = average_precision(gather_rows(rows.to(device)), labels, queries=mine, exclude_query=exclude_query)
         except ValueError as error:
-            raise UserError(f"{source['model']} at {source['precision']}, {name}: {error}; "
-                            "use --precision fp32") from None
+            raise UserError(f"{line['model']} at {line['precision']}, {name}: {error}; use --precision fp32") from None
         ap = gather_rows(ap.to(device) if device.type == "cuda" else ap).cpu()
         metrics[f"ap_{name}"], metrics[f"map_{name}"] = mean_average_precision(ap, labels[queries])
-        line = f"{name:>10}  AP {metrics[f'ap_{name}']:6.2f}  mAP {metrics[f'map_{name}']:6.2f}"
+        text = f"{name:>10}  AP {metrics[f'ap_{name}']:6.2f}  mAP {metrics[f'map_{name}']:6.2f}"
         if len(queries) < len(ids):
             # Queries drawn without replacement: the share of the patches that was asked takes from the error.
             error = 100 * float(ap.std()) * ((1 - len(queries) / len(ids)) / len(queries)) ** 0.5
             metrics[f"ap_{name}_standard_error"] = error
-            line += f"  (standard error of AP {error:.2f}, {len(queries)} queries)"
-        log(line)
+            text += f"  (standard error of AP {error:.2f}, {len(queries)} queries)"
+        log(text)
     encoded = [name for name in ("cls", "avg") if f"ap_{name}" in metrics]
     if encoded:
         metrics["best"] = max(encoded, key=lambda name: metrics[f"ap_{name}"])
         log(f"   encoded  AP {metrics['ap_' + metrics['best']]:6.2f}  ({metrics['best']} is the better one)")
     log(f"    random  AP {metrics['ap_chance']:6.2f}  (the others in random order"
         f"{'' if exclude_query else ' behind the query, which counts'})")
-    if skipped:
-        log(f"{skipped} patches of images that could not be decoded were left out")
     return metrics
 
 
@@ -365,8 +388,8 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
         path, position = paths[query // per_image], query % per_image
         rows = []
         for source, features in zip(sources, found, strict=True):
-            mark = " (random weights)" if source["weights"] == "random" else ""
-            rows.append((source["name"] + mark, [
+            mark = " (random weights)" if source["line"]["weights"] == "random" else ""
+            rows.append((source["line"]["name"] + mark, [
                 (name, [(shown_patch(paths[patch // per_image], patch % per_image), overlap(patch, query))
                         for patch in nearest[number]])
                 for name, nearest in features.items()]))
@@ -375,23 +398,47 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
     return files
 
 
-def transfer(encoder: Encoder, pairs: PairDataset, layers: Sequence[int], norm: bool, match: str, batch_size: int,
-             workers: int, precision: str, num_pictures: int, prefix: Path, log: Log) -> dict:
-    """Keypoint transfer (models/transfer.py): returns the metrics of a results line, and writes the list of pairs, a
-    sheet of some of them and, for all layers, PCK by layer, as files that begin with prefix."""
-    metrics, predicted = transfer_run(encoder, pairs, layers, norm, match, batch_size, workers, precision, log)
+def transfer(args: argparse.Namespace, device: torch.device, log: Log) -> dict:
+    """Keypoint transfer (models/transfer.py): the results line. Writes the list of pairs, a sheet of some of them and,
+    for all layers, PCK by layer."""
+    pairs = load_pairs(args.dataset, args.data_path, args.image_size, args.split, args.num_pairs, args.seed,
+                       args.num_images)
+    encoder = load_encoder(args, device, log, projector=False)
+    line, layers = start_line("transfer", args, encoder), choose_layers(args.layers, encoder.depth)
+    log(run_title(line))
+    metrics, predicted = transfer_run(encoder, pairs, layers, args.norm, args.match, args.batch_size, args.workers,
+                                      args.precision, log)
     if is_main():
+        prefix = args.output_dir / f"{run_slug(args.name)}_{args.dataset}"
         rows = json.dumps(pairs.rows())
         atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(rows))
-        if num_pictures:
-            sheet = draw_pairs(pairs, predicted, num_pictures)
+        if args.pictures:
+            sheet = draw_pairs(pairs, predicted, args.pictures)
             atomic_write(Path(f"{prefix}_pairs.png"), lambda path: sheet.save(path, format="PNG"))
         if len(layers) == encoder.depth > 1:
             curves = {f"PCK@{alpha}": [found["pck_image"][str(alpha)] for found in metrics["by_layer"].values()]
                       for alpha in ALPHAS}
             draw_curves(Path(f"{prefix}_layers.png"), prefix.name, curves, first=0, xlabel="block",
                         ylabel="PCK per image, percent")
-    return metrics
+    return line | metrics
+
+
+def principal_components(args: argparse.Namespace, device: torch.device, log: Log) -> dict:
+    """Principal components as colours (models/pca.py): the results line. Writes a sheet."""
+    images = open_images(args.dataset, args.data_path, args.num_images or 6, args.seed, args.image_size,
+                         args.skip_bad_images)
+    encoder = load_encoder(args, device, log, projector=False)
+    path, found = pca_run(encoder, images, run_slug(args.name), args.pca, args.precision, args.output_dir)
+    log(f"principal components of {found['num_images']} of {len(images)} images in {path}")
+    return start_line("pca", args, encoder) | found
+
+
+def source_line(made: dict, args: argparse.Namespace) -> dict:
+    """The start of a results line, of features that may come from a file. made: that of the run that made them."""
+    given, kept = args_to_json(args), [name for name in made["args"]["changed"] if name not in RANKING]
+    return made | {"world_size": world_size(), "seed": args.seed, "args": {
+        **made["args"], **{name: given[name] for name in (*RANKING, *given["changed"])},
+        "changed": list(dict.fromkeys(kept + given["changed"]))}}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -399,13 +446,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(__doc__)
     add_common_arguments(parser, METHODS, RETRIEVAL_DATASETS + PAIR_DATASETS, batch_size=256)
     group = parser.add_argument_group("retrieval")
-    group.add_argument("--image-size", type=positive_int, default=224, metavar="N",
-                       help="of what the encoder gets, patches or whole images (default: %(default)s)")
     group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
                        help="(default: cls and avg, and projected where the checkpoint has a projector)")
-    group.add_argument("--crop-scale", type=positive_float, default=0.5,
-                       help="patch side / distance to the next keypoint: 0.5 as the authors' code, 1.0 as the paper's "
-                            "text (default: %(default)s)")
     group.add_argument("--exclude-query", action="store_true", help="leave the query out of its own ranking")
     group.add_argument("--num-queries", type=positive_int, metavar="N", help="a seeded sample, with its standard error")
     group.add_argument("--save-features", type=Path, metavar="FILE")
@@ -413,9 +455,8 @@ def parse_arguments() -> argparse.Namespace:
                        help="of one or several models, in place of encoding")
     group.add_argument("--num-images", type=positive_int, metavar="N",
                        help="of imagenet (drawn by the seed; default: all) or synthetic (default: 30)")
-    group.add_argument("--skip-bad-images", action="store_true", help="count undecodable images instead of stopping")
     group.add_argument("--authors-defects", action="store_true", help="MAE: shuffled tokens; DINO: the student")
-    add_keypoint_arguments(parser, "one FILE")
+    add_patch_arguments(parser, "one FILE")
     group = parser.add_argument_group(f"keypoint transfer (--dataset {', '.join(PAIR_DATASETS)})")
     group.add_argument("--split", choices=("trn", "val", "test"), default="test", help="of spair (default: test)")
     group.add_argument("--num-pairs", type=positive_int, metavar="N",
@@ -471,84 +512,29 @@ def main() -> None:
         print(paper_tables(("retrieval", "transfer"), args.output_dir, args.format))
         return
     device, log = setup(args)
-
-    # Whole images: keypoint transfer, or principal components
     if args.dataset in PAIR_DATASETS:
-        pairs = load_pairs(args.dataset, args.data_path, args.image_size, args.split, args.num_pairs, args.seed,
-                           args.num_images)
-        encoder = load_encoder(args, device, log, projector=False)
-        line = start_line("transfer", args, encoder)
-        log(run_title(line))
-        line |= transfer(encoder, pairs, choose_layers(args.layers, encoder.depth), args.norm, args.match,
-                         args.batch_size, args.workers, args.precision, args.pictures,
-                         args.output_dir / f"{run_slug(args.name)}_{args.dataset}", log)
+        lines = [transfer(args, device, log)]
     elif args.pca:
-        images = open_images(args.dataset, args.data_path, args.num_images or 6, args.seed, args.image_size,
-                             args.skip_bad_images)
-        encoder = load_encoder(args, device, log, projector=False)
-        path, found = pca_run(encoder, images, run_slug(args.name), args.pca, args.precision, args.output_dir)
-        line = start_line("pca", args, encoder) | found
-        log(f"principal components of {found['num_images']} of {len(images)} images in {path}")
-    if args.dataset in PAIR_DATASETS or args.pca:
-        log.open(args.output_dir)
-        append_result(args.output_dir, line | {"seconds": time.monotonic() - started})
-        return
-
-    # Features: from files, or encoded here
-    if args.load_features:
-        sources = load_features(args.load_features)
-        for source in sources:
-            log(f"features of {run_title(source)}: weights {source['weights']}, SHA-256 {source['sha256']}; made by "
-                + re.sub(r"[{}']", "", str(source["features_made_by"])))
+        lines = [principal_components(args, device, log)]
     else:
-        dataset = open_retrieval(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images,
-                                 args.seed, args.skip_bad_images, args.image_size,
-                                 (args.annotations, args.images, args.category))
-        # The paper's table has a projected column wherever the official full file has a projector.
-        official = args.weights == "official" and args.model in WITH_PROJECTOR
-        projector = "projected" in args.features if args.features else official or None
-        options = defect_options(args.model, args.weights) if args.authors_defects else {}
-        encoder = load_encoder(args, device, log, projector=projector, **options)
-        names = args.features or ["cls", "avg"] + ["projected"] * encoder.has_projector
-        count, need = dataset.num_patches, 4 * dataset.num_patches * encoder.embed_dim * len(names)
-        log(f"{args.dataset}: {len(dataset)} images, {count} patches, features of {need / 1e9:.2f} GB")
-        require_room(need, device, f"features of {count} patches", lambda share: "fewer --features or --num-images")
-        require_batch_room(encoder, args.image_size, min(args.batch_size, count))
-        identity = encoder_identity(encoder)  # before it runs: a timm model fits its tables to the images
-        features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device,
-                                       log)
-        paths = [image.path for image in dataset.images] if args.dataset == "imagenet" else []
-        sources = [{"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
-                    "paths": paths, "encoder": identity, "data": dataset.identity("data set"),
-                    "weights": encoder.weights, "sha256": encoder.sha256, "cls_from": encoder.cls_from,
-                    "features_made_by": this_run(), "args": args_to_json(args),
-                    **{name: vars(args)[name] for name in PROTOCOL}}]
-    if args.save_features:
-        save_features(args.save_features, sources[0], device)
+        # Features, of several models where they come from files
+        sources = load_features(args.load_features, log) if args.load_features else [encode_source(args, device, log)]
+        if args.save_features:
+            save_features(args.save_features, sources[0], device)
+        lines = [source_line(source["line"], args) for source in sources]
 
-    # Average precision of every source, or one sheet for all of them
-    if sources[0]["paths"]:
-        files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed, args.other_images,
-                             args.output_dir, device)
-        if left_out := len(sources[0]["labels"]) - len(gather_rows(sources[0]["ids"].to(device))):
-            log(f"{left_out} patches of images that could not be decoded were left out")
-        log(f"{len(files)} sheets in {args.output_dir}")
-        results = [{"task": "retrieval-sheets", "sheets": files, "models": [source["model"] for source in sources]}]
-    else:
-        results = [{"task": "retrieval",
-                    **retrieval_metrics(source, args.exclude_query, args.num_queries, args.seed, device, log)}
-                   for source in sources]
+        # One sheet for all of them, or the average precision of each
+        if sources[0]["paths"]:
+            files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed,
+                                 args.other_images, args.output_dir, device)
+            log(f"{len(files)} sheets in {args.output_dir}")
+            lines = [lines[0] | {"task": "retrieval-sheets", "sheets": files,
+                                 "models": [line["model"] for line in lines]}]
+        else:
+            lines = [line | retrieval_metrics(source, args.exclude_query, args.num_queries, args.seed, device, log)
+                     for line, source in zip(lines, sources, strict=True)]
     log.open(args.output_dir)
-
-    # Results, of what the features were made with: they may come from files
-    for source, result in zip(sources, results, strict=False):
-        made_with = {name: source[name] for name in ABOUT}
-        given, made = args_to_json(args), source["args"]
-        kept = [name for name in made["changed"] if name not in RANKING]
-        line_args = {**made, **{name: given[name] for name in (*RANKING, *given["changed"])},
-                     "changed": list(dict.fromkeys(kept + given["changed"]))}
-        append_result(args.output_dir, {**made_with, "world_size": world_size(), "seed": args.seed, "args": line_args,
-                                        "seconds": time.monotonic() - started, **result})
+    append_result(args.output_dir, *(line | {"seconds": time.monotonic() - started} for line in lines))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import torch
 import torch.nn as nn
 
 from utils import UserError
-from utils.distributed import all_reduce, any_process
+from utils.distributed import all_reduce
 from utils.provenance import check_same
-from utils.run import Ending, Progress, autocast, save_or_warn, spare_other_run, uninterrupted
-from utils.storage import RunLock, load_checked
+from utils.run import Checkpoint, Ending, Progress, autocast, uninterrupted
+from utils.storage import load_checked
 
 from .encoder import Encoder
 from .features import encoder_identity
@@ -25,8 +25,7 @@ from .segmentation_head import LinearHead, PatchSegmenter, upsampled_cross_entro
 
 # The study decays the bias too, but not in its configurations of these methods.
 NO_BIAS_DECAY = ("mae", "beit", "cae")
-# What a file is, and its keys.
-CHECKPOINT = "a checkpoint of segment.py", ("head", "heads", "optimizer", "iteration", "settings", "class_names")
+CHECKPOINT, KEYS = "a checkpoint of segment.py", ("head", "heads", "optimizer", "batch_norm", "class_names")
 HEAD_INPUT = ("layers", "norm", "batch_norm")
 CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the training images"}
 
@@ -150,15 +149,6 @@ def choose_head(segmenter: Segmenter, heads: Sequence[LinearHead], pairs: Sequen
     return dict(zip(("lr", "weight_decay"), pairs[best], strict=True)) | ({"heads": grid} if len(heads) > 1 else {})
 
 
-def save_checkpoint(path: Path, segmenter: Segmenter, heads: nn.ModuleList, optimizer: torch.optim.Optimizer,
-                    info: dict, iteration: int) -> None:
-    """"head" is the segmenter's. Where the file cannot be written the run goes on, and the one before is as it was."""
-    content = {"head": segmenter.head.state_dict(), "heads": heads.state_dict(),
-               "batch_norm": segmenter.batch_norm and segmenter.batch_norm.state_dict(),
-               "optimizer": optimizer.state_dict(), "iteration": iteration, **info}
-    save_or_warn(path, content, f"iteration {iteration} is saved in {path}; go on with --resume")
-
-
 def restore(checkpoint: dict, segmenter: Segmenter) -> None:
     segmenter.head.load_state_dict(checkpoint["head"])
     if segmenter.batch_norm is not None:
@@ -168,7 +158,7 @@ def restore(checkpoint: dict, segmenter: Segmenter) -> None:
 def load_segmenter(path: Path, encoder: Encoder, names: Sequence[str], precision: str) -> tuple[Segmenter, dict]:
     """The head of a checkpoint, for --evaluate: what linear_probe returns. names: of the classes. Raises UserError for
     the head of another encoder or of other classes."""
-    checkpoint = load_checked(path, *CHECKPOINT, "--evaluate ")
+    checkpoint = load_checked(path, CHECKPOINT, (*KEYS, "settings", "iteration"), "--evaluate ")
     settings, identity = checkpoint["settings"], encoder_identity(encoder)
     saved = {name: settings.get(name) for name in identity}
     check_same(path, saved | {"the list of classes": checkpoint["class_names"]},
@@ -196,24 +186,22 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
                                   settings["model"] not in NO_BIAS_DECAY, settings["seed"], device)
     segmenter = Segmenter(encoder, heads[0], settings["layers"], settings["precision"], settings["norm"],
                           settings["batch_norm"]).to(device)
-    save = partial(save_checkpoint, path, segmenter, heads, optimizer,
-                   {"settings": settings, "class_names": list(names)})
-    done, total, lock = 0, settings["iterations"], RunLock(path)
-    pairs = list(itertools.product(rates, decays))
+    total, pairs = settings["iterations"], list(itertools.product(rates, decays))
     labels = [f"lr {lr:g}, weight decay {decay:g}, seed {settings['seed']}" for lr, decay in pairs]
-    if not resume:
-        spare_other_run(path, settings)
-    elif any_process(path.exists()):
-        checkpoint = load_checked(path, *CHECKPOINT, "--resume: ")
-        check_same(path, checkpoint["settings"], settings)
-        restore(checkpoint, segmenter)
-        heads.load_state_dict(checkpoint["heads"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        done = checkpoint["iteration"]
-        log(f"resumed after iteration {done}")
-        Ending.saved = f"iteration {done} is saved in {path}; go on with --resume"
-    else:
-        log(f"{path} does not exist yet: from the beginning")
+    checkpoint = Checkpoint(path, CHECKPOINT, "iteration", settings)
+    saved = checkpoint.load(resume, KEYS, log)
+    if saved:
+        restore(saved, segmenter)
+        heads.load_state_dict(saved["heads"])
+        optimizer.load_state_dict(saved["optimizer"])
+    done = saved.get("iteration", 0)
+
+    def save(done):
+        """"head" is the segmenter's."""
+        checkpoint.save(done, {
+            "head": segmenter.head.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
+            "batch_norm": segmenter.batch_norm and segmenter.batch_norm.state_dict(), "class_names": list(names)})
+
     if done < total:
         train(segmenter, heads, labels, optimizer, batches(range(done, total)), range(done, total),
               settings["batch_size"], settings["warmup_iterations"], save, save_every, partial(test, segmenter),
@@ -222,5 +210,5 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
     if len(heads) > 1:
         log(f"{labels[pairs.index((line['lr'], line['weight_decay']))]}: chosen on {CHOSEN_BY[settings['select']]}")
         save(total)
-    lock.close()
+    checkpoint.close()
     return segmenter, line | {"probe": "linear", "iterations": total} | {name: settings[name] for name in HEAD_INPUT}

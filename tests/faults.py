@@ -43,7 +43,7 @@ import models.attention.__main__ as attention  # noqa: E402
 import retrieval  # noqa: E402
 import segment  # noqa: E402
 from utils import provenance  # noqa: E402
-from utils.run import OneLineParser, exit_with_one_line_errors  # noqa: E402
+from utils.run import Checkpoint, OneLineParser, exit_with_one_line_errors  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 SCRIPTS = {"retrieval": retrieval.main, "classify": classify.main, "segment": segment.main,
@@ -739,15 +739,13 @@ def draw_artefacts(data, seconds):
         before = None
         if stop_at:
             def before():
-                module, function = (classify, "save_checkpoint") if script == "classify" else (
-                    sys.modules["models.segmentation_probe"], "save_checkpoint")
-                original = getattr(module, function)
+                original = Checkpoint.save
 
                 def save(*args, **options):
                     original(*args, **options)
                     if stop_at in args:
                         os.kill(os.getpid(), signal.SIGKILL)
-                setattr(module, function, save)
+                Checkpoint.save = save
         status = wait(start(script, [*words, *more, "--output-dir", "output"], folder, before=before), 4 * seconds)
         if status != (-signal.SIGKILL if stop_at else 0):
             raise SystemExit(f"{name} {more} ended in {status}: {(folder / 'err').read_text()[-2000:]}")

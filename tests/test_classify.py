@@ -24,7 +24,7 @@ from models.probe_training import Probe, Recipe
 from models.probes import load_head
 from utils import UserError, storage
 from utils.provenance import digest
-from utils.run import autocast
+from utils.run import Checkpoint, autocast
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "tests" / "golden" / "ibot" / "checkpoint.pth"
@@ -326,15 +326,15 @@ def test_a_run_that_was_killed_resumes_to_the_same_result(monkeypatch, cub, fold
              "--checkpoint-seconds", 0]
     whole = run(monkeypatch, *common(dataset, root, tmp_path / "whole"), *words)
     parts = common(dataset, root, tmp_path / "parts")
-    save = classify.save_checkpoint
+    save = Checkpoint.save
 
-    def save_and_die(path, fixed, epoch, probes):
-        save(path, fixed, epoch, probes)
+    def save_and_die(checkpoint, epoch, content):
+        save(checkpoint, epoch, content)
         if epoch == 3:
             raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(classify, "save_checkpoint", save_and_die)
+        patched.setattr(Checkpoint, "save", save_and_die)
         with pytest.raises(Killed):
             run(monkeypatch, *parts, *words)
     assert not results(tmp_path / "parts")

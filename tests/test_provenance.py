@@ -25,6 +25,7 @@ from models.attention.__main__ import main as attention
 from models.features import encode_features, encoder_identity
 from utils import UserError, storage
 from utils.provenance import check_same, digest
+from utils.run import Checkpoint
 from utils.storage import load_checked, save_checked
 
 ROOT = Path(__file__).parents[1]
@@ -73,12 +74,12 @@ def stopped(launch, folder, tmp_path, monkeypatch):
     """The folder of a run that ended after its second checkpoint."""
     def stop(*given):
         save(*given)
-        if given[2] == 2:
+        if given[1] == 2:
             raise UserError("stop")
 
-    save = classify.save_checkpoint
+    save = Checkpoint.save
     with monkeypatch.context() as patched:
-        patched.setattr(classify, "save_checkpoint", stop)
+        patched.setattr(Checkpoint, "save", stop)
         launch(classify.main, probing(folder, tmp_path / "out"), status=2)
     return tmp_path / "out"
 

@@ -209,7 +209,7 @@ def test_a_whole_run_and_its_options(run, tmp_path):
     assert (tmp_path / "log.txt").read_text().count("encoded  AP") == 1
 
     out, _ = run("--load-features", tmp_path / "features.pt", "--output-dir", tmp_path)
-    assert "features of ibot" in out and "SHA-256 " in out and "made by run: " in out and "revision: " in out
+    assert "features of mocov3" in out and "SHA-256 " in out and "made by run: " in out and "revision: " in out
     loaded = last_result(tmp_path)
     assert {key: loaded[key] for key in ("model", "sha256", "ap_cls", "map_avg", "ap_projected")} == {
         key: first[key] for key in ("model", "sha256", "ap_cls", "map_avg", "ap_projected")}
@@ -316,7 +316,9 @@ def test_mistakes_get_one_line_and_no_result(run, tmp_path):
     (tmp_path / "odd/results.jsonl").write_text('{"task": "retrieval"}\n')
     content = {**dict.fromkeys(retrieval.FEATURE_FILE, "x"), "features": {"cls": torch.full((4, 3), float("nan"))},
                "ids": torch.arange(4), "labels": torch.zeros(4, dtype=torch.int64), "classes": ["a"], "paths": []}
-    save_checked(tmp_path / "nan.pt", content | {"data": {}})
+    line = {"name": "x", "model": "x", "weights": "x", "dataset": "x", "precision": "x", "sha256": "x",
+            "features_made_by": "x", "args": {"changed": []}}
+    save_checked(tmp_path / "nan.pt", content | {"data": {}, "line": line})
     save_checked(tmp_path / "part.pt", {name: content[name] for name in ("features", "ids")})
     for words, parts in (
         (("--model", "dinov9", "--weights", "random"), ["dinov9", "deit"]),

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from . import UserError
-from .distributed import end_run, environment, finish, init_processes, is_main, stops_here, world_size
+from .distributed import any_process, end_run, environment, finish, init_processes, is_main, stops_here, world_size
 from .formats import STYLES
 from .provenance import check_same, this_run
 from .results import args_to_json, unsaved
-from .storage import load_checked, save_checked, sweep
+from .storage import RunLock, load_checked, save_checked, sweep
 
 WORKER_LOST = ("a data loading process was killed or is stuck, most often because memory or shared memory (/dev/shm) "
                "ran out; use fewer --workers")
@@ -186,15 +186,48 @@ def log_once(line: str) -> None:
     Ending.log(line)
 
 
-def spare_other_run(path: Path, settings: dict) -> None:
-    """Raises UserError where path is the checkpoint of an unfinished run with other settings, which this one would
-    overwrite. A file that cannot be read is no loss."""
-    saved = {}
-    with suppress(UserError):
-        saved = load_checked(path, "a checkpoint", ("settings",))
-    if saved and saved.get("iteration", 0) < saved["settings"].get("iterations", 1):
-        check_same(path, saved["settings"], settings, "without --resume", "that run is unfinished: continue it with "
-                   "--resume, give this one another --name, or delete the file")
+class Checkpoint:
+    """The file that a stopped run goes on from, which no other run uses until close().
+
+    what: the file in messages. unit: "epoch" or "iteration", the key of how many are done. settings: all that must be
+    the same when the run is resumed. Raises UserError where another run uses the file.
+    """
+
+    def __init__(self, path: Path, what: str, unit: str, settings: dict):
+        self.path, self.what, self.unit, self.settings, self.lock = path, what, unit, settings, RunLock(path)
+
+    def load(self, resume: bool, keys: Sequence[str], log: Callable[[str], None]) -> dict:
+        """The content, with these keys at least; {} where the run starts from the beginning. Raises UserError for the
+        file of a run with other settings; without resume only where that is unfinished, since it would be lost."""
+        saved, keys = {}, ("settings", self.unit, *keys)
+        if not resume:
+            with suppress(UserError):  # a file that cannot be read is no loss
+                saved = load_checked(self.path, self.what, keys)
+            # When probing has finished there is no checkpoint any more.
+            if saved and (self.unit == "epoch" or saved["iteration"] < saved["settings"]["iterations"]):
+                check_same(self.path, saved["settings"], self.settings, "without --resume", "that run is unfinished: "
+                           "continue it with --resume, give this one another --name, or delete the file")
+            return {}
+        if not any_process(self.path.exists()):
+            log(f"{self.path} does not exist: starting from the beginning")
+            return {}
+        saved = load_checked(self.path, self.what, keys, "--resume: ")
+        check_same(self.path, saved["settings"], self.settings)
+        log(f"resumed after {self.unit} {saved[self.unit]}")
+        Ending.saved = self.how_to_go_on(saved[self.unit])
+        return saved
+
+    def save(self, done: int, content: dict) -> None:
+        """Writes the content and how many epochs or iterations are done, as save_or_warn does."""
+        save_or_warn(self.path, {"settings": self.settings, self.unit: done, **content}, self.how_to_go_on(done))
+
+    def how_to_go_on(self, done: int) -> str:
+        return f"{self.unit} {done} is saved in {self.path}; go on with --resume"
+
+    def close(self, delete: bool = False) -> None:
+        if delete and is_main():
+            self.path.unlink(missing_ok=True)
+        self.lock.close()
 
 
 def save_or_warn(path: Path, content: dict, saved: str = "") -> None:
@@ -244,9 +277,16 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
     group.add_argument("--format", choices=STYLES, default="text", help="of --table (default: %(default)s)")
 
 
-def add_keypoint_arguments(parser: argparse.ArgumentParser, files: str) -> None:
-    """Adds the options of data sets of keypoints. files: how many annotation files are taken, for the help."""
-    group = parser.add_argument_group("keypoints")
+def add_patch_arguments(parser: argparse.ArgumentParser, files: str) -> None:
+    """Adds the options of part patches and images. files: how many annotation files are taken, for the help."""
+    group = parser.add_argument_group("patches and images")
+    group.add_argument("--image-size", type=positive_int, default=224, metavar="N",
+                       help="of what the encoder gets, patches or whole images (default: %(default)s)")
+    group.add_argument("--crop-scale", type=positive_float, default=0.5,
+                       help="side of a part patch / distance to the next keypoint (default: 0.5, the authors' code; "
+                            "the paper's text: 1.0)")
+    group.add_argument("--skip-bad-images", action="store_true",
+                       help="leave out images that cannot be decoded, and count them, instead of stopping")
     group.add_argument("--keypoints", nargs="+", metavar="K",
                        help="numbers from 1 or names, or all (default: the paper's; of --dataset keypoints all)")
     group.add_argument("--annotations", type=Path, nargs="+", metavar="FILE",
