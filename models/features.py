@@ -227,39 +227,29 @@ class FeatureCache:
              log: Callable[[str], None]) -> "FeatureCache | None":
         """The cache at path, complete or to be written; None, with a line in the log, where it cannot be written. full:
         name -> (shape over all processes, dtype). rows: this process's."""
-        partial, lock, problem, complete = path.with_name(path.name + ".partial"), None, "", False
+        partial, lock, problem, complete, arrays = partial_path(path), None, "", False, {}
         if is_main():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 complete = is_recorded(path / "complete.json", made_with, [path / name for name in full], log)
                 if not complete:
                     lock = RunLock(path)
-                    for half in {*path.parent.glob("*.partial")} - {partial}:
-                        with suppress(UserError):
-                            other = RunLock(half.with_suffix(""))  # no run writes it any more
-                            shutil.rmtree(half, ignore_errors=True)
-                            other.close()
-                    for half in (path, partial):
-                        if half.exists():
-                            log(f"{half} is damaged or half-written: refused, it is written anew")
-                            shutil.rmtree(half)
-                    partial.mkdir()
-                    for name, (shape, dtype) in full.items():
-                        create_file(partial / name, shape, dtype)
+                    start_files(path, full, log)
             except UserError:
                 problem = "another run is writing it"
             except OSError as error:
                 problem = f"{error.strerror}: {error.filename or partial}"
-                shutil.rmtree(partial, ignore_errors=True)
         complete = any_process(complete)
-        source, arrays = path if complete else partial, {}
-        try:
-            if not problem:
-                arrays = {name: map_file(source / name, shape, dtype, writable=not complete)[rows]
+        folder = path if complete else partial
+        if not problem:
+            try:
+                arrays = {name: map_file(folder / name, shape, dtype, writable=not complete)[rows]
                           for name, (shape, dtype) in full.items()}
-        except RuntimeError:
-            problem = f"{source} is not seen by every process"
+            except RuntimeError:
+                problem = f"{folder} is not seen by every process"
         if any_process(bool(problem)):
+            if lock:
+                shutil.rmtree(partial, ignore_errors=True)
             log(f"the features are not kept in {path}: {problem or 'not every process can write it'}")
             return None
         return cls(path, made_with, complete, arrays, lock)
@@ -269,12 +259,34 @@ class FeatureCache:
         copy_arrays(arrays, self.arrays)
         barrier()
         if is_main():
-            partial = self.path.with_name(self.path.name + ".partial")
+            partial = partial_path(self.path)
             record = files_record(self.made_with, [partial / name for name in self.arrays])
             atomic_write(partial / "complete.json", lambda path: path.write_bytes(record))
             os.replace(partial, self.path)
             self.lock.close()
         barrier()
+
+
+def partial_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def start_files(path: Path, full: dict[str, tuple], log: Callable[[str], None]) -> None:
+    """Makes the files of a cache, in their size, at partial_path(path). Removes what was there and at path, and other
+    half-written caches that no run writes any more. Raises OSError."""
+    partial = partial_path(path)
+    for other in {*path.parent.glob("*.partial")} - {partial}:
+        with suppress(UserError):
+            others = RunLock(other.with_suffix(""))
+            shutil.rmtree(other, ignore_errors=True)
+            others.close()
+    for old in (path, partial):
+        if old.exists():
+            log(f"{old} is damaged or half-written: refused, it is written anew")
+            shutil.rmtree(old)
+    partial.mkdir()
+    for name, (shape, dtype) in full.items():
+        create_file(partial / name, shape, dtype)
 
 
 def source_files(*objects: object) -> set[str]:

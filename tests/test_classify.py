@@ -315,6 +315,20 @@ def test_a_cache_folder_that_is_full_or_not_writable_is_said_and_done_without(cu
         features("auto", tmp_path / "disk", None)
 
 
+def test_a_cache_that_not_every_process_can_map_leaves_no_files(cub, tmp_path, monkeypatch):
+    """As on several machines without a common folder."""
+    encoder, lines = small_encoder(), []
+    _, test = open_classification("cub", cub)
+
+    def elsewhere(*_, **__):
+        raise RuntimeError("unable to open file: No such file or directory")
+
+    monkeypatch.setattr(feature_cache, "map_file", elsewhere)
+    found = encode_features(encoder, test, "test", True, "fp32", 0, "cpu", tmp_path, tmp_path / "kept", lines.append)
+    assert found.tokens.isfinite().all() and any("is not seen by every process" in line for line in lines)
+    assert not list((tmp_path / "kept").iterdir())
+
+
 class Killed(Exception):
     pass
 

@@ -263,6 +263,30 @@ def test_temporary_files_of_dead_processes_are_swept(tmp_path):
     assert (tmp_path / "a").read_text() == f".a.{host}.{os.getpid()}.tmp"
 
 
+def test_a_lock_file_that_its_holder_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """Two others could else hold one each: of the file that was removed, and of a new one of its name."""
+    lockf = storage.fcntl.lockf
+
+    def another_run_ends_first(*words):
+        (tmp_path / ".x.pt.lock").unlink()
+        lockf(*words)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="another run is writing .*x.pt; wait for"):
+        patched.setattr(storage.fcntl, "lockf", another_run_ends_first)
+        storage.RunLock(tmp_path / "x.pt")
+    storage.RunLock(tmp_path / "x.pt").close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_the_longest_name_is_written(tmp_path):
+    """A temporary name is no longer than the file's own may be."""
+    for letter in "xä":
+        path = tmp_path / (letter * (255 // len(letter.encode())))
+        storage.atomic_write(path, lambda temporary: temporary.write_text("whole"))
+        assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+        path.unlink()
+
+
 # Data loading
 
 class Dataset(PatchDataset):

@@ -74,14 +74,16 @@ def digest(*values: object) -> str:
 def files_digest(paths: Sequence[str | Path | int]) -> str:
     """The digest of a list of files, in its order: each by its place below their common folder, size and time of
     change; of what is no path, the seed of a drawn image, the value alone."""
+    # The absolute path of each folder once, as there may be a million files.
     folders = {folder: os.path.abspath(folder) for folder in {os.path.dirname(str(path)) for path in paths}}
-    start, found = len(os.path.commonpath(folders.values() or [""])), hashlib.sha256()
+    common, found = os.path.commonpath(folders.values() or [""]), hashlib.sha256()
     for path in paths:
         folder, name = os.path.split(str(path))
-        found.update(f"{folders[folder][start:]}/{name}\0".encode(errors="surrogateescape"))
-        with suppress(OSError):
-            status = os.stat(path) if not isinstance(path, int) else None
-            found.update(f"{status and (status.st_size, status.st_mtime_ns)}\0".encode())
+        found.update(f"{folders[folder][len(common):]}/{name}\0".encode(errors="surrogateescape"))
+        if not isinstance(path, int):
+            with suppress(OSError):
+                status = os.stat(path)
+                found.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
     return found.hexdigest()
 
 

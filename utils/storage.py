@@ -40,24 +40,23 @@ def free_memory(device: torch.device) -> int:
 
 
 def temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    # Cut: with what is added, the whole could be longer than names of files may be.
+    return path.with_name(f".{path.name[:40]}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def sweep(folder: Path) -> None:
     """Removes the temporary files that processes of this machine left in the folder when they died."""
-    for path in folder.glob(f".*.{glob.escape(socket.gethostname())}.*.tmp"):
-        with suppress(ValueError, PermissionError):
-            try:
-                os.kill(int(path.name.split(".")[-2]), 0)
-            except ProcessLookupError:
-                path.unlink(missing_ok=True)
+    for path in folder.glob(f".*.{glob.escape(socket.gethostname())}.[0-9]*.tmp"):
+        if not Path("/proc", path.name.split(".")[-2]).exists():
+            path.unlink(missing_ok=True)
 
 
 class RunLock:
-    """Kept by the main process while it uses the file at path, which no other run then uses; given back by close() or
-    with the process. Raises UserError where another run has it."""
+    """Held by the main process while it uses the file at path, which no other run then uses; released by close() or by
+    the end of the process. Raises UserError where another run holds it."""
 
     def __init__(self, path: Path):
+        self.close = lambda: None
         if rank() > 0:
             return
         lock = path.with_name(f".{path.name}.lock")
@@ -65,13 +64,14 @@ class RunLock:
         try:
             # Not flock, which forked workers would keep when this process is dead.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A holder that ended meanwhile has removed the file, and another run may hold a new one.
+            held = os.path.samestat(os.stat(lock), os.fstat(file.fileno()))
         except OSError:
-            raise UserError(f"another run is writing {path}; wait for its end, or give another --name") from None
-        self.finalizer = weakref.finalize(self, lambda: (lock.unlink(missing_ok=True), file.close()))
-
-    def close(self) -> None:
-        if rank() == 0:
-            self.finalizer()
+            held = False
+        if not held:
+            raise UserError(f"another run is writing {path}; wait for its end, or give another --name")
+        # Called at the latest when this object or the process ends.
+        self.close = weakref.finalize(self, lambda: (lock.unlink(missing_ok=True), file.close()))
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
@@ -208,19 +208,24 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tie
     share = f" in each of {world_size()} processes" if world_size() > 1 else ""
     what = f"{what}: {need / 1e9:.2f} GB{share}"
     pinned, reasons = pin and device.type == "cuda", []
-    names = {"gpu": "on the GPU", "cpu": "in pinned host memory" if pinned else "in memory",
-             "disk": f"in a mapped file in {folder}"}
+    places = {"gpu": "on the GPU", "cpu": "in pinned host memory" if pinned else "in memory",
+              "disk": f"in a mapped file in {folder}"}
     for one in sorted(TIERS[device.type != "cuda":], key=lambda one: one != tier):
-        room, free = (True, 0) if one == "disk" else has_room(need, one, device, (reserve or {}).get(one, 0), pinned)
-        if not room:
-            reasons.append(f"only {free / 1e9:.2f} GB are free {names[one]}")
-            continue
-        note = "" if one == "disk" else f" ({free / 1e9:.2f} GB free)"
-        log("; ".join([f"{what}, {names[one]}{note}", *reasons]))
+        where = places[one]
+        if one != "disk":
+            room, free = has_room(need, one, device, (reserve or {}).get(one, 0), pinned)
+            if not room:
+                reasons.append(f"only {free / 1e9:.2f} GB are free {where}")
+                continue
+            where += f" ({free / 1e9:.2f} GB free)"
+        log("; ".join([f"{what}, {where}", *reasons]))
         array, reason = None, "another process was refused"
         try:
-            array = on_disk() if one == "disk" else torch.empty(
-                shape, dtype=dtype, device=device if one == "gpu" else "cpu", pin_memory=pinned and one == "cpu")
+            if one == "disk":
+                array = on_disk()
+            else:
+                array = torch.empty(shape, dtype=dtype, device=device if one == "gpu" else "cpu",
+                                    pin_memory=pinned and one == "cpu")
         except OSError as error:
             reason = f"{folder} cannot take the file ({error.strerror})"
         except RuntimeError as error:
