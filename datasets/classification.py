@@ -39,7 +39,11 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
     elif keypoints is not None:
         raise UserError(f"--keypoints chooses among part patches ({', '.join(CLASSIFICATION_PARTS)}), not for {name}")
     if name == "keypoints":
-        train, test = split_in_two(open_keypoints(files, 2, transform=cropped, **options), seed)
+        found = open_keypoints(files, 2, transform=cropped, **options)
+        if len(found) == 1:
+            tested = hold_out(found[0], seed, one_in=5)
+            found = images_with(found[0], ~tested), images_with(found[0], tested)
+        train, test = found
         test.transform = test_transform
     else:
         folder = partial(load_image_folder, data_path)
@@ -58,14 +62,6 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
     return train, test
 
 
-def split_in_two(found: Sequence[PatchDataset], seed: int) -> Sequence[PatchDataset]:
-    """Two data sets as they are, or of one four fifths and one fifth of the images, drawn by the seed."""
-    if len(found) == 2:
-        return found
-    tested = hold_out(found[0], seed, parts=5)
-    return images_with(found[0], ~tested), images_with(found[0], tested)
-
-
 def check_classes(train: PatchDataset, test: PatchDataset) -> None:
     """Turns the test labels into indices of the training set's classes; errors as of open_classification."""
     for dataset, split in ((train, "training"), (test, "test")):
@@ -81,10 +77,10 @@ def check_classes(train: PatchDataset, test: PatchDataset) -> None:
         test.labels, test.classes = index[test.labels], train.classes
 
 
-def hold_out(dataset: PatchDataset, seed: int, parts: int = 10) -> torch.Tensor:
-    """bool [num_patches]: the patches of one in `parts` images, chosen at random. Raises UserError where a class would
-    have no patch left to train on."""
-    count = max(1, len(dataset.images) // parts)
+def hold_out(dataset: PatchDataset, seed: int, one_in: int = 10) -> torch.Tensor:
+    """bool [num_patches]: the patches of a tenth of the images (of one in `one_in`), chosen at random. Raises UserError
+    where a class would have no patch left to train on."""
+    count = max(1, len(dataset.images) // one_in)
     images = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))[:count]
     held_out = torch.isin(dataset.image_index, images)
     if lost := sorted({*dataset.labels.unique().tolist()} - {*dataset.labels[~held_out].unique().tolist()}):

@@ -112,10 +112,11 @@ def read_keypoints(path: Path, categories: Sequence[str] | None = None,
             file_names[image] = name
         if len(set(file_names.values())) < len(file_names):
             refuse("two images have one file_name")
-        numbers, objects, ids = {category["id"] for category in chosen}, [], set()
+        wanted, listed = ({category["id"] for category in some} for some in (chosen, known.values()))
+        objects, ids = [], set()
         for image, annotation, category, values in content["annotations"]:
-            if category not in numbers:
-                if category not in {entry["id"] for entry in known.values()}:
+            if category not in wanted:
+                if category not in listed:
                     refuse(f"annotation {annotation} is of category {category}, which is not listed once")
                 continue
             if image not in file_names or len(values) != 3 * len(names):

@@ -54,8 +54,7 @@ def image_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except BAD_IMAGE as error:
-        failure = "read as an image" if isinstance(error, Image.UnidentifiedImageError) else "decoded"
-        raise UserError(f"{path} cannot be {failure} ({reason(error)}); restore the file") from None
+        raise UserError(f"{path} cannot be decoded ({reason(error)}); restore the file") from None
 
 
 def load_rgb(path: str | Path) -> Image.Image:

@@ -27,8 +27,9 @@ from .synthetic import OBJECT_NAMES, compose, draw_image, image_seeds
 PAIR_DATASETS = ("spair", "cub-pairs", "synthetic-pairs")
 # Drawn where a data set has no list of pairs: about as many as the test split of SPair-71k has.
 NUM_PAIRS = 10000
-# SPair-71k's annotations: by key of a pair's file, our name and what the values 0, 1, ... mean.
-LEVELS, WHICH = ("easy", "medium", "hard"), ("none", "source", "target", "both")
+# SPair-71k's annotations: by key of a pair's file, our name and what the values mean.
+LEVELS = {0: "easy", 1: "medium", 2: "hard"}
+WHICH = {0: "none", 1: "source", 2: "target", 3: "both"}
 ATTRIBUTES = {"viewpoint_variation": ("viewpoint", LEVELS), "scale_variation": ("scale", LEVELS),
               "truncation": ("truncation", WHICH), "occlusion": ("occlusion", WHICH)}
 
@@ -49,6 +50,11 @@ class Pair(NamedTuple):
     attributes: dict[str, str]
 
 
+def image_size_of(path: str) -> tuple[int, int]:
+    with open_image(path) as image:
+        return image.size
+
+
 class PairDataset:
     """Pairs sorted by category, and their images, each once, squashed to image_size x image_size (bilinear,
     antialiased). load: path -> PIL RGB image. size: path -> (width, height).
@@ -63,8 +69,8 @@ class PairDataset:
     match or are none; and where there is no pair.
     """
 
-    def __init__(self, pairs: Iterable[Pair], image_size: int, load: Callable | None = None,
-                 size: Callable | None = None):
+    def __init__(self, pairs: Iterable[Pair], image_size: int, load: Callable = load_rgb,
+                 size: Callable = image_size_of):
         from torchvision import transforms  # as in patches.py
         self.pairs, self.image_size = sorted(pairs, key=lambda pair: pair.category), image_size
         if not self.pairs:
@@ -73,7 +79,8 @@ class PairDataset:
         for pair in self.pairs:
             for path in (pair.source, pair.target):
                 try:
-                    sizes[path] = sizes.get(path) or (size or image_size_of)(path)
+                    if path not in sizes:
+                        sizes[path] = size(path)
                 except BAD_IMAGE as error:
                     raise UserError(f"pair {pair.name}: its image {path} cannot be read ({reason(error)}); "
                                     "restore the file") from None
@@ -86,8 +93,7 @@ class PairDataset:
                                 f"{len(pair.target_points)} in the target; restore the annotation")
         squash = transforms.Compose([transforms.Resize((image_size, image_size), Image.BILINEAR),
                                      transforms.PILToTensor()])
-        self.images = PatchDataset([PatchImage(path, None, [0]) for path in sizes], ["image"], squash,
-                                   load or load_rgb)
+        self.images = PatchDataset([PatchImage(path, None, [0]) for path in sizes], ["image"], squash, load)
         def floats(rows):
             return torch.tensor(rows, dtype=torch.float64)
         numbers = {path: number for number, path in enumerate(sizes)}
@@ -107,11 +113,6 @@ class PairDataset:
     def rows(self) -> list[dict]:
         """The list of pairs as plain values, one dictionary per pair, to be written beside the result."""
         return [pair._asdict() for pair in self.pairs]
-
-
-def image_size_of(path: str) -> tuple[int, int]:
-    with open_image(path) as image:
-        return image.size
 
 
 def load_pairs(name: str, root: Path | None, image_size: int, split: str = "test", num_pairs: int | None = None,
@@ -174,8 +175,7 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
             images = [path_below(folder, found[key], str(path)) for key in ("src_imname", "trg_imname")]
             points = [[(finite(x), finite(y)) for x, y in found[key]] for key in ("src_kps", "trg_kps")]
             x1, y1, x2, y2 = map(finite, found["trg_bndbox"])
-            attributes = {ours: dict(enumerate(levels))[found[key]] for key, (ours, levels) in ATTRIBUTES.items()
-                          if key in found}
+            attributes = {ours: values[found[key]] for key, (ours, values) in ATTRIBUTES.items() if key in found}
             pairs.append(Pair(name, found["category"], *images, *points, (x1, y1, x2, y2), attributes))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"pair {name}: {path} is not a pair's annotation ({type(error).__name__}: {error}); "

@@ -184,15 +184,18 @@ class PatchDataset(Dataset):
 def choose_keypoints(chosen: Sequence[int | str], names: dict[int, str], word: str,
                      source: str | Path) -> list[int]:
     """The numbers of keypoints that are given by number or name, or by ["all"]. names: of all, by number. word: for a
-    keypoint in messages; source: of the names. Raises UserError for an unknown or repeated one."""
+    keypoint in messages; source: of the names. Raises UserError for an unknown, ambiguous or repeated one."""
     if [*chosen] == ["all"]:
         return [*names]
-    numbers = {str(number): number for number in names} | {name: number for number, name in names.items()}
-    for keypoint in chosen:
-        if str(keypoint) not in numbers:
+    found = []
+    for keypoint in map(str, chosen):
+        meant = [number for number, name in names.items() if keypoint in (str(number), name)]
+        if not meant:
             known = ", ".join(f"{number} {name}" for number, name in names.items())
             raise UserError(f"{word} {keypoint} is not in {source}; choose from {known}")
-    found = [numbers[str(keypoint)] for keypoint in chosen]
+        if len(meant) > 1:
+            raise UserError(f"{word} {keypoint} is the number of one and the name of another in {source}; rename it")
+        found += meant
     if len(set(found)) < len(found):
         raise UserError(f"a {word} is named twice: {', '.join(map(str, chosen))}; name each once")
     return found
@@ -223,8 +226,8 @@ def workers_with_room(workers: int, group_bytes: int) -> int:
     except OSError:
         return workers
     free = 0.8 * room.f_bavail * room.f_frsize / environment("LOCAL_WORLD_SIZE", 1, 1)
-    # Besides, one group is being used. Each takes whole pages, and a page for its ids.
-    fitting = max(0, min(workers, int((free / (group_bytes + 8192) - 1) // PREFETCH)))
+    groups = int(free / (group_bytes + 8192))  # each takes whole pages, and a page for its ids
+    fitting = max(0, min(workers, (groups - 1) // PREFETCH))  # one more group is being used
     if fitting < workers:
         log_once(f"shared memory (/dev/shm) has room for {fitting} of {workers} data loading processes; where it is a "
                  "container's, start it with more (docker run --shm-size 8g)")

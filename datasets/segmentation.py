@@ -107,10 +107,10 @@ class FolderSplit:
         self.num_classes = len(self.names)
         if self.num_classes > 254:
             raise UserError(f"{root / 'names.txt'} holds {self.num_classes} names; 8-bit label maps hold up to 254")
-        self.background = self.num_classes if dataset.startswith("partimagenet") else 0
-        self.largest_label = self.num_classes + (extra_label and not self.background)
-        if dataset == "folder" and self.names[0].startswith("0 "):
-            # Label 0 is a class too.
+        self.background, self.largest_label = 0, self.num_classes + extra_label
+        if dataset.startswith("partimagenet"):
+            self.background = self.largest_label = self.num_classes
+        elif dataset == "folder" and self.names[0].startswith("0 "):  # label 0 is a class too
             self.names = (self.names[0][2:].strip(), *self.names[1:])
             self.background, self.largest_label = IGNORE, self.num_classes - 1
         self.pairs = pair_files(images, labels)
@@ -148,12 +148,9 @@ class FolderSplit:
         return [(height, width) for (width, height), _ in pairs]
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Raises UserError for a damaged file; sizes() has compared the two sizes."""
         image_path, label_path = self.pairs[index]
-        image, label = read_image(image_path), read_label(label_path, self.largest_label, self.background)
-        if image.shape[:2] != label.shape:
-            raise UserError(f"{image_path} is {image.shape[1]} x {image.shape[0]} pixels, its label map {label_path} "
-                            f"{label.shape[1]} x {label.shape[0]}; replace one of them")
-        return image, label
+        return read_image(image_path), read_label(label_path, self.largest_label, self.background)
 
 
 class SyntheticSplit:

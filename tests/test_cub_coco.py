@@ -440,6 +440,9 @@ def test_several_categories(zoo):
     assert dataset(["fish"]).classes == ["fin", "gill", "eye"]
     expect_line(["cat and fish have different keypoints", "--category from cat, dog, fish"], dataset, None)
     expect_line(["no category 'cow'", "cat, dog, fish"], dataset, ["cow"])
+    zoo[0].write_text(zoo[0].read_text().replace('"gill"', '"1"'))
+    expect_line(["keypoint 1 is the number of one and the name of another"], dataset, ["fish"], ["1"])
+    assert dataset(["fish"], ["2", "fin"]).classes == ["1", "fin"]
 
 
 def test_one_file_is_split_by_image(zoo):

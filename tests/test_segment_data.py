@@ -145,7 +145,7 @@ def test_kinds_of_label_files(tmp_path):
 
 def test_files_that_are_no_pictures(tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
-    with pytest.raises(UserError, match="text.jpg cannot be read as an image"):
+    with pytest.raises(UserError, match="text.jpg cannot be decoded .not an image"):
         read_image(tmp_path / "text.jpg")
     Image.effect_noise((64, 64), 50).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
