@@ -173,7 +173,7 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     groups = [torch.cat(ends).unique() for *ends, _ in points]
 
     need = max(map(len, groups), default=0) * grid[0] * grid[1] * encoder.embed_dim * DTYPES[precision].itemsize
-    free = has_room(need, "gpu" if device.type == "cuda" else "cpu", device, 0, pinned=False)[1] / 2
+    free = has_room(need, device)[1] / 2
     if need > free:
         raise UserError(f"the tokens of a category need {need / 1e9:.1f} GB at --image-size {size}, half of the memory "
                         f"that is free on {device} is {free / 1e9:.1f} GB; use a smaller one")

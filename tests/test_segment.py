@@ -656,7 +656,7 @@ def test_where_images_are_kept(monkeypatch):
     def first_tier(need, device):
         tiers = ("gpu", "cpu") if device.type == "cuda" else ("cpu",)
         return next((tier for tier in tiers if storage.has_room(
-            need, tier, device, segmentation_store.RESERVED_BYTES[tier], False)[0]), "disk")
+            need, gpu if tier == "gpu" else cpu, segmentation_store.RESERVED_BYTES[tier])[0]), "disk")
     assert first_tier(20 * gib, gpu) == "gpu"
     assert first_tier(30 * gib, gpu) == "cpu"
     assert first_tier(20 * gib, cpu) == "cpu"

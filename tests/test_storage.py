@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,3 +61,13 @@ def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
     with pytest.raises(OSError, match="not a regular file"):
         atomic_write(tmp_path / "pipe", lambda path: path.write_text("x"))
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_memory_in_which_the_system_caches_files_is_free(monkeypatch):
+    """In a container's accounts it is used, and it is given back when it is needed."""
+    texts = {"/proc/meminfo": "MemTotal: 20 kB\nMemAvailable:   10 kB\n", "/sys/fs/cgroup/memory.max": "1000\n",
+             "/sys/fs/cgroup/memory.current": "900\n", "/sys/fs/cgroup/memory.stat": "anon 400\ninactive_file 450\n"}
+    monkeypatch.setattr(storage, "Path", lambda name: SimpleNamespace(read_text=lambda: texts[name]))
+    assert storage.free_memory(torch.device("cpu")) == 1000 - 900 + 450
+    texts["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert storage.free_memory(torch.device("cpu")) == 10 * 1024

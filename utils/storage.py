@@ -33,9 +33,11 @@ def free_memory(device: torch.device) -> int:
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, IndexError):
         available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    with suppress(OSError, ValueError):
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        available = min(available, max(limit - used, 0))
+    with suppress(OSError, ValueError, IndexError):
+        limit, used, parts = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat"))
+        # Counted as used, and given back when it is needed.
+        cached_files = int(parts.split("inactive_file")[1].split()[0])
+        available = min(available, max(int(limit) - int(used) + cached_files, 0))
     return available
 
 
@@ -46,9 +48,13 @@ def temporary_name(path: Path) -> Path:
 
 def sweep(folder: Path) -> None:
     """Removes the temporary files that processes of this machine left in the folder when they died."""
-    for path in folder.glob(f".*.{glob.escape(socket.gethostname())}.[0-9]*.tmp"):
-        if not Path("/proc", path.name.split(".")[-2]).exists():
-            path.unlink(missing_ok=True)
+    for path in folder.glob(f".*.{glob.escape(socket.gethostname())}.*.tmp"):
+        # What is another user's, file or process, stays.
+        with suppress(ValueError, PermissionError):
+            try:
+                os.kill(int(path.name.split(".")[-2]), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
 
 
 class RunLock:
@@ -171,11 +177,11 @@ def temporary_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> to
         path.unlink(missing_ok=True)
 
 
-def has_room(need: int, tier: str, device: torch.device, reserve: int, pinned: bool) -> tuple[bool, int]:
-    """(whether every process finds need bytes in the "gpu" or "cpu" tier, bytes free to the process with the least). A
-    fifth of what is free stays unused, and at least reserve bytes; the processes of a machine share its memory."""
-    free = free_memory(device if tier == "gpu" else torch.device("cpu"))
-    if tier == "cpu":
+def has_room(need: int, device: torch.device, reserve: int = 0, pinned: bool = False) -> tuple[bool, int]:
+    """(whether every process finds need bytes free on the device, bytes free to the process with the least). A fifth of
+    what is free stays unused, and at least reserve bytes; the processes of a machine share its memory."""
+    free = free_memory(device)
+    if device.type == "cpu":
         free //= environment("LOCAL_WORLD_SIZE", 1, 1)
         # PyTorch takes pinned memory in powers of two.
         need = 1 << (need - 1).bit_length() if pinned and need else need
@@ -187,7 +193,7 @@ def has_room(need: int, tier: str, device: torch.device, reserve: int, pinned: b
 def require_room(need: float, device: torch.device, what: str, advice: Callable[[float], str]) -> None:
     """Raises UserError, on all processes, where one of them has not need bytes free on the device. what: needs them, in
     the plural; advice: of the share of need that would fit, what to use instead."""
-    room, free = has_room(int(need), "gpu" if device.type == "cuda" else "cpu", device, 0, False)
+    room, free = has_room(int(need), device)
     if not room:
         share = " in each process" if world_size() > 1 else ""
         raise UserError(f"{what} need {need / 1e9:.2f} GB{share}, {free / 1e9:.2f} GB are free on {device}; use "
@@ -213,7 +219,8 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tie
     for one in sorted(TIERS[device.type != "cuda":], key=lambda one: one != tier):
         where = places[one]
         if one != "disk":
-            room, free = has_room(need, one, device, (reserve or {}).get(one, 0), pinned)
+            target = device if one == "gpu" else torch.device("cpu")
+            room, free = has_room(need, target, (reserve or {}).get(one, 0), pinned)
             if not room:
                 reasons.append(f"only {free / 1e9:.2f} GB are free {where}")
                 continue
@@ -224,8 +231,7 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tie
             if one == "disk":
                 array = on_disk()
             else:
-                array = torch.empty(shape, dtype=dtype, device=device if one == "gpu" else "cpu",
-                                    pin_memory=pinned and one == "cpu")
+                array = torch.empty(shape, dtype=dtype, device=target, pin_memory=pinned and one == "cpu")
         except OSError as error:
             reason = f"{folder} cannot take the file ({error.strerror})"
         except RuntimeError as error:
