@@ -272,7 +272,8 @@ PATHS = ["", ".", "/", "/dev/null", "/dev/zero", "/etc/passwd", "/etc", "nowhere
 WRITTEN = ["", ".", "nowhere/x", "x" * 300, "a\nb", "é\udcff", "fifo", "written", "written.png"]
 NUMBERS = ["nan", "inf", "-inf", "-1", "0", "-0", "1e400", "1" + 40 * "0", "x", "", " ", "1.5", "0x10", "1e3", "²",
            "１", "1_0", "+3", "-3", "3", "1", "2", "7", "16", "48", "1000", "100000", "0.5", "1e-20", "1e20"]
-SKIP = {"--help", "-h", "--table", "--device", "--target", "--output-dir"}
+# --debug shows tracebacks on purpose; the compiler starts threads, which a forked process does not have.
+SKIP = {"--help", "-h", "--table", "--device", "--target", "--output-dir", "--debug", "--compile"}
 # Long work is not what is looked for.
 SMALL = {"--epochs", "--iterations", "--passes", "--num-pairs", "--num-images", "--test-scale", "--base-scale"}
 
