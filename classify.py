@@ -41,7 +41,7 @@ from models.features import (
     encoder_identity,
 )
 from models.probe_training import RECIPES, Probe, Recipe
-from models.probes import HEADS, build_heads, head_of, knn_predict
+from models.probes import HEADS, NEIGHBOURS, build_heads, head_of, knn_predict
 from utils import UserError
 from utils.distributed import all_reduce, any_process, gather_rows, is_main, rank, world_size
 from utils.drawing import draw_confusion, draw_curves, require_matplotlib
@@ -65,7 +65,6 @@ from utils.run import (
 from utils.storage import load_checked, require_room
 from utils.tables import paper_tables
 
-NEIGHBOURS = (10, 20, 100, 200)
 CHOSEN_BY = {"test": "the test set, as in the paper", "held-out": "a held-out tenth of the training images"}
 
 
@@ -126,9 +125,11 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
     position = torch.empty(views.num_patches, dtype=torch.int64)
     position[order] = torch.arange(len(order))
     # The same on every process: (end of a batch, number of the probe, share of the epoch before it).
-    ends = sorted((min((index + 1) * probe.batch_size, len(order)), number, index / len(steps))
-                  for number, probe in enumerate(probes) for steps in [probe.steps(order)]
-                  for index in range(len(steps)))
+    ends = []
+    for number, probe in enumerate(probes):
+        count = len(probe.steps(order))
+        ends += [(min((index + 1) * probe.batch_size, len(order)), number, index / count) for index in range(count)]
+    ends.sort()
     waiting = [[] for _ in probes]
     nothing = (torch.zeros(0, 1, encoder.embed_dim, device=device), views.labels[:0].to(device))
 
@@ -178,7 +179,7 @@ def run_knn(training: Subset, holding: Subset, testing: Subset, line: dict, log:
 
     def percent(features, ids):
         rows = features.rows(ids).to(features.cls.device)
-        predicted = knn_predict(bank, labels, features.cls[rows], len(line["classes"]), NEIGHBOURS)
+        predicted = knn_predict(bank, labels, features.cls[rows], len(line["classes"]))
         hits = torch.stack([(predicted[k] == features.labels[rows]).sum() for k in NEIGHBOURS])
         return dict(zip(NEIGHBOURS, (100 * all_reduce(hits).double() / len(ids)).tolist(), strict=True))
 
@@ -187,8 +188,8 @@ def run_knn(training: Subset, holding: Subset, testing: Subset, line: dict, log:
     best = max(NEIGHBOURS, key=scores.get)
     log("knn: " + ", ".join(f"{value:.2f}% (k = {k})" for k, value in by_k.items())
         + f"; best {by_k[best]:.2f}%, k chosen on {CHOSEN_BY[line['select']]}")
-    return line | {"probe": "knn", "feature": "cls", "acc1": by_k[20], "best_acc1": by_k[best], "best_k": best,
-                   "acc1_by_k": by_k}
+    return line | {"probe": "knn", "feature": "cls", "acc1": by_k[20], "best_acc1": by_k[best], "best_epoch": 0,
+                   "best_k": best, "acc1_by_k": by_k}
 
 
 def per_class(matrix: torch.Tensor) -> dict:
@@ -252,7 +253,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def open_head(path: Path, encoder: Encoder, classes: Sequence[str]) -> nn.Module:
     """A saved head. Raises UserError for a file that is none, and for a head of another encoder or other classes."""
-    keys = ("kind", "num_heads", "head", "encoder", "classes", "model", "dataset")
+    keys = ("kind", "num_heads", "head", "encoder", "classes", "model", "dataset", "best_epoch", "num_train")
     content = load_checked(path, "a head that classify.py saved", keys, option="--evaluate ")
     check_same(path, content["encoder"] | {"the list of classes": content["classes"]},
                encoder_identity(encoder) | {"the list of classes": list(classes)}, "--evaluate",
@@ -318,24 +319,27 @@ def make_probes(kinds: Sequence[str], recipes: dict[str, Recipe], batch_size: in
 
 
 def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, choosing: Subset, testing: Subset,
-                 views: RandomViews | None, epochs: range, seed: int, precision: str, workers: int,
-                 authors_defects: bool, checkpoint: Checkpoint, save_seconds: float,
+                 views: RandomViews | None, epochs: int, seed: int, precision: str, workers: int,
+                 authors_defects: bool, checkpoint: Checkpoint, saved: dict, save_seconds: float,
                  log: Callable[[str], None]) -> int:
-    """Trains and tests every probe in each of the epochs, and saves the checkpoint every save_seconds, at the end and
-    when a signal stops the run.
+    """Trains every probe, tests it after each epoch, and saves the checkpoint every save_seconds, at the end and when a
+    signal stops the run. saved: what the checkpoint holds, from which the run goes on; {} at its beginning.
 
     views: random crops of the training images, encoded as they come; None: the training subset's features are used.
     Returns how many of the views' images could not be decoded.
     """
-    progress, num_classes = Progress(epochs.stop, "training", "epochs"), probes[0].heads.bias.shape[1]
-    progress.update(epochs.start)
-    saved, left_out = time.monotonic(), 0
-    for epoch in epochs:
+    if saved:
+        for probe, state in zip(probes, saved["probes"], strict=True):
+            probe.load_state(state)
+    first, left_out = saved.get("epoch", 0), saved.get("left_out", 0)
+    progress, num_classes = Progress(epochs - first, "training", "epochs"), probes[0].heads.bias.shape[1]
+    last_save = time.monotonic()
+    for epoch in range(first, epochs):
         order = shuffled(training.ids, seed, epoch)
         if views:
-            say = log if epoch == epochs.start else (lambda line: None)
+            say = log if epoch == first else (lambda line: None)
             left_out = train_on_views(probes, encoder, views, order, epoch, precision, workers, say)
-            if left_out and epoch == epochs.start:
+            if left_out and epoch == first:
                 log(f"training set: {left_out} images are left out, they could not be decoded")
         else:
             for probe in probes:
@@ -347,14 +351,17 @@ def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, ch
             probe.record(score, percent)
         progress.update()
         if views or epoch % 10 == 9:
-            log(f"epoch {epoch + 1}: " + "; ".join(
-                f"{probe.kind} " + ", ".join(f"{value:.2f} ({name})" for value, name in zip(
-                    probe.test[-1], probe.names, strict=True)) for probe in probes))
+            shown = []
+            for probe in probes:
+                figures = [f"{value:.2f} ({name})" for value, name in zip(probe.test[-1], probe.names, strict=True)]
+                shown.append(f"{probe.kind} {', '.join(figures)}")
+            log(f"epoch {epoch + 1}: {'; '.join(shown)}")
         # A copy, which the next epoch leaves alone.
-        Ending.save = partial(checkpoint.save, epoch + 1, {"probes": deepcopy([probe.state() for probe in probes])})
-        if time.monotonic() - saved >= save_seconds or epoch + 1 == epochs.stop:
+        content = {"probes": deepcopy([probe.state() for probe in probes]), "left_out": left_out}
+        Ending.save = partial(checkpoint.save, epoch + 1, content)
+        if time.monotonic() - last_save >= save_seconds or epoch + 1 == epochs:
             Ending.save()
-            saved = time.monotonic()
+            last_save = time.monotonic()
     Ending.save = None
     return left_out
 
@@ -371,7 +378,7 @@ def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_
     line = line | {"probe": probe.kind, "feature": "all tokens" if heads.all_tokens else "cls",
                    "epochs": probe.epochs, "batch_size": probe.batch_size, **summary, **per_class(matrix)}
     path = Path(f"{prefix}_{probe.kind}_head.pth")
-    info = ("classes", "model", "weights", "sha256", "dataset", "precision", "lr", "best_epoch")
+    info = ("classes", "model", "weights", "sha256", "dataset", "precision", "lr", "best_epoch", "num_train")
     save_or_warn(path, {"kind": probe.kind, "num_heads": encoder.num_heads, "head": heads.state_dict(),
                         "encoder": encoder_identity(encoder), "accuracy": accuracy(matrix).item(),
                         **{key: line[key] for key in info}})
@@ -380,8 +387,9 @@ def report(probe: Probe, line: dict, testing: Subset, encoder: Encoder, authors_
         f"{summary['lr']:g}; chosen on {CHOSEN_BY[line['select']]}), last {summary['acc1']:.2f}%; head in {path}")
     if save_plots and is_main():
         title = f"{run_title(line)}, {probe.kind}"
-        curves = {f"lr {rate:g}": [[epoch[k] for epoch in probe.test] for k, of in enumerate(probe.rates) if of == rate]
-                  for rate in probe.rates}
+        curves = {}
+        for k, rate in enumerate(probe.rates):
+            curves.setdefault(f"lr {rate:g}", []).append([epoch[k] for epoch in probe.test])
         over = ", mean and range over seeds" if len(probe.seeds) > len(curves) else ""
         draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.png"), f"{title}: test accuracy by epoch{over}", curves,
                     (f"lr {summary['lr']:g}", summary["best_epoch"]))
@@ -393,12 +401,13 @@ def evaluate(path: Path, encode: Callable, encoder: Encoder, test: PatchDataset,
              log: Callable[[str], None]) -> dict:
     """Tests a saved head and returns the whole results line."""
     heads = open_head(path, encoder, line["classes"]).to(encoder.mean.device)
+    trained = {key: heads.info[key] for key in ("best_epoch", "num_train")}
     tested = encode(test, "test", heads.all_tokens)
     ids = decoded_ids(test, tested)
     matrix = confusion_of_heads(heads, tested, ids, len(line["classes"]), authors_defects, [str(path)])[0]
     percent = accuracy(matrix).item()
     log(f"{heads.kind} head {path}: {percent:.2f}% of {len(ids)} test patches")
-    return line | {"probe": heads.kind, "acc1": percent, "num_test": len(ids),
+    return line | {"probe": heads.kind, "acc1": percent, "best_acc1": percent, **trained, "num_test": len(ids),
                    "chance": most_frequent(test.labels[ids]), **per_class(matrix)}
 
 
@@ -445,10 +454,7 @@ def main() -> None:
         log(f"{run_title(line)}: finished already, its lines are in {args.output_dir / 'results.jsonl'}")
         return
     checkpoint = Checkpoint(Path(f"{prefix}_checkpoint.pth"), "a checkpoint of classify.py", "epoch", settings)
-    saved = checkpoint.load(args.resume, ["probes"], log)
-    if saved:
-        for probe, state in zip(probes, saved["probes"], strict=True):
-            probe.load_state(state)
+    saved = checkpoint.load(args.resume, ["probes", "left_out"], log)
 
     # Features
     augmented = whole_images and not args.no_augment
@@ -461,9 +467,8 @@ def main() -> None:
     # Training
     if probes:
         views = RandomViews(train, random_crop_flip(args.image_size), args.seed) if augmented else None
-        epochs = range(saved.get("epoch", 0), args.epochs)
-        line["num_train"] -= train_probes(probes, encoder, training, choosing, testing, views, epochs, args.seed,
-                                          args.precision, args.workers, args.authors_defects, checkpoint,
+        line["num_train"] -= train_probes(probes, encoder, training, choosing, testing, views, args.epochs, args.seed,
+                                          args.precision, args.workers, args.authors_defects, checkpoint, saved,
                                           args.checkpoint_seconds, log)
     line["seconds_training"] = time.monotonic() - started - line["seconds_features"]
     log(f"trained in {line['seconds_training']:.1f} s; {memory_peak(device)}")

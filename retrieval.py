@@ -372,8 +372,9 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
     paths = sources[0]["paths"]
     per_image = len(GRID_BOXES)
     ids = gather_rows(sources[0]["ids"].to(device)).cpu()
-    if len(images := (ids // per_image).unique()) <= other_images:
-        raise UserError(f"{len(images)} images could be read, too few to find patches in others; use more")
+    num_images = len((ids // per_image).unique())
+    if num_images < (2 if other_images else 1):
+        raise UserError(f"{num_images} images could be read, too few to find patches in others; use more")
     queries = [find_query(text, paths) for text in chosen]
     if not queries:
         drawn = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:num_queries]
@@ -389,10 +390,11 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
         rows = []
         for source, features in zip(sources, found, strict=True):
             mark = " (random weights)" if source["line"]["weights"] == "random" else ""
-            rows.append((source["line"]["name"] + mark, [
-                (name, [(shown_patch(paths[patch // per_image], patch % per_image), overlap(patch, query))
-                        for patch in nearest[number]])
-                for name, nearest in features.items()]))
+            blocks = []
+            for name, nearest in features.items():
+                blocks.append((name, [(shown_patch(paths[patch // per_image], patch % per_image), overlap(patch, query))
+                                      for patch in nearest[number]]))
+            rows.append((source["line"]["name"] + mark, blocks))
         files.append(f"sheet_{number:03}_{Path(path).stem}_{position}.png")
         draw_sheet(folder / files[-1], query_image(path, position), rows, columns)
     return files
@@ -481,18 +483,19 @@ def parse_arguments() -> argparse.Namespace:
                        help="leave out the query's own image (default: patches that overlap the query are marked)")
     group.add_argument("--columns", type=positive_int, default=6, help="of patches in a block (default: %(default)s)")
     args = parser.parse_args()
+    # Options by the modes that read them.
     pairs = ("split", "num_pairs", "layers", "norm", "match", "pictures")
     sheets = ("queries", "query", "top", "other_images", "columns")
-    ranking = ("features", "exclude_query", "num_queries", "crop_scale", "keypoints", "save_features", "load_features",
-               "authors_defects")
+    ranking = (*RANKING, "crop_scale", "keypoints")
+    features = ("features", "save_features", "load_features", "authors_defects")
     if args.load_features:
         parser.check_used(args, "--load-features", *pairs, "pca", *MAKE_FEATURES)
     elif args.dataset in PAIR_DATASETS:
-        parser.check_used(args, f"--dataset {args.dataset}", *ranking, *sheets, "skip_bad_images")
+        parser.check_used(args, f"--dataset {args.dataset}", *features, *ranking, *sheets, "skip_bad_images")
     elif args.pca:
-        parser.check_used(args, "--pca", *ranking, *sheets, *pairs)
+        parser.check_used(args, "--pca", *features, *ranking, *sheets, *pairs)
     elif args.dataset == "imagenet":
-        parser.check_used(args, "picture sheets (--dataset imagenet)", *ranking[1:5], *pairs)
+        parser.check_used(args, "picture sheets (--dataset imagenet)", *ranking, *pairs)
     else:
         unused = () if args.dataset.startswith("synthetic") else ("num_images",)
         parser.check_used(args, f"--dataset {args.dataset}", *sheets, *pairs, *unused)

@@ -64,7 +64,7 @@ KNN_ARGUMENTS = ("probe", "memory_size", "neighbours", "passes")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. Raises UserError for values that cannot be."""
+    """The command line, with the data set's scales. Raises UserError for values that cannot be."""
     parser = OneLineParser(__doc__, prog="segment.py")
     add_common_arguments(parser, METHODS, tuple(PROTOCOLS), batch_size=16)
     group = parser.add_argument_group("probes")
@@ -119,18 +119,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.check_used(args, "--probe knn", *training)
     elif "knn" not in args.probe:
         parser.check_used(args, "--probe linear", *KNN_ARGUMENTS[1:])
-    return check_arguments(args)
-
-
-def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills in the data set's scales and what follows from other options. Raises UserError for values that cannot
-    be."""
     protocol = PROTOCOLS[args.dataset]
-    for name in ("base_scale", "test_scale"):
-        setattr(args, name, getattr(args, name) or getattr(protocol, name))
+    args.base_scale, args.test_scale = args.base_scale or protocol.base_scale, args.test_scale or protocol.test_scale
     if args.warmup_iterations is None:
         args.warmup_iterations = min(1500, args.iterations // 10)
-    args.probe = ["linear"] if args.evaluate else args.probe
     crop_size, stride = args.crop_size or protocol.crop_size, args.stride or protocol.stride
     if stride > crop_size:
         raise UserError(f"--stride {stride} is above --crop-size {crop_size}: pixels between the windows would have no "

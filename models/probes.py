@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from utils.distributed import all_reduce
 
 LAYER_NORM_EPS = 1e-6
+# k of the nearest neighbours.
+NEIGHBOURS = (10, 20, 100, 200)
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -237,7 +239,7 @@ def cosine_learning_rate(base: float, epoch: float, epochs: int, warmup: int = 0
 
 
 def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, num_classes: int,
-                ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07) -> dict[int, torch.Tensor]:
+                ks: Sequence[int] = NEIGHBOURS, temperature: float = 0.07) -> dict[int, torch.Tensor]:
     """Nearest neighbours by cosine similarity s, with votes exp(s / temperature) (facebookresearch/dino, eval_knn.py).
 
     train [N, D] with labels [N], test [M, D] -> {k: predicted classes [M]}; a k above N counts all N.

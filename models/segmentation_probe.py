@@ -111,7 +111,8 @@ def train(segmenter: Segmenter, heads: Sequence[LinearHead], names: Sequence[str
         if done % save_every == 0 or done == iterations.stop:
             save(done)
         if test_every and done % test_every == 0 and done < iterations.stop:
-            for segmenter.head, name in zip(heads, names, strict=True):
+            for head, name in zip(heads, names, strict=True):
+                segmenter.head = head
                 log(f"after iteration {done}: {summary(test())}, {name}")
             segmenter.head = heads[0]
             segmenter.train()
@@ -133,20 +134,21 @@ def make_heads(width: int, num_classes: int, rates: Sequence[float], decays: Seq
 
 
 def choose_head(segmenter: Segmenter, heads: Sequence[LinearHead], pairs: Sequence[tuple[float, float]],
-                names: Sequence[str], test: Callable[[], dict], log: Callable[[str], None]) -> dict:
+                names: Sequence[str], test: Callable[[], dict], select: str, log: Callable[[str], None]) -> dict:
     """Gives the segmenter the head of the best mIoU. pairs, names: (learning rate, weight decay) of each head, and in
     words. Returns those of the chosen one and, where there are several, the mIoU of each, for the results line."""
-    scores = [0.0]
-    if len(heads) > 1:
-        scores = []
-        for segmenter.head, name in zip(heads, names, strict=True):
-            metrics = test()
-            scores.append(float(np.nan_to_num(metrics["mIoU"])))
-            log(f"{name}: {summary(metrics)}")
-    best = int(np.argmax(scores))
+    grid = [{"lr": lr, "weight_decay": decay} for lr, decay in pairs]
+    if len(heads) == 1:
+        return grid[0]
+    for head, name, entry in zip(heads, names, grid, strict=True):
+        segmenter.head = head
+        metrics = test()
+        log(f"{name}: {summary(metrics)}")
+        entry["mIoU"] = float(np.nan_to_num(metrics["mIoU"]))
+    best = int(np.argmax([entry["mIoU"] for entry in grid]))
     segmenter.head = heads[best]
-    grid = [{"lr": lr, "weight_decay": decay, "mIoU": score} for (lr, decay), score in zip(pairs, scores, strict=True)]
-    return dict(zip(("lr", "weight_decay"), pairs[best], strict=True)) | ({"heads": grid} if len(heads) > 1 else {})
+    log(f"{names[best]}: chosen on {CHOSEN_BY[select]}")
+    return {"lr": grid[best]["lr"], "weight_decay": grid[best]["weight_decay"], "heads": grid}
 
 
 def restore(checkpoint: dict, segmenter: Segmenter) -> None:
@@ -206,9 +208,8 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
         train(segmenter, heads, labels, optimizer, batches(range(done, total)), range(done, total),
               settings["batch_size"], settings["warmup_iterations"], save, save_every, partial(test, segmenter),
               test_every, log)
-    line = choose_head(segmenter, heads, pairs, labels, partial(choose, segmenter), log)
+    line = choose_head(segmenter, heads, pairs, labels, partial(choose, segmenter), settings["select"], log)
     if len(heads) > 1:
-        log(f"{labels[pairs.index((line['lr'], line['weight_decay']))]}: chosen on {CHOSEN_BY[settings['select']]}")
         save(total)
     checkpoint.close()
     return segmenter, line | {"probe": "linear", "iterations": total} | {name: settings[name] for name in HEAD_INPUT}

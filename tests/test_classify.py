@@ -149,6 +149,8 @@ def test_one_run_all_probes_and_the_saved_heads(monkeypatch, cub, tmp_path, caps
         assert again["acc1"] == pytest.approx(best) and again["confusion"] == result["confusion"]
         largest = 100 * np.max(np.sum(result["confusion"], axis=1)) / np.sum(result["confusion"])
         assert again["chance"] == pytest.approx(largest) == result["chance"]
+        assert again["best_acc1"] == again["acc1"] and again["best_epoch"] == result["best_epoch"]
+        assert (again["num_train"], again["num_test"]) == (64, 32)
         assert Image.open(tmp_path / f"ibot_cub_{kind}_accuracy.png").size == (960, 560)
         assert Image.open(tmp_path / f"ibot_cub_{kind}_confusion.png").width > 200
         assert load_head(path).info["classes"] == ["right eye", "right leg", "left wing", "tail"]
@@ -540,6 +542,22 @@ def test_images_left_out_of_augmented_runs_are_counted(launch, folder, tmp_path,
     _, err = launch(classify.main, words, processes, 2)
     assert "no training image could be decoded" in err
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_images_left_out_are_counted_by_a_run_that_goes_on_after_its_last_epoch(monkeypatch, folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "folder")
+    (root / "train" / "cats" / "3.png").write_text("no image")
+    words = [*common("folder", root, tmp_path), "--epochs", 1, "--skip-bad-images", "--resume"]
+
+    def stop(*lines):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(classify, "append_result", stop)
+        with pytest.raises(Killed):
+            run(monkeypatch, *words)
+    monkeypatch.setattr(Probe, "step", stop)
+    assert run(monkeypatch, *words)["linear"]["num_train"] == 23
 
 
 @pytest.mark.parametrize(("words", "message"), [
