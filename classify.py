@@ -45,21 +45,18 @@ from models.probes import HEADS, NEIGHBOURS, build_heads, head_of, knn_predict
 from utils import UserError
 from utils.distributed import all_reduce, any_process, gather_rows, is_main, rank, world_size
 from utils.drawing import draw_confusion, draw_curves, require_matplotlib
+from utils.ending import Checkpoint, ending, exit_with_one_line_errors, save_or_warn
 from utils.provenance import check_same, digest
-from utils.results import append_result, is_finished, run_slug, run_title, settings_of, start_line, unsaved
+from utils.results import append_result, is_finished, run_slug, run_title, settings_of, start_line
 from utils.run import (
-    Checkpoint,
-    Ending,
     OneLineParser,
     Progress,
     add_common_arguments,
     add_patch_arguments,
-    exit_with_one_line_errors,
     log_waiting,
     non_negative_float,
     positive_float,
     positive_int,
-    save_or_warn,
     setup,
 )
 from utils.storage import load_checked, require_room
@@ -358,11 +355,11 @@ def train_probes(probes: Sequence[Probe], encoder: Encoder, training: Subset, ch
             log(f"epoch {epoch + 1}: {'; '.join(shown)}")
         # A copy, which the next epoch leaves alone.
         content = {"probes": deepcopy([probe.state() for probe in probes]), "left_out": left_out}
-        Ending.save = partial(checkpoint.save, epoch + 1, content)
+        ending.save = partial(checkpoint.save, epoch + 1, content)
         if time.monotonic() - last_save >= save_seconds or epoch + 1 == epochs:
-            Ending.save()
+            ending.save()
             last_save = time.monotonic()
-    Ending.save = None
+    ending.save = None
     return left_out
 
 
@@ -479,7 +476,7 @@ def main() -> None:
              for probe in probes]
     if "knn" in args.probe:
         lines.append(run_knn(training, holding, testing, line, log))
-    unsaved.pop(checkpoint.path, None)  # no longer needed
+    ending.unsaved.pop(checkpoint.path, None)  # no longer needed
     append_result(args.output_dir, *(one | {"seconds": time.monotonic() - started} for one in lines))
     checkpoint.close(delete=True)
 

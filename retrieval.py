@@ -36,6 +36,7 @@ from models.transfer import transfer_keypoints as transfer_keypoints
 from utils import UserError
 from utils.distributed import all_reduce, any_process, gather_rows, is_main, shard, world_size
 from utils.drawing import draw_curves, draw_sheet, require_matplotlib
+from utils.ending import exit_with_one_line_errors
 from utils.provenance import check_same, this_run
 from utils.results import append_result, args_to_json, run_slug, run_title, start_line
 from utils.run import (
@@ -45,7 +46,6 @@ from utils.run import (
     add_common_arguments,
     add_patch_arguments,
     autocast,
-    exit_with_one_line_errors,
     log_waiting,
     non_negative_int,
     positive_int,

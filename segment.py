@@ -40,6 +40,7 @@ from models.segmentation_probe import Segmenter, linear_probe, load_segmenter, s
 from utils import UserError
 from utils.distributed import all_reduce, any_process, shard, world_size
 from utils.drawing import draw_figure6, save_picture
+from utils.ending import exit_with_one_line_errors
 from utils.formats import text_table
 from utils.provenance import digest
 from utils.results import append_result, is_finished, run_slug, run_title, settings_of, start_line
@@ -47,7 +48,6 @@ from utils.run import (
     OneLineParser,
     Progress,
     add_common_arguments,
-    exit_with_one_line_errors,
     non_negative_float,
     non_negative_int,
     positive_float,

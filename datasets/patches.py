@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils import UserError
 from utils.distributed import environment
+from utils.ending import WORKER_LOST, WORKER_STOPPED, ending
 from utils.provenance import digest, files_digest
-from utils.run import WORKER_LOST, WORKER_STOPPED, log_once
 
 from .files import BAD_IMAGE, read_rgb, reason
 
@@ -229,8 +229,8 @@ def workers_with_room(workers: int, group_bytes: int) -> int:
     groups = int(free / (group_bytes + 8192))  # each takes whole pages, and a page for its ids
     fitting = max(0, min(workers, (groups - 1) // PREFETCH))  # one more group is being used
     if fitting < workers:
-        log_once(f"shared memory (/dev/shm) has room for {fitting} of {workers} data loading processes; where it is a "
-                 "container's, start it with more (docker run --shm-size 8g)")
+        ending.log_once(f"shared memory (/dev/shm) has room for {fitting} of {workers} data loading processes; where "
+                        "it is a container's, start it with more (docker run --shm-size 8g)")
     return fitting
 
 

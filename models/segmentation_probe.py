@@ -14,8 +14,9 @@ import torch.nn as nn
 
 from utils import UserError
 from utils.distributed import all_reduce
+from utils.ending import Checkpoint, ending, uninterrupted
 from utils.provenance import check_same
-from utils.run import Checkpoint, Ending, Progress, autocast, uninterrupted
+from utils.run import Progress, autocast
 from utils.storage import load_checked
 
 from .encoder import Encoder
@@ -97,7 +98,7 @@ def train(segmenter: Segmenter, heads: Sequence[LinearHead], names: Sequence[str
                     all_reduce(parameter.grad)
             optimizer.step()
             done = iteration + 1
-            Ending.save = partial(save, done)
+            ending.save = partial(save, done)
         if len(losses) == 50 * len(heads) or done == iterations.stop:
             means = all_reduce(torch.stack(losses).view(-1, len(heads)).mean(0)).tolist()
             shown = [f"{mean:.4f} ({name})" for mean, name in zip(means, names, strict=True)]
@@ -116,7 +117,7 @@ def train(segmenter: Segmenter, heads: Sequence[LinearHead], names: Sequence[str
                 log(f"after iteration {done}: {summary(test())}, {name}")
             segmenter.head = heads[0]
             segmenter.train()
-    Ending.save = None
+    ending.save = None
 
 
 def make_heads(width: int, num_classes: int, rates: Sequence[float], decays: Sequence[float], decay_bias: bool,

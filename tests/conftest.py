@@ -3,15 +3,15 @@
 import io
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from utils.run import exit_with_one_line_errors
+from utils.ending import exit_with_one_line_errors
 
 # One thread is what keeps several processes on few cores from waiting for each other.
 torch.set_num_threads(1)
@@ -33,6 +33,16 @@ def call_main(main, words):
         except SystemExit as stop:
             status = stop.code
     return status, out.getvalue(), err.getvalue()
+
+
+def keep_store():
+    """The processes' store, which outlives them, as torchrun keeps it."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def torchrun_variables(store, rank, processes):
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test"}
 
 
 def _process(main, words, environment, pipe):
@@ -59,15 +69,11 @@ def launch():
         if processes == 1:
             results = [call_main(main, words)]
         else:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
+            store = keep_store()
             results, running = [], []
             for rank in range(processes):
                 receive, send = PROCESSES.Pipe(duplex=False)
-                environment = os.environ | {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                environment = os.environ | torchrun_variables(store, rank, processes)
                 process = PROCESSES.Process(target=_process, args=(main, words, environment, send))
                 process.start()
                 send.close()

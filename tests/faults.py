@@ -43,7 +43,8 @@ import models.attention.__main__ as attention  # noqa: E402
 import retrieval  # noqa: E402
 import segment  # noqa: E402
 from utils import provenance  # noqa: E402
-from utils.run import Checkpoint, OneLineParser, exit_with_one_line_errors  # noqa: E402
+from utils.ending import Checkpoint, exit_with_one_line_errors  # noqa: E402
+from utils.run import OneLineParser  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 SCRIPTS = {"retrieval": retrieval.main, "classify": classify.main, "segment": segment.main,

@@ -32,7 +32,8 @@ from models.timm_vit import TimmEncoder
 from models.transfer import transfer_keypoints
 from utils import UserError
 from utils.distributed import init_processes
-from utils.run import autocast, exit_with_one_line_errors, log_waiting
+from utils.ending import exit_with_one_line_errors
+from utils.run import autocast, log_waiting
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import keep_store, torchrun_variables
 from PIL import Image
 from test_segment import draw_lip
 
@@ -24,8 +25,9 @@ from datasets.patches import PatchDataset, PatchImage
 from models import segmentation_probe
 from utils import UserError, run, storage
 from utils.distributed import init_processes
+from utils.ending import ending, exit_with_one_line_errors, save_or_warn
 from utils.results import append_result
-from utils.run import Log, exit_with_one_line_errors, save_or_warn
+from utils.run import Log
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["--model", "ibot", "--weights", ROOT / "tests" / "golden" / "ibot" / "checkpoint.pth", "--num-heads", 3,
@@ -39,6 +41,13 @@ def lip(tmp_path_factory):
     data = draw_lip(tmp_path_factory.mktemp("lip"))
     return [*WORDS, "--dataset", "lip", "--data-path", data, "--layers", 0, 3, "--batch-size", 3, "--crop-size", 48,
             "--base-scale", 128, 48, "--test-scale", 128, 48, "--stride", 32, "--lr", 0.05]
+
+
+def draw_folder(folder):
+    for split, label, number in itertools.product(("train", "val"), ("cats", "dogs"), range(2)):
+        (folder / split / label).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (90 * number, 0, 200)).save(folder / split / label / f"{number}.png")
+    return folder
 
 
 def no_space(*_, **__):
@@ -91,8 +100,8 @@ def test_a_full_disk_does_not_stop_the_log_and_is_said_once(tmp_path, capsys, mo
 
 def test_a_checkpoint_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch):
     lines, path = [], tmp_path / "checkpoint.pth"
-    monkeypatch.setattr(run.Ending, "log", lines.append)
-    monkeypatch.setattr(run.Ending, "saved", "")
+    monkeypatch.setattr(ending, "log", lines.append)
+    monkeypatch.setattr(ending, "saved", "")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", no_space)
         save_or_warn(path, {}, "iteration 1 is saved")
@@ -100,9 +109,9 @@ def test_a_checkpoint_that_cannot_be_written_is_said_once_and_the_run_goes_on(tm
     assert len(lines) == 1 and "could not be written (No space left on device)" in lines[0]
     with pytest.raises(UserError, match="checkpoint.pth could not be written"):
         append_result(tmp_path, LINE)
-    assert run.Ending.saved == ""
+    assert ending.saved == ""
     save_or_warn(path, {}, "iteration 3 is saved")
-    assert run.Ending.saved == "iteration 3 is saved" and path.exists()
+    assert ending.saved == "iteration 3 is saved" and path.exists()
     append_result(tmp_path, LINE)
 
 
@@ -125,7 +134,8 @@ def test_a_log_line_and_a_checkpoint_lost_midway_cost_nothing(launch, lip, tmp_p
 # Readers that have gone
 
 def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path):
-    code = ("import sys; sys.path.insert(0, '.'); from pathlib import Path; from utils.run import *\n"
+    code = ("import sys; sys.path.insert(0, '.'); from pathlib import Path; from utils.run import Log\n"
+            "from utils.ending import exit_with_one_line_errors\n"
             "def main():\n log = Log(); log.open(Path(sys.argv[1]))\n for n in range(2000): log(f'line {n}')\n"
             "exit_with_one_line_errors(main)")
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE,
@@ -139,17 +149,14 @@ def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path):
 # Signals
 
 def start(script, words, processes=1):
-    """Starts a script as a user does, or by torchrun's variables; each process a group of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
+    """Starts a script as a user does, or several as torchrun does; each process a group of its own."""
+    store, started = keep_store(), []
     for rank in range(processes):
-        several = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)} if processes > 1 else {}
+        several = torchrun_variables(store, rank, processes) if processes > 1 else {}
         started.append(subprocess.Popen([sys.executable, script, *map(str, words)], cwd=ROOT, text=True,
                                         env=os.environ | {"OMP_NUM_THREADS": "1"} | several, start_new_session=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        started[-1].store = store
     return started
 
 
@@ -185,6 +192,62 @@ def test_a_stopped_segmentation_resumes_to_the_same_bits(launch, lip, tmp_path, 
     assert all(torch.equal(value, parts["head"][key]) for key, value in whole["head"].items())
 
 
+def test_a_stopped_classification_resumes_to_the_same_bits(launch, tmp_path):
+    data = draw_folder(tmp_path / "data")
+    words = [*WORDS, "--dataset", "folder", "--data-path", data, "--no-augment", "--epochs", 900]
+    launch(classify.main, [*words, "--output-dir", tmp_path / "whole"])
+    process, = start("classify.py", [*words, "--output-dir", tmp_path / "parts"])
+    wait_for(process, "epoch 50:")
+    os.kill(process.pid, signal.SIGTERM)
+    code, lines = outcome(process)
+    checkpoint = tmp_path / "parts" / "ibot_folder_checkpoint.pth"
+    done = torch.load(checkpoint, weights_only=True)["epoch"]
+    assert code == 143 and 49 <= done < 900
+    assert lines == [f"stopped by SIGTERM: epoch {done} is saved in {checkpoint}; go on with --resume"]
+    launch(classify.main, [*words, "--output-dir", tmp_path / "parts", "--resume"])
+    name = "ibot_folder_linear_head.pth"
+    whole, parts = (torch.load(tmp_path / side / name, weights_only=True) for side in ("whole", "parts"))
+    assert all(torch.equal(value, parts["head"][key]) for key, value in whole["head"].items())
+    lines = [json.loads((tmp_path / side / "results.jsonl").read_text()) for side in ("whole", "parts")]
+    assert lines[0]["best_acc1"] == lines[1]["best_acc1"] and lines[0]["confusion"] == lines[1]["confusion"]
+
+
+def test_the_second_ctrl_c_ends_the_run_at_once(tmp_path):
+    """Though saving never ends."""
+    body = ("from utils.ending import ending\ndef save():\n    print('saving', flush=True)\n    time.sleep(50)\n"
+            "ending.save = save\nprint('ready', flush=True)\ntime.sleep(50)")
+    process, = start(write_script(tmp_path, body), [])
+    for word in ("ready", "saving"):
+        wait_for(process, word)
+        os.kill(process.pid, signal.SIGINT)
+    assert outcome(process) == (-signal.SIGINT, [])
+
+
+def test_a_signal_to_one_of_the_others_ends_the_run_with_one_line(tmp_path):
+    """When the main process has not ended it for 2 s."""
+    body = ("from utils import ending\nending.PATIENCE = 2\nprint('ready', flush=True)\n"
+            "barrier() if is_main() else time.sleep(50)")
+    main, other = start(write_script(tmp_path, body), [], 2)
+    wait_for(other, "ready")
+    os.kill(other.pid, signal.SIGTERM)
+    assert outcome(other) == (143, ["stopped by SIGTERM: nothing is saved yet; start again"])
+    assert outcome(main) == (143, [])
+
+
+def test_nothing_of_a_run_is_left_for_the_next(capsys):
+    def fails():
+        ending.save, ending.saved, ending.in_step, ending.unsaved[ROOT] = fails, "much", True, "full"
+        ending.log_once("x")
+        raise UserError("wrong")
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
+    assert ended(fails) == 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)] == before
+    exit_with_one_line_errors(lambda: None)
+    assert (ending.save, ending.in_step, ending.unsaved, ending.logged) == (None, False, {}, set())
+    assert ending.saved == "nothing is saved yet; start again"
+
+
 # What lies in the folder already
 
 def test_a_finished_run_is_not_repeated_and_an_unfinished_one_not_overwritten(launch, lip, tmp_path, monkeypatch):
@@ -216,10 +279,7 @@ def test_a_finished_run_is_not_repeated_and_an_unfinished_one_not_overwritten(la
 
 def test_a_finished_classification_is_not_repeated(launch, tmp_path):
     """Its checkpoint goes with its end; the results line stays."""
-    folder = tmp_path / "data"
-    for split, label, number in itertools.product(("train", "val"), ("cats", "dogs"), range(2)):
-        (folder / split / label).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (90 * number, 0, 200)).save(folder / split / label / f"{number}.png")
+    folder = draw_folder(tmp_path / "data")
     words = [*WORDS, "--dataset", "folder", "--data-path", folder, "--output-dir", tmp_path, "--epochs", 2, "--resume",
              "--no-augment", "--probe", "linear", "knn"]
     for number in range(2):
@@ -303,7 +363,7 @@ def picture(tmp_path):
 def test_no_more_workers_than_shared_memory_has_room_for(picture, monkeypatch):
     """A group is 16 patches of 224 x 224 x 3 bytes, 2.4 MB; a worker holds two, and one is in use."""
     lines, started, loader = [], [], patches.DataLoader
-    monkeypatch.setattr(run.Ending, "log", lines.append)
+    monkeypatch.setattr(ending, "log", lines.append)
     monkeypatch.setattr(patches, "DataLoader", lambda groups, size, num_workers, collate_fn, **more: started.append(
         num_workers) or loader(groups, size, collate_fn=collate_fn))
     for megabytes, processes, workers in ((64, 1, 10), (64, 2, 4), (3, 1, 0), (1000, 1, 16)):
@@ -359,31 +419,57 @@ def test_a_worker_that_the_system_kills_is_one_line(picture, capsys, monkeypatch
 
 # Several processes
 
-def run_processes(body, tmp_path, count=2, **environment):
-    """[(exit status, lines on standard error), ...] of processes with this main, taken for dead after 2 s."""
+def write_script(tmp_path, body):
     script = tmp_path / "script.py"
     script.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
                       "from utils import UserError, distributed\nfrom utils.distributed import *\n"
-                      "from utils.run import exit_with_one_line_errors\n"
-                      "distributed.SILENCE = 2\ndef main():\n    init_processes('cpu')\n"
+                      "from utils.ending import exit_with_one_line_errors\ndef main():\n    init_processes('cpu')\n"
                       + "".join(f"    {line}\n" for line in body.splitlines()) + "exit_with_one_line_errors(main)\n")
+    return script
+
+
+def run_processes(body, tmp_path, count=2, **variables):
+    """[(exit status, lines on standard error), ...] of processes with this main."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+        for name, value in variables.items():
             patch.setenv(name, value)
-        return [outcome(process) for process in start(script, [], count)]
+        return [outcome(process) for process in start(write_script(tmp_path, body), [], count)]
 
 
-def test_a_dead_process_ends_the_others_with_one_line_and_a_slow_one_does_not(tmp_path):
-    """Whatever they are at: here no collective in which its connection would be missed."""
-    slow, waiting = run_processes("if is_main(): time.sleep(5)\nbarrier()", tmp_path)
-    assert slow == waiting == (0, [])
-    alive, dead = run_processes("if is_main(): time.sleep(50)\nelse: os.kill(os.getpid(), 9)", tmp_path)
+def run_torchrun(body, tmp_path):
+    """(exit status, standard error, seconds) of two processes of torchrun."""
+    started, command = time.monotonic(), [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    found = subprocess.run([*command, "--nproc-per-node", "2", write_script(tmp_path, body)], capture_output=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=90)
+    return found.returncode, found.stderr, time.monotonic() - started
+
+
+def test_a_slow_process_ends_nobody(tmp_path):
+    assert run_processes("if is_main(): time.sleep(5)\nbarrier()", tmp_path) == [(0, []), (0, [])]
+
+
+def test_a_dead_process_ends_the_others_at_their_next_collective_with_one_line(tmp_path):
+    alive, dead = run_processes("if rank(): os.kill(os.getpid(), 9)\ntime.sleep(1)\nbarrier()", tmp_path)
     assert dead[0] == -9 and alive[0] == 2
-    assert len(alive[1]) == 1 and "process 1 of 2 has not been heard of for 2 s" in alive[1][0]
+    assert len(alive[1]) == 1 and alive[1][0].startswith("error: another process of this run has ended or is stuck (")
+
+
+@pytest.mark.parametrize(("victim", "at"), [(0, "time.sleep(50)"), (1, "barrier()")])
+def test_torchrun_ends_the_others_of_a_dead_process(tmp_path, victim, at):
+    body = f"from utils import ending\nending.PATIENCE = 2\nif rank() == {victim}: os.kill(os.getpid(), 9)\n{at}"
+    status, err, seconds = run_torchrun(body, tmp_path)
+    assert status == 1 and seconds < 30 and "Signal 9 (SIGKILL)" in err and 'script.py", line' not in err
+    assert len([line for line in err.splitlines() if line.startswith(("error: ", "stopped by "))]) == 1, err
+
+
+def test_torchrun_shows_the_mistake_of_one_process_as_one_line(tmp_path):
+    status, err, seconds = run_torchrun("if rank() == 1: raise UserError('wrong')\ntime.sleep(50)", tmp_path)
+    assert status == 1 and seconds < 30 and err.splitlines().count("error: wrong") == 1
+    assert "stopped by" not in err and 'script.py", line' not in err and "traceback : error: wrong" in err, err
 
 
 def test_the_mistake_of_one_process_is_one_line_and_ends_all(tmp_path):
-    ends = run_processes("if rank() == 1: raise UserError('wrong')\ntime.sleep(50)", tmp_path, 3)
+    ends = run_processes("if rank() == 1: raise UserError('wrong')\nbarrier()", tmp_path, 3)
     assert [code for code, _ in ends] == [2] * 3
     assert sum((lines for _, lines in ends), []) == ["error: wrong"]
     ends = run_processes("raise UserError('wrong')", tmp_path)
@@ -426,11 +512,12 @@ def test_damaged_test_images_show_before_training(launch, tmp_path):
     assert "3.jpg cannot be read as an image" in err and "loss" not in out and "decoding" not in err
 
 
-def test_two_processes_stop_at_a_signal_to_either_and_resume_to_the_same_bits(lip, tmp_path):
+def test_two_processes_stop_at_a_signal_and_resume_to_the_same_bits(lip, tmp_path):
     words = [*lip, "--iterations", 150, "--output-dir"]
     whole, stopped = (start("segment.py", [*words, tmp_path / name], 2) for name in ("whole", "2"))
     wait_for(stopped[0], "iteration 50")
-    os.kill(stopped[1].pid, signal.SIGTERM)
+    for process in reversed(stopped):
+        os.kill(process.pid, signal.SIGTERM)
     ends = [outcome(process) for process in stopped]
     assert [code for code, _ in ends] == [143, 143] and ends[1][1] == []
     assert len(ends[0][1]) == 1 and "stopped by SIGTERM: iteration " in ends[0][1][0] and "--resume" in ends[0][1][0]

@@ -21,7 +21,7 @@ from datasets.prepare.__main__ import main
 from datasets.prepare.ade20k_part import IndexUnpickler, part_instances, read_classes, read_index
 from datasets.prepare.common import read_index_map
 from utils import UserError
-from utils.run import exit_with_one_line_errors
+from utils.ending import exit_with_one_line_errors
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 PASCAL = REAL / "pascal_part_sample"

@@ -25,7 +25,7 @@ from models import segmentation_probe
 from models.encoder import Encoder
 from utils import UserError, storage
 from utils.drawing import draw_figure6
-from utils.run import exit_with_one_line_errors
+from utils.ending import exit_with_one_line_errors
 from utils.tables import figure6_panels, paper_tables
 
 GOLDEN = Path(__file__).parent / "golden" / "segmentation"

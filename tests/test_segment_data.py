@@ -297,7 +297,7 @@ import sys, threading, time, torch
 from contextlib import nullcontext
 from unittest.mock import MagicMock
 from utils import UserError
-from utils.run import exit_with_one_line_errors
+from utils.ending import exit_with_one_line_errors
 from utils.storage import prefetched
 torch.cuda = MagicMock(device=lambda device: nullcontext(), stream=lambda stream: nullcontext())
 

@@ -1,26 +1,30 @@
-"""Processes: join them as torchrun's variables say (without them: one process), share work, gather rows, end together.
+"""Processes: join them as torchrun's variables say (without them: one process), share work, gather rows.
 
-A process that fails or dies ends the others, whatever they are waiting for; one that is only slow does not.
+One that fails or dies breaks the collectives of the others; one that is only slow does not.
 """
 
-import json
 import os
-import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from threading import Thread
 
 import torch
 import torch.distributed as dist
 
 from . import UserError
 
-# Seconds: how often the processes look at each other, and after what silence one is taken for dead.
-BEAT, SILENCE = 1.0, 120.0
 # Collectives follow a barrier where the processes' work before them may take unequal time; barriers wait without limit.
 COLLECTIVE, BARRIER, JOIN = timedelta(minutes=30), timedelta(days=30), timedelta(minutes=10)
-_group = {"patient": None, "watch": None}
+
+
+class Processes:
+    """What the processes share once they have joined (else None): a store of texts, which torchrun keeps, and a group
+    whose collectives wait without limit."""
+    store: dist.Store | None = None
+    group: dist.ProcessGroup | None = None
+
+
+processes = Processes()
 
 
 def environment(name: str, default: int = 0, least: int = 0) -> int:
@@ -68,108 +72,32 @@ def join(backend: str) -> None:
         store, *place = next(dist.rendezvous("env://", timeout=JOIN))
         dist.init_process_group(backend, store=store, rank=place[0], world_size=place[1], timeout=COLLECTIVE)
         # Over gloo also where tensors go over NCCL, whose waiting processes would keep their GPUs busy.
-        _group["patient"] = dist.new_group(backend="gloo", timeout=BARRIER)
-        _group["watch"] = Watch()
+        processes.group = dist.new_group(backend="gloo", timeout=BARRIER)
+        processes.store = store
         barrier()
-        _group["watch"].start()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the {size} processes did not meet at {os.environ['MASTER_ADDR']}:"
                         f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); start them "
                         "with torchrun, or unset WORLD_SIZE") from None
 
 
-class Watch(Thread):
-    """Shows the other processes through the group's store that this one lives, and ends it with them."""
+def first_end(own: str = "", patience: float = 0) -> str:
+    """How the first process of this run to end did: what it gave as own; "" where none has, or this cannot be known.
 
-    def __init__(self):
-        super().__init__(daemon=True)
-        # A connection of its own: in the group's, a waiting main thread would hold up this one.
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], environment("MASTER_PORT"), is_master=False,
-                              wait_for_workers=False, timeout=timedelta(seconds=30))
-        self.store = dist.PrefixStore(f"watch {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        self.alive, self.rank = [f"alive {number}" for number in range(world_size())], rank()
-        self.stopping = self.finished = False
-        self.store.set(self.alive[self.rank], "0")
-
-    def run(self) -> None:
-        heard, lost = {}, 0
-        while lost < 10:
-            time.sleep(BEAT)
-            now = time.monotonic()
-            try:
-                self.store.set(self.alive[self.rank], "finished" if self.finished else str(now))
-                if self.store.check(["end"]):
-                    status, line = self.store.get("end").decode().split(" ", 1)
-                    end_process(line, int(status))
-                if self.rank == 0 and not self.stopping and self.store.check(["signal"]):
-                    os.kill(os.getpid(), int(self.store.get("signal")))
-                for number, value in enumerate(self.store.multi_get(self.alive)):
-                    if value == b"finished" or heard.get(number, (None, now))[0] != value:
-                        heard[number] = value, now
-                    if now - heard[number][1] > SILENCE:
-                        end_run(f"error: process {number} of {world_size()} has not been heard of for {SILENCE:.0f} s: "
-                                "its machine or its connection failed, or it was killed", 2)
-                lost = 0
-            except RuntimeError:
-                # The store lived in process 0. That one may have finished, and this one be about to.
-                lost += 1
-        if not self.finished:
-            end_run("error: process 0 has ended without a word: it was killed, or its machine failed", 2)
-
-
-def end_run(line: str, status: int) -> None:
-    """Ends this process, and with it the others: prints the line on standard error unless another process was first."""
-    first, watch = environment("RANK") == 0 or "TORCHELASTIC_ERROR_FILE" not in os.environ, _group["watch"]
-    if watch:
-        try:
-            first = watch.store.add("ends", 1) == 1
-            if first:
-                watch.store.set("end", f"{status} {line}")
-        except RuntimeError:
-            first = rank() < 2
-    if first:
-        print(line, file=sys.stderr, flush=True)
-    end_process(line, status)
-
-
-def end_process(line: str, status: int) -> None:
-    """Ends this process without a word but to torchrun, whose report then shows the line."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with suppress(OSError), open(path, "w") as file:
-            details = {"py_callstack": line, "timestamp": str(int(time.time()))}
-            json.dump({"message": {"message": line, "extraInfo": details}}, file)
-    watch = _group["watch"]
-    if not watch:
-        sys.exit(status)
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    with suppress(RuntimeError):
-        left, deadline = watch.store.add("left", 1), time.monotonic() + 5
-        # The store may live in process 0, so that the others leave first.
-        while rank() == 0 and left < world_size() and time.monotonic() < deadline:
+    own: of this process, if it ends, unlike those of all others. patience: seconds to wait for another's."""
+    if processes.store is None:
+        # Not joined: what is wrong then is so for all processes of torchrun.
+        return own if os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ else ""
+    deadline = time.monotonic() + patience
+    try:
+        while not processes.store.check(["end"]):
+            if time.monotonic() >= deadline:
+                return processes.store.compare_set("end", "", own).decode() if own else ""
             time.sleep(0.05)
-            left = watch.store.add("left", 0)
-    # In order it would wait for processes that wait in a collective for this one.
-    os._exit(status)
-
-
-def stops_here(number: int) -> bool:
-    """Whether this process stops the run on a signal: the main one, which has what is to be saved. Another passes the
-    signal on to it, and works until it ends all, since what it saves may need a step of all."""
-    watch = _group["watch"]
-    if watch and watch.rank:
-        watch.store.set("signal", str(number))
-    elif watch:
-        watch.stopping = True
-    return not watch or watch.rank == 0
-
-
-def finish() -> None:
-    """Waits for all processes at the end of a run, so that none is taken for lost."""
-    if watch := _group["watch"]:
-        watch.finished = True
-        barrier()
+        return processes.store.get("end").decode()
+    except RuntimeError:
+        # Without torchrun the store goes with process 0, which has spoken if all were stopped by a signal.
+        return own if rank() == 1 and not patience else ""
 
 
 def rank() -> int:
@@ -185,9 +113,9 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Waits for all processes, without limit; those that fail meanwhile end the others."""
-    if dist.is_initialized():
-        work = dist.barrier(group=_group["patient"], async_op=True)
+    """Waits for all processes, without limit. Raises RuntimeError where one has ended."""
+    if processes.group is not None:
+        work = dist.barrier(group=processes.group, async_op=True)
         # Not within wait(), where no signal would be heard.
         while not work.is_completed():
             time.sleep(0.005)

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from . import UserError
 from .distributed import is_main, world_size
+from .ending import ending
 from .provenance import NAME_ENCODER, NO_EFFECT, this_run
-
-# Files of this run that could not be written, and why.
-unsaved: dict[Path, str] = {}
 
 
 def run_slug(name: str) -> str:
@@ -52,7 +50,7 @@ def append_result(folder: Path, *results: dict) -> None:
         text += json.dumps(result | this_run()) + "\n"
     if not is_main():
         return
-    problem = next(iter(unsaved.values()), "")
+    problem = next(iter(ending.unsaved.values()), "")
     try:
         if not problem:
             append_text(path, text)

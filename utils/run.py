@@ -1,35 +1,23 @@
-"""What a run of any script needs: common options, one-line errors, the log, progress."""
+"""What a run of any script needs: its command line, device, log and progress."""
 
 import argparse
-import multiprocessing
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
 
 import torch
-import torch.distributed as dist
 
 from . import UserError
-from .distributed import any_process, end_run, environment, finish, init_processes, is_main, stops_here, world_size
+from .distributed import environment, init_processes, is_main, world_size
+from .ending import ending, say
 from .formats import STYLES
-from .provenance import check_same, this_run
-from .results import args_to_json, unsaved
-from .storage import RunLock, load_checked, save_checked, sweep
-
-WORKER_LOST = ("a data loading process was killed or is stuck, most often because memory or shared memory (/dev/shm) "
-               "ran out; use fewer --workers")
-# A signal to all of a run's processes may reach a worker first.
-WORKER_STOPPED = re.compile(r"DataLoader worker .* signal: (Terminated|Interrupt)")
-# What memory that ran out, and processes that ended, are called by those who notice.
-NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|Cannot allocate memory|bad_alloc", re.I)
-NO_PROCESS = re.compile("gloo|NCCL|Connection closed|Connection reset|Broken pipe|Timed out", re.I)
+from .provenance import this_run
+from .results import args_to_json
+from .storage import sweep
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -65,182 +53,8 @@ class OneLineParser(argparse.ArgumentParser):
         if changed and not args.table:
             raise UserError(f"{' '.join(changed)} has no effect with {mode}; leave one of them out")
 
-    def error(self, message):
-        end_run(f"{self.prog}: error: {message} (all options: --help)", 2)
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM; args: its number."""
-
-
-class Ending:
-    """What the end of this process's run must know, since it may come anywhere."""
-    saved, options, log = "", {}, print  # what to go on from, and the run's arguments and log
-    save: Callable[[], None] | None = None  # writes a checkpoint of what is done
-    whole, signal = False, 0  # whether a signal must wait, and one that does
-
-
-def exit_with_one_line_errors(main: Callable[[], None]) -> None:
-    """Runs main. A user's mistake, memory that runs out, a process that was killed or a full disk is one line on
-    standard error and exit status 2; Ctrl-C or SIGTERM one that says what is saved, and 130 or 143."""
-    Ending.saved, Ending.save, Ending.whole, Ending.signal = "nothing is saved yet; start again", None, False, 0
-    unsaved.clear()
-    before = {each: signal.signal(each, signal_handler()) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        main()
-        finish()
-    except BrokenPipeError:
-        silence(sys.stdout)
-    except (Interrupted, UserError, MemoryError, RuntimeError, OSError) as error:
-        number = error.args[0] if isinstance(error, Interrupted) else signal.SIGTERM
-        if isinstance(error, Interrupted) or WORKER_STOPPED.match(str(error)):
-            if Ending.save:
-                Ending.save()
-            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-            status, line = 128 + number, f"stopped by {name}: {Ending.saved}"
-        elif (line := one_line(error)) is None:
-            raise
-        else:
-            status, line = 2, f"error: {line}"
-        for each in before:
-            # torchrun sends one to the others as soon as one process has ended.
-            signal.signal(each, signal.SIG_IGN)
-        kill_workers()
-        end_run(line, status)
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-    # All processes are here and all is written. NCCL asks for destroy_process_group, which takes gloo's half along, and
-    # with torch 2.6 that was seen to wait for its own threads for ever.
-    if dist.is_initialized() and "nccl" in str(dist.get_backend_config()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-
-def kill_workers() -> None:
-    """Ends this process's own, of which one may be stuck: leaving in order would wait for it."""
-    raises = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's, for a worker that ends
-    for child in multiprocessing.active_children():
-        child.kill()
-        child.join(1)
-    signal.signal(signal.SIGCHLD, raises or signal.SIG_DFL)
-
-
-def one_line(error: Exception) -> str | None:
-    """What the user should know of an error, on one line; None for one that is a defect of this code."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(text):
-        cache = ", or --cache disk" if "cache" in Ending.options else ""
-        return f"memory ran out ({text[:150]}): use a smaller --batch-size, fewer --workers{cache}"
-    if text.startswith("DataLoader worker"):
-        return WORKER_LOST
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror}; correct this and start again"
-    if "PytorchStreamWriter" in text:
-        return f"a file could not be written ({text[:150]}); make room and start again"
-    if dist.is_initialized() and NO_PROCESS.search(text):
-        return (f"another process of this run has ended or is stuck ({text[:150]}); what it said, or the system's log, "
-                f"says why; {Ending.saved}")
-    return None
-
-
-def signal_handler() -> Callable:
-    """The first signal stops the run, by an Interrupted in the main process; the second one stops it at once."""
-    owner = os.getpid()
-
-    def handle(number, frame):
-        if os.getpid() != owner:
-            # A forked worker, which the run itself will end.
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
-            return
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise when workers end
-        for each in (signal.SIGINT, signal.SIGTERM):
-            # torchrun sends a second one itself.
-            signal.signal(each, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL)
-        if not stops_here(number):
-            return
-        if not Ending.whole:
-            raise Interrupted(number)
-        Ending.signal = number
-    return handle
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """A signal that stops the run waits for the end of the body."""
-    Ending.whole = True
-    try:
-        yield
-    finally:
-        Ending.whole = False
-    if Ending.signal:
-        raise Interrupted(Ending.signal)
-
-
-@cache
-def log_once(line: str) -> None:
-    Ending.log(line)
-
-
-class Checkpoint:
-    """The file that a stopped run goes on from, which no other run uses until close().
-
-    what: the file in messages. unit: "epoch" or "iteration", the key of how many are done. settings: all that must be
-    the same when the run is resumed. Raises UserError where another run uses the file.
-    """
-
-    def __init__(self, path: Path, what: str, unit: str, settings: dict):
-        self.path, self.what, self.unit, self.settings, self.lock = path, what, unit, settings, RunLock(path)
-
-    def load(self, resume: bool, keys: Sequence[str], log: Callable[[str], None]) -> dict:
-        """The content, with these keys at least; {} where the run starts from the beginning. Raises UserError for the
-        file of a run with other settings; without resume only where that is unfinished, since it would be lost."""
-        saved, keys = {}, ("settings", self.unit, *keys)
-        if not resume:
-            with suppress(UserError):  # a file that cannot be read is no loss
-                saved = load_checked(self.path, self.what, keys)
-            # When probing has finished there is no checkpoint any more.
-            if saved and (self.unit == "epoch" or saved["iteration"] < saved["settings"]["iterations"]):
-                check_same(self.path, saved["settings"], self.settings, "without --resume", "that run is unfinished: "
-                           "continue it with --resume, give this one another --name, or delete the file")
-            return {}
-        if not any_process(self.path.exists()):
-            log(f"{self.path} does not exist: starting from the beginning")
-            return {}
-        saved = load_checked(self.path, self.what, keys, "--resume: ")
-        check_same(self.path, saved["settings"], self.settings)
-        log(f"resumed after {self.unit} {saved[self.unit]}")
-        Ending.saved = self.how_to_go_on(saved[self.unit])
-        return saved
-
-    def save(self, done: int, content: dict) -> None:
-        """Writes the content and how many epochs or iterations are done, as save_or_warn does."""
-        save_or_warn(self.path, {"settings": self.settings, self.unit: done, **content}, self.how_to_go_on(done))
-
-    def how_to_go_on(self, done: int) -> str:
-        return f"{self.unit} {done} is saved in {self.path}; go on with --resume"
-
-    def close(self, delete: bool = False) -> None:
-        if delete and is_main():
-            self.path.unlink(missing_ok=True)
-        self.lock.close()
-
-
-def save_or_warn(path: Path, content: dict, saved: str = "") -> None:
-    """save_checked that does not stop the run: a file that cannot be written is warned of once, and by append_result
-    unless a later try succeeds. saved: what a stopped run then tells its user."""
-    try:
-        save_checked(path, content)
-        unsaved.pop(path, None)
-        Ending.saved = saved or Ending.saved
-    except UserError as error:
-        if path not in unsaved:
-            Ending.log(f"warning: {error}; the run goes on")
-        unsaved[path] = str(error)
+    def error(self, message: str):
+        raise UserError(f"{message} (all options: {self.prog} --help)")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str], datasets: Sequence[str],
@@ -320,7 +134,7 @@ seed_number = number(int, 0, 2**32 - 1)
 def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     """Starts a run: joins the processes, chooses device, precision and name (kept in args), makes the output folder,
     and logs run, revision, versions, processes and arguments. Raises UserError."""
-    device, Ending.options = init_processes(args.device), vars(args)
+    device = init_processes(args.device)
     args.precision, args.name = args.precision or default_precision(device), args.name or args.model
     if vars(args).get("cache") == "gpu" and device.type == "cpu":
         raise UserError("--cache gpu: this run has no GPU; use --cache cpu or disk")
@@ -329,7 +143,7 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     if args.data_path and args.dataset.startswith("synthetic"):
         raise UserError(f"--data-path {args.data_path}: --dataset {args.dataset} reads no files; name another data set")
     open_output(args.output_dir)
-    log = Ending.log = Log()
+    log = ending.log = Log()
     this_run.cache_clear()
     run = this_run()
     log(f"{Path(sys.argv[0]).name} run {run['run']}, {run['date']}, revision {run['revision']}, "
@@ -391,18 +205,6 @@ class Log:
             if not self.failed:
                 say(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on", sys.stdout)
             self.failed = True
-
-
-def say(text: str, stream: TextIO, end: str = "\n") -> None:
-    """print, but where nobody reads any more (| head), or the disk is full, the run goes on without it."""
-    try:
-        print(text, end=end, file=stream, flush=True)
-    except OSError:
-        silence(stream)
-
-
-def silence(stream: TextIO) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Progress:

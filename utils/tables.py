@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .ending import exit_with_one_line_errors
 from .formats import STYLES, render
 from .provenance import NO_EFFECT
 from .results import read_results, with_marks
-from .run import OneLineParser, exit_with_one_line_errors
+from .run import OneLineParser
 
 # {"models": {name: printed name}, task: {data set: {"title", "whole": [how many, of what] where known,
 # "figures": {column: {model: published number}}}}}

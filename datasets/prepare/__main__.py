@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from utils import UserError
-from utils.run import OneLineParser, exit_with_one_line_errors, number
+from utils.ending import exit_with_one_line_errors
+from utils.run import OneLineParser, number
 
 from ..files import read_lines
 from ..segmentation import LAYOUTS, LONG_NAMES, OTHER_LAYOUTS

@@ -44,6 +44,7 @@ from datasets.retrieval import open_images
 from utils import UserError
 from utils.distributed import is_main, shard, world_size
 from utils.drawing import require_matplotlib
+from utils.ending import exit_with_one_line_errors
 from utils.formats import render
 from utils.results import append_result, read_results, run_title, start_line
 from utils.run import (
@@ -51,7 +52,6 @@ from utils.run import (
     Progress,
     add_common_arguments,
     autocast,
-    exit_with_one_line_errors,
     non_negative_int,
     number,
     positive_int,
