@@ -42,9 +42,8 @@ def open_keypoints(files: Sequence, most: int, **options) -> list[PatchDataset]:
     if len(annotations) > most or len(images) not in (1, len(annotations)):
         raise UserError(f"--annotations takes {'one FILE' if most == 1 else 'one or two FILEs'} here, and --images one "
                         f"DIR, or one for each FILE; {len(annotations)} and {len(images)} were given")
-    for path, there in (*((path, path.is_file()) for path in annotations), *((path, path.is_dir()) for path in images)):
-        if not there:
-            raise UserError(f"{path} does not exist; give --annotations FILE and --images DIR")
+    if missing := [path for path in annotations if not path.is_file()] + [path for path in images if not path.is_dir()]:
+        raise UserError(f"{missing[0]} does not exist; give --annotations FILE and --images DIR")
     folders = images if len(images) > 1 else images * len(annotations)
     return [load_keypoints(path, folder, categories, **options)
             for path, folder in zip(annotations, folders, strict=True)]
@@ -112,7 +111,7 @@ def read_keypoints(path: Path, categories: Sequence[str] | None = None,
             file_names[image] = name
         if len(set(file_names.values())) < len(file_names):
             refuse("two images have one file_name")
-        wanted, listed = ({category["id"] for category in some} for some in (chosen, known.values()))
+        wanted, listed = {category["id"] for category in chosen}, {category["id"] for category in known.values()}
         objects, ids = [], set()
         for image, annotation, category, values in content["annotations"]:
             if category not in wanted:

@@ -21,9 +21,11 @@ def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | s
     image that of parts. Raises UserError as read_cub, for an unknown part, and where no patch is left.
     """
     root = Path(root)
-    paths, points, names, *tables = read_cub(root, *["train_test_split.txt"] * (split is not None))
-    if split is not None:
-        paths = {image: path for image, path in paths.items() if tables[0][image][1] == (split == "train")}
+    if split is None:
+        paths, points, names = read_cub(root)
+    else:
+        paths, points, names, is_train = read_cub(root, "train_test_split.txt")
+        paths = {image: path for image, path in paths.items() if is_train[image][1] == (split == "train")}
     parts = choose_keypoints(parts, names, "part", root / "parts/parts.txt")
     by_path = ((path, [(label, points[image][part]) for label, part in enumerate(parts) if part in points[image]])
                for image, path in paths.items())

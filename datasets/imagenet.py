@@ -31,9 +31,10 @@ def load_image_folder(root: str | Path, split: str, transform: Transform,
     images, empty, seen = [], [], {os.path.realpath(folder)}
     for label, name in enumerate(classes):
         paths = image_files(folder / name, seen)
+        if not paths:
+            empty.append(name)
         labels = [label]  # one list per class, shared by its images
         images += [PatchImage(path, None, labels) for path in paths]
-        empty += [name] * (not paths)
     if empty:
         raise UserError(f"{folder / empty[0]} holds no image ({len(empty)} of {len(classes)} class folders "
                         "are empty, or links to others); fill or remove them")
@@ -104,7 +105,14 @@ def overlap(patch: int, query: int) -> bool:
 class GridDataset(PatchDataset):
     """Images cut into their grid patches; the boxes are GRID_BOXES, in the 224 x 224 image, not in the original."""
 
-    image_size = 224
+    def __init__(self, paths: Sequence[str], image_size: int, skip_bad_images: bool):
+        labels = [0] * len(GRID_BOXES)
+        super().__init__([PatchImage(path, GRID_BOXES, labels) for path in paths], ["patch"],
+                         skip_bad_images=skip_bad_images)
+        self.image_size = image_size
+
+    def identity(self, what: str) -> dict:
+        return {**super().identity(what), f"the transform of the {what}": f"grid of {self.image_size}"}
 
     def cut(self, image: Image.Image, boxes: Sequence[tuple] | None) -> torch.Tensor:
         return grid_patches(image, self.image_size)
@@ -116,8 +124,4 @@ def load_grid(root: str | Path, skip_bad_images: bool = False, num_images: int |
     paths = list_images(root, num_images, seed)
     if not paths:
         raise UserError(f"no image ({', '.join(IMG_EXTENSIONS)}) below {root}; --data-path must be a folder of images")
-    labels = [0] * len(GRID_BOXES)
-    images = [PatchImage(path, GRID_BOXES, labels) for path in paths]
-    dataset = GridDataset(images, ["patch"], skip_bad_images=skip_bad_images)
-    dataset.image_size = image_size
-    return dataset
+    return GridDataset(paths, image_size, skip_bad_images)

@@ -61,7 +61,10 @@ class PatchImage(NamedTuple):
 def patch_image(path: str, points: Sequence[Sequence[float]], labels: Sequence[int], crop_scale: float) -> PatchImage:
     """The image with the patches of the keypoints that select_keypoints keeps, in the order of the keypoints."""
     kept, half_sides = (array.tolist() for array in select_keypoints(points, crop_scale))
-    boxes = [(x - h, y - h, x + h, y + h) for (x, y, *_), h in zip((points[i] for i in kept), half_sides, strict=True)]
+    boxes = []
+    for index, half in zip(kept, half_sides, strict=True):
+        x, y = points[index][:2]
+        boxes.append((x - half, y - half, x + half, y + half))
     return PatchImage(path, boxes, [labels[index] for index in kept])
 
 
@@ -117,7 +120,7 @@ class PatchDataset(Dataset):
                 f"the list of labels of the {what}": digest(self.labels),
                 f"the list of boxes of the {what}": digest([image.boxes for image in self.images if image.boxes]),
                 f"the kind of patches of the {what}": type(self).__name__,
-                f"the transform of the {what}": f"{self.transform} {vars(self).get('image_size', '')}"}
+                f"the transform of the {what}": str(self.transform)}
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         entry = self.images[index]

@@ -102,8 +102,9 @@ def prepare(dataset: str, target: Path, pairs: dict[str, list[tuple[Path, Path]]
     for split, listed in pairs.items():
         if not listed:
             raise UserError(f"{root.name}: no images for the split {split} in --source; both splits are needed")
-        folders += (root / folder.format(split, LONG_NAMES[split]) for folder in layout)
-        items += [(*pair, *folders[-2:]) for pair in listed]
+        targets = [root / folder.format(split, LONG_NAMES[split]) for folder in layout]
+        folders += targets
+        items += [(*pair, *targets) for pair in listed]
     open_output(root)
     path, text = root / "names.txt", "\n".join(names) + "\n"
     if path.is_file() and path.read_bytes() != text.encode():
