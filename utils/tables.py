@@ -81,10 +81,10 @@ def mark(name: str, value: object) -> str:
 
 
 def run_of(result: dict) -> Run:
-    """A results line in its table. Marks are: all arguments that differ from their default and can change a figure, but
-    what row and column say; a part of a data set of known size; a name of the paper for another model."""
+    """A results line of one of TASKS. Marks are: all arguments that differ from their default and can change a figure,
+    but what row and column say; a part of a data set of known size; a name of the paper for another model."""
     task, dataset, name = result["task"], result["dataset"], str(result.get("name") or result["model"])
-    published = PAPER.get(task, {}).get(dataset, {})
+    published = PAPER[task].get(dataset, {})
     args = result["args"] if isinstance(result.get("args"), dict) else {}
 
     # A head that was only tested has no best epoch; segmentation once had one probe.
@@ -155,7 +155,7 @@ def show(value: float | str | None) -> str:
 def paper_table(task: str, dataset: str, runs: Iterable[Run]) -> tuple:
     """(title, header, rows) of a data set: published, ours, difference, a row for each setting; below, what has learned
     nothing."""
-    paper = PAPER.get(task, {}).get(dataset, {"title": f"{TASKS[task]}: {dataset} (not in the paper)", "figures": {}})
+    paper = PAPER[task].get(dataset, {"title": f"{TASKS[task]}: {dataset} (not in the paper)", "figures": {}})
     published, runs = paper["figures"], [run for run in runs if (run.task, run.dataset) == (task, dataset)]
     ours, baselines = {(model, ""): {} for figures in published.values() for model in figures}, {}
     for run in runs:
@@ -164,20 +164,24 @@ def paper_table(task: str, dataset: str, runs: Iterable[Run]) -> tuple:
             # One row for all probes; another for another number of patches, or another rule of ranking.
             baselines.setdefault((name, str([*values.values()])), {}).update(values)
     settings = sorted(ours, key=lambda row: (row[1] != "" or row[0] not in PAPER["models"], place(row[0]), row[1]))
-    names = [name for name, _ in settings] + [None] * len(baselines)
-    rows = [ours[row] for row in settings] + [baselines[row] for row in sorted(baselines)]
+    # A label, the name of a published number, and values by column.
+    rows = [(with_marks(*row), row[0], ours[row]) for row in settings]
+    rows += [(name, None, values) for (name, _), values in sorted(baselines.items())]
+    labels, names, rows = zip(*rows, strict=True)
 
     order = []
     for column in [*published, *(column for run in runs for column in run.figures)]:
         order += [column, f"{column} +-"]
     order += [column for run in runs for column in run.about]
-    columns = {"model": [with_marks(*row) for row in settings] + [name for name, _ in sorted(baselines)]}
+    columns = {"model": labels}
     for column in dict.fromkeys(order):
         values = [row.get(column) for row in rows]
         if column in published:
             theirs = [published[column].get(name) for name in names]
-            columns |= {f"{column} paper": theirs, f"{column} ours": values, f"{column} diff": [
-                None if None in pair else f"{pair[0] - pair[1]:+.1f}" for pair in zip(values, theirs, strict=True)]}
+            pairs = zip(values, theirs, strict=True)
+            columns[f"{column} paper"] = theirs
+            columns[f"{column} ours"] = values
+            columns[f"{column} diff"] = [None if None in pair else f"{pair[0] - pair[1]:+.1f}" for pair in pairs]
         elif any(value is not None for value in values):
             columns[column] = values
     return paper["title"], list(columns), [list(map(show, row)) for row in zip(*columns.values(), strict=True)]
@@ -209,7 +213,7 @@ def paper_tables(tasks: Sequence[str], folder: Path, style: str = "text", everyt
     line for a model. Raises UserError without results."""
     (runs, notes), tables = runs_of(folder, tasks), []
     for task in tasks:
-        paper, ours = PAPER.get(task, {}), {run.dataset for run in runs if run.task == task}
+        paper, ours = PAPER[task], {run.dataset for run in runs if run.task == task}
         datasets = [name for name in paper if name in ours or not everything] + sorted(ours - paper.keys())
         tables += [paper_table(task, dataset, runs) for dataset in datasets]
     if everything:
@@ -240,8 +244,8 @@ def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]
     def rows(kinds):
         columns = []
         for task, dataset in kinds:
-            first, *_ = [*PAPER.get(task, {}).get(dataset, {"figures": {}})["figures"].values(), {}]
-            columns += [{(model, ""): figure for model, figure in first.items()},
+            published = PAPER.get(task, {}).get(dataset, {"figures": {}})["figures"]
+            columns += [{(model, ""): figure for model, figure in next(iter(published.values()), {}).items()},
                         {bar(run): next(iter(run.figures.values())) for run in runs
                          if (run.task, run.dataset) == (task, dataset)}]
         names = sorted(set().union(*columns), key=lambda row: (row[1] != "", place(row[0]), row[1]))
