@@ -82,7 +82,8 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
     if projector is False:
         encoder.projector = None
     if decoder and getattr(encoder, "decoder", None) is None:
-        raise CheckpointError(f"{encoder.weights} has no decoder; MAE's mae_pretrain_vit_base_full.pth has one")
+        raise CheckpointError(f"{encoder.weights} has no decoder; mae_pretrain_vit_base_full.pth has one. "
+                              "--encoder-only measures the encoder alone")
     return encoder
 
 
@@ -117,8 +118,8 @@ def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[
         raise UserError(f"--image-size {size} is not divisible by the patch size {patch}; "
                         f"use {max(1, round(size / patch)) * patch}")
     log(f"{args.model} from {encoder.weights}" + (f", SHA-256 {encoder.sha256}" if encoder.sha256 else "")
-        + f": {encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads by "
-        f"{encoder.heads_from}, patch {encoder.patch_size}, {encoder.cls_from}"
+        + f": {encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads "
+        f"({encoder.heads_from}), patch {encoder.patch_size}, {encoder.cls_from}"
         + (", with projector" if encoder.has_projector else "")
         + (", relative position bias, which flash attention does not take"
            if any("relative_position_bias_table" in name for name, _ in encoder.named_parameters()) else ""))
@@ -162,8 +163,8 @@ def _from_file(name: str, method, path: Path, num_heads: int | None, weights_key
     checkpoint = open_checkpoint(path)
     try:
         if name.startswith("timm/"):
-            options = options | {"weights_key": weights_key}
-        elif weights_key is not None or path.suffix == SAFETENSORS:
+            return method.from_checkpoint(checkpoint, weights_key=weights_key, **options)
+        if weights_key is not None or path.suffix == SAFETENSORS:
             # A safetensors file is one state dictionary.
             checkpoint = as_official(checkpoint, weights_key or "", method.NESTING)
         return method.from_checkpoint(checkpoint, num_heads=num_heads, **options)

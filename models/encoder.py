@@ -66,19 +66,19 @@ class Encoder(nn.Module):
     def cast_weights(self, device: torch.device) -> None:
         """Under autocast, gives the linear layers and convolutions weights in its type: it would cast weights without
         gradients anew in every call. Their parameters stay float32, and so do all others, as autocast uses them."""
-        wanted = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None, device)
-        if self._cast == wanted:
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        if self._cast == (dtype, device):
             return
-        for module in self.vit.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                for name, parameter in module.named_parameters(recurse=False):
+        self._cast = dtype, device
+        layers = [module for module in self.vit.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        # An inference tensor could not be used by a later call that needs gradients.
+        with torch.inference_mode(False):
+            for layer in layers:
+                for name, parameter in layer.named_parameters(recurse=False):
                     # An attribute of the instance hides the registered parameter of its name.
-                    module.__dict__.pop(name, None)
-                    if wanted[0]:
-                        # An inference tensor could not be used by a later call that needs gradients.
-                        with torch.inference_mode(False), torch.no_grad():
-                            module.__dict__[name] = parameter.to(wanted[0])
-        self._cast = wanted
+                    layer.__dict__.pop(name, None)
+                    if dtype:
+                        layer.__dict__[name] = parameter.detach().to(dtype)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> tokens before the first block, [B, prefix + N, D]."""
@@ -101,7 +101,8 @@ class Encoder(nn.Module):
         tokens, options = self.embed(images), self.block_options(*self.grid(images))
         for block in self.vit.blocks:
             tokens = block(tokens, **options)
-        return self._drop_extra_tokens(self.vit.norm(tokens))
+        tokens, prefix = self.vit.norm(tokens), self.vit.num_prefix_tokens
+        return tokens if prefix == 1 else torch.cat([tokens[:, :1], tokens[:, prefix:]], dim=1)
 
     def extract(self, images: torch.Tensor, isometric: bool = False) -> dict[str, torch.Tensor]:
         """[B, 3, H, W] -> {"cls": [B, D], "avg": [B, D], "projected": [B, P] where there is a projector}, float32.
@@ -126,14 +127,20 @@ class Encoder(nn.Module):
         Raises IndexError where a block does not exist."""
         if not all(0 <= index < self.depth for index in n):
             raise IndexError(f"blocks {list(n)} were asked for; this encoder has blocks 0 to {self.depth - 1}")
-        tokens, options, layers = self.embed(images), self.block_options(*self.grid(images)), {}
-        for index in range(max(n) + 1):
-            tokens = self.vit.blocks[index](tokens, **options)
-            if index in n:
-                layers[index] = self._drop_extra_tokens(self.vit.norm(tokens) if norm else tokens)[:, 1:]
+        blocks, grid = sorted(set(n)), self.grid(images)
+        layers = self.block_tokens(images, blocks, norm)
         if reshape:
-            layers = {index: layer.transpose(1, 2).unflatten(2, self.grid(images)) for index, layer in layers.items()}
-        return [layers[index] for index in n]
+            layers = [layer.transpose(1, 2).unflatten(2, grid) for layer in layers]
+        return [layers[blocks.index(index)] for index in n]
+
+    def block_tokens(self, images: torch.Tensor, blocks: Sequence[int], norm: bool) -> Sequence[torch.Tensor]:
+        """What get_intermediate_layers gives, for ascending blocks, as [B, N, D]."""
+        tokens, options, layers = self.embed(images), self.block_options(*self.grid(images)), []
+        for index in range(blocks[-1] + 1):
+            tokens = self.vit.blocks[index](tokens, **options)
+            if index in blocks:
+                layers.append((self.vit.norm(tokens) if norm else tokens)[:, self.vit.num_prefix_tokens:])
+        return layers
 
     def grid(self, images: torch.Tensor) -> tuple[int, int]:
         """Rows and columns of patches of images [B, 3, H, W]. Raises ValueError where the patch does not divide."""
@@ -141,11 +148,6 @@ class Encoder(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"image size {height} x {width} is not divisible by the patch size {self.patch_size}")
         return height // self.patch_size, width // self.patch_size
-
-    def _drop_extra_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        extra = self.vit.num_prefix_tokens - 1
-        return torch.cat([tokens[:, :1], tokens[:, 1 + extra:]], dim=1) if extra else tokens
-
 
 class WeightNormHead(nn.Module):
     """The projector of DINO and iBOT: Linear, GELU, Linear, GELU, Linear to the bottleneck, L2 normalisation, linear
@@ -216,21 +218,16 @@ def drop_keys(state: Mapping[str, torch.Tensor], pattern: str) -> dict[str, torc
     return {key: value for key, value in state.items() if not re.fullmatch(pattern, key)}
 
 
-def unwrap(checkpoint: object, *nesting: str) -> dict[str, torch.Tensor]:
-    """The state dictionary under the given keys of a checkpoint. Raises CheckpointError where it is not there."""
-    found = checkpoint
-    for name in nesting:
-        if not isinstance(found, Mapping) or name not in found:
-            names = list(found)[:6] if isinstance(found, Mapping) else type(found).__name__
-            raise CheckpointError(f"expected the weights under {'/'.join(nesting)!r}, found {names}")
-        found = found[name]
-    where = f"under {'/'.join(nesting)!r}" if nesting else "at the top level"
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"expected a dictionary of tensors {where}, found a {type(found).__name__}")
-    if not found or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in found.items()):
-        names = ", ".join(map(str, list(found)[:6]))
-        raise CheckpointError(f"expected a dictionary of tensors {where}, found one of {names}")
-    return dict(found)
+def unwrap(checkpoint: Mapping, key: str = "") -> dict[str, torch.Tensor]:
+    """A checkpoint's state dictionary, which lies under the key if one is given. Raises CheckpointError where there is
+    none."""
+    state = checkpoint.get(key) if key else checkpoint
+    if isinstance(state, Mapping) and state and all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
+        return dict(state)
+    found = state if isinstance(state, Mapping) else checkpoint
+    raise CheckpointError(f"expected a dictionary of tensors{f' under {key!r}' if key else ''}; it has "
+                          f"{', '.join(map(str, list(found)[:6])) or 'nothing'}")
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -259,7 +256,8 @@ def vit_shape(state: Mapping[str, torch.Tensor], num_heads: int | None) -> dict:
         raise CheckpointError(f"missing keys: {', '.join(absent)}; the file has {', '.join(list(state)[:4])}, ...")
     width = state["cls_token"].shape[-1]
     if num_heads is None and width % 64:
-        raise CheckpointError(f"width {width} is not a multiple of 64, so its heads is unknown: give --num-heads")
+        raise CheckpointError(f"width {width} is not a multiple of 64, so the number of heads is unknown; "
+                              "give --num-heads")
     num_heads = num_heads or width // 64
     if width % num_heads:
         raise CheckpointError(f"width {width} is not divisible by {num_heads} heads: give another --num-heads")
@@ -333,6 +331,4 @@ def _resize_positions(vit: nn.Module, height: int, width: int, **target) -> torc
         return vit.pos_embed
     table = vit.pos_embed[:, prefix:].unflatten(1, (native, native)).permute(0, 3, 1, 2)
     table = F.interpolate(table.float(), mode="bicubic", align_corners=False, **target)
-    if table.shape[-2:] != (height, width):
-        raise RuntimeError(f"position embedding resized to {tuple(table.shape[-2:])} instead of {(height, width)}")
     return torch.cat([vit.pos_embed[:, :prefix], table.flatten(2).transpose(1, 2)], dim=1)

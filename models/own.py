@@ -3,12 +3,13 @@
 Its forward maps normalised images [B, 3, H, W] to final tokens [B, 1 + N, D], class token first, patches row by row; or
 to [B, N, D] where its attribute class_token is False, and their mean then replaces the class token. Attributes it may
 have: patch_size (else 224 / sqrt(N)), mean and std of its input (else ImageNet's), num_heads (else D / 64, of the
-attentive probe), blocks, or a get_intermediate_layers of the form in models/encoder.py, for segment.py.
+attentive probe), and for its layers blocks, or depth and a get_intermediate_layers as in models/encoder.py.
 """
 
 import importlib.util
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,26 +59,21 @@ class OwnEncoder(Encoder):
                             "class token; register tokens must be left out")
         return tokens
 
-    def get_intermediate_layers(self, images: torch.Tensor, n: Sequence[int] = (3, 5, 7, 11), reshape: bool = True,
-                                norm: bool = False) -> list[torch.Tensor]:
-        """As Encoder's: from the network's own method, or by hooks on its blocks, whose last N tokens are the patches'.
-        norm needs the network's own method, or its attribute norm."""
+    def block_tokens(self, images: torch.Tensor, blocks: Sequence[int], norm: bool) -> Sequence[torch.Tensor]:
+        """From the network's own get_intermediate_layers, or by hooks on its blocks, whose last N tokens are the
+        patches'; norm then needs its attribute norm."""
         if hasattr(self.network, "get_intermediate_layers"):
-            # DINOv2's and timm's give the blocks in the order in which they run.
-            ordered = sorted(set(n))
-            layers = self.network.get_intermediate_layers(images, n=ordered, reshape=reshape, norm=norm)
-            return [layers[ordered.index(index)] for index in n]
-        if not self.depth or not all(0 <= index < self.depth for index in n):
-            raise IndexError(f"blocks {list(n)} were asked for; this network has {self.depth} in its attribute blocks")
+            return self.network.get_intermediate_layers(images, n=blocks, reshape=False, norm=norm)
         (height, width), found = self.grid(images), {}
+
+        def keep(index, module, inputs, output):
+            found[index] = (output[0] if isinstance(output, tuple) else output)[:, -height * width:]
+
         with ExitStack() as hooks:
-            for index in set(n):
-                def keep(module, inputs, output, index=index):
-                    found[index] = (output[0] if isinstance(output, tuple) else output)[:, -height * width:]
-                hooks.enter_context(self.network.blocks[index].register_forward_hook(keep))
+            for index in blocks:
+                hooks.enter_context(self.network.blocks[index].register_forward_hook(partial(keep, index)))
             self.network(images)
-        layers = [self.network.norm(found[index]) if norm else found[index] for index in n]
-        return [layer.transpose(1, 2).unflatten(2, (height, width)) for layer in layers] if reshape else layers
+        return [self.network.norm(found[index]) if norm else found[index] for index in blocks]
 
 
 def load_own(name: str, weights: str) -> OwnEncoder:

@@ -66,18 +66,11 @@ class TimmEncoder(Encoder):
             first = (patches.mean(1) if self.cls_from == "mean" else self.vit.pool(tokens))[:, None]
         return torch.cat([first, patches], dim=1)
 
-    def get_intermediate_layers(self, images: torch.Tensor, n: Sequence[int] = (3, 5, 7, 11), reshape: bool = True,
-                                norm: bool = False) -> list[torch.Tensor]:
-        if not all(0 <= index < self.depth for index in n):
-            raise IndexError(f"blocks {list(n)} were asked for; this encoder has blocks 0 to {self.depth - 1}")
+    def block_tokens(self, images: torch.Tensor, blocks: Sequence[int], norm: bool) -> list[torch.Tensor]:
         self.fit(images)
-        ordered = sorted(set(n))
-        layers = self.vit.forward_intermediates(images, indices=ordered, norm=norm, stop_early=True, output_fmt="NLC",
+        layers = self.vit.forward_intermediates(images, indices=blocks, norm=norm, stop_early=True, output_fmt="NLC",
                                                 intermediates_only=True)
-        layers = [self.late_norm(layer) if norm else layer for layer in layers]
-        if reshape:
-            layers = [layer.transpose(1, 2).unflatten(2, self.grid(images)) for layer in layers]
-        return [layers[ordered.index(index)] for index in n]
+        return [self.late_norm(layer) if norm else layer for layer in layers]
 
 
 def random(name: str, pretrained: bool = False) -> TimmEncoder:
@@ -117,23 +110,20 @@ def stop_retries_without_network() -> None:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def from_checkpoint(checkpoint: dict, name: str, num_heads: int | None = None,
-                    weights_key: str | None = None) -> TimmEncoder:
+def from_checkpoint(checkpoint: dict, name: str, weights_key: str | None = None) -> TimmEncoder:
     """timm's model of that name with the weights of a file, which timm converts (key names, size of the position
-    embedding). weights_key: which of several state dictionaries. Raises CheckpointError, also for other num_heads."""
-    encoder = random(name)
-    if num_heads not in (None, encoder.num_heads):
-        raise CheckpointError(f"timm/{name} has {encoder.num_heads} heads; leave --num-heads out")
-    convert = getattr(sys.modules[type(encoder.vit).__module__], "checkpoint_filter_fn", lambda state, model: state)
+    embedding). weights_key: which of several state dictionaries. Raises CheckpointError."""
+    vit = random(name).vit
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda state, model: state)
 
     def load(state):
-        state = drop_keys(convert(dict(state), encoder.vit), NOT_TOKENS)
+        state = drop_keys(convert(dict(state), vit), NOT_TOKENS)
         # timm computes these indices; versions differ in whether they count as state.
-        state |= {key: value for key, value in encoder.vit.state_dict().items() if "relative_position_index" in key}
-        load_exactly(encoder.vit, state)
+        state |= {key: value for key, value in vit.state_dict().items() if "relative_position_index" in key}
+        load_exactly(vit, state)
 
     find_state(checkpoint, load, weights_key)
-    return TimmEncoder(encoder.vit)
+    return TimmEncoder(vit)
 
 
 def why_not_plain(vit: nn.Module) -> str:

@@ -429,7 +429,7 @@ def test_where_the_number_of_heads_comes_from(tmp_path):
             (f"{tmp_path}/own.py:Own", "random", None, 1, "width / 64")):
         args, lines = run_arguments(model, weights if weights == "random" else str(tmp_path / weights), given), []
         encoder = models.load_encoder(args, torch.device("cpu"), lines.append)
-        assert encoder.num_heads == number and f"{number} heads by {source}, " in lines[0]
+        assert encoder.num_heads == number and f"{number} heads ({source}), " in lines[0]
     for model in ("dino", "timm/vit_tiny_patch16_224", f"{tmp_path}/own.py:Own"):
         with pytest.raises(CheckpointError, match="has [0-9]+ heads; leave --num-heads out"):
             build_model(model, "random", num_heads=8)

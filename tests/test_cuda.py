@@ -6,7 +6,7 @@ import os
 import re
 import time
 from argparse import Namespace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -337,6 +337,26 @@ def test_compiled_tokens():
                                    strict=True):
                 assert (ours - plain).norm() <= 1e-5 * plain.norm()
     assert lines[-1].startswith("--compile: the first call took") and "8 images of 64 x 64" in lines[-1]
+
+
+@pytest.mark.parametrize("model", ["beit", "timm/beit_base_patch16_224"])
+def test_sizes_and_precisions_in_turn(monkeypatch, model):
+    """Blocks that torch.compile traced, weights in autocast's type and relative position tables follow each change."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+    fresh = golden("beit") if model == "beit" else build_model(model, "random")
+    if model != "beit":
+        fresh.vit.blocks = fresh.vit.blocks[:2]
+        for block in fresh.vit.blocks:
+            torch.nn.init.normal_(block.attn.relative_position_bias_table)  # timm's are 0
+        fresh = TimmEncoder(fresh.vit)
+    used = copy.deepcopy(fresh)
+    models.compile_blocks(used, 64, "fp32", print)
+    for precision in ("bf16", "fp32", "bf16"):
+        for pictures in (images(), images(3, 96, 64), images()):
+            other = copy.deepcopy(fresh)
+            with torch.inference_mode(), autocast(CPU, precision):
+                assert torch.equal(used(pictures), other(pictures))
 
 
 def test_compile_by_the_command_line(launch, monkeypatch, tmp_path):

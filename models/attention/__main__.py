@@ -57,7 +57,7 @@ from utils.run import (
     positive_int,
     setup,
 )
-from utils.storage import free_memory
+from utils.storage import require_room
 
 from .. import METHODS, Encoder, load_encoder
 from ..features import require_batch_room
@@ -147,17 +147,6 @@ def choose_ratios(mask_ratios: Sequence[float], num_patches: int, num_queries: i
     return list(visible)
 
 
-def check_memory(encoder: Encoder, num_ratios: int, num_patches: int, device: torch.device) -> str:
-    """What the sums of attention maps need, for the log. Raises UserError where it is too much for the device."""
-    parts = [encoder.vit.blocks] + [encoder.decoder.decoder_blocks for _ in range(num_ratios)]
-    need = sum(len(blocks) * blocks[0].attn.num_heads for blocks in parts) * num_patches**2 * 8
-    free = free_memory(device)
-    if need > free / 2:
-        raise UserError(f"sums of attention maps need {need / 1e9:.1f} GB, more than half of the {free / 1e9:.1f} GB "
-                        f"free on {device}; use fewer --mask-ratios")
-    return f"sums of attention maps need {need / 1e9:.2f} GB"
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(__doc__, prog="python -m models.attention")
     add_common_arguments(parser, METHODS, ("imagenet", "synthetic"), batch_size=32)
@@ -192,10 +181,7 @@ def main() -> None:
     device, log = setup(args)
 
     wants_decoder = args.model == "mae" and not args.encoder_only
-    encoder = load_encoder(args, device, log, projector=False, decoder=wants_decoder and args.weights == "official")
-    if wants_decoder and encoder.decoder is None:
-        raise UserError(f"{encoder.weights} has no decoder; mae_pretrain_vit_base_full.pth has one. "
-                        "--encoder-only measures the encoder alone")
+    encoder = load_encoder(args, device, log, projector=False, decoder=wants_decoder)
     if not hasattr(encoder, "vit"):
         raise UserError(f"{args.model}: the attention of your own network is not known here; use a model of timm's")
     grid = tuple(encoder.vit.patch_embed.grid_size)
@@ -203,7 +189,10 @@ def main() -> None:
         raise UserError(f"{args.model} has a grid of {grid[0]} x {grid[1]} patches; only square ones are measured")
     count, size = grid[0] * grid[1], grid[0] * encoder.patch_size
     ratios = choose_ratios(args.mask_ratios, count, args.queries) if wants_decoder else []
-    log(check_memory(encoder, len(ratios), count, device))
+    parts = [encoder.vit.blocks] + [encoder.decoder.decoder_blocks for _ in ratios]
+    need = sum(len(blocks) * blocks[0].attn.num_heads for blocks in parts) * count**2 * 8
+    log(f"sums of attention maps need {need / 1e9:.2f} GB")
+    require_room(need, device, "sums of attention maps", lambda share: "fewer --mask-ratios, or a smaller --model")
 
     dataset = open_images(args.dataset, args.data_path, args.num_images, args.seed, size, args.skip_bad_images)
     require_batch_room(encoder, size, min(args.batch_size, len(dataset)))
