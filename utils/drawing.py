@@ -181,13 +181,15 @@ def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndar
     """
     colours = class_colours(len(names))
     labels = Image.fromarray((pred + first_label).astype(np.uint8))
-    labels.putpalette(np.vstack([[UNLABELLED], colours])[1 - first_label:].astype(np.uint8).tobytes())
+    palette = np.vstack([[UNLABELLED], colours]) if first_label else colours
+    labels.putpalette(palette.astype(np.uint8).tobytes())
     scale = 512 / max(truth.shape)
     height, width = (max(1, round(side * scale)) for side in truth.shape)
     present = sorted(np.union1d(truth[truth < len(names)], pred).tolist(), key=lambda label: -(truth == label).sum())
-    legend = [(names[label] + " (predicted only)" * (label not in truth), tuple(colours[label].tolist()))
+    legend = [(names[label] if label in truth else f"{names[label]} (predicted only)", tuple(colours[label].tolist()))
               for label in present]
-    legend += [("not labelled; predictions there are pale", UNLABELLED)] * int((truth == 255).any())
+    if (truth == 255).any():
+        legend.append(("not labelled; predictions there are pale", UNLABELLED))
     font, line = ImageFont.load_default(13), 18
     column = 30 + math.ceil(max(font.getlength(text) for text, _ in legend))
     sheet_width = max(3 * width + 20, column)

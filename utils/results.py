@@ -82,9 +82,9 @@ def is_finished(folder: Path, probe: str, line: dict) -> bool:
 
 
 def read_results(folder: Path, needed: Iterable[str] = (), task: str | None = None) -> tuple[list[dict], list[str]]:
-    """The results lines of a folder, or of one task, oldest first, and a note on each line that is none. Sure are
-    strings at task, dataset and model, and the needed keys of the task: a line may be of an older version. Raises
-    UserError where there is no result."""
+    """The results lines of a folder, or of one task, oldest first, and a note on each line that is none. A line of an
+    older version may lack keys, but all that are returned have strings at task, dataset and model, and those of the
+    task its needed keys. Raises UserError where there is no result."""
     path, results, notes = folder / "results.jsonl", [], []
     if not path.is_file():
         raise UserError(f"{path} does not exist; run without --table first, or name its folder with --output-dir")

@@ -46,8 +46,9 @@ class Run(NamedTuple):
 
 
 def columns_of(task: str, best: object, probe: object) -> tuple[dict, dict, dict]:
-    """{column: where a results line holds its value, keys of nested dictionaries with spaces between} of figures, of
-    what else is shown, and for each of what has learned nothing. best, probe: of the line."""
+    """Where a results line holds what stands in each column, as keys of nested dictionaries with spaces between:
+    {column: keys} of figures, {column: keys} of what else is shown, and {name: {column: keys}} of what has learned
+    nothing. best, probe: the line's."""
     if task == "retrieval":
         return ({"encoded": f"ap_{best}", "projected": "ap_projected"}, {"token": "best", "patches": "num_patches"},
                 {"random ranking": {"encoded": "ap_chance", "projected": "ap_chance"}})
