@@ -408,6 +408,16 @@ def evaluate(path: Path, encode: Callable, encoder: Encoder, test: PatchDataset,
                    "chance": most_frequent(test.labels[ids]), **per_class(matrix)}
 
 
+def open_inputs(args: argparse.Namespace, device: torch.device, log: Callable[[str], None]) -> tuple:
+    """(training set, test set, which training patches are held out, bool [patches], encoder). Raises UserError."""
+    train, test = open_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images,
+                                      args.image_size, args.keypoints, (args.annotations, args.images, args.category),
+                                      args.seed)
+    held_out = hold_out(train, args.seed) if args.select == "held-out" else torch.zeros(train.num_patches).bool()
+    options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
+    return train, test, held_out, load_encoder(args, device, log, projector=False, **options)
+
+
 def main() -> None:
     """Encodes once, trains all probes on the features, and writes a head and a results line for each."""
     args, started = parse_arguments(), time.monotonic()
@@ -417,15 +427,9 @@ def main() -> None:
     device, log = setup(args)
 
     # Data and encoder
-    train, test = open_classification(args.dataset, args.data_path, args.crop_scale, args.skip_bad_images,
-                                      args.image_size, args.keypoints,
-                                      (args.annotations, args.images, args.category), args.seed)
-    held_out = hold_out(train, args.seed) if args.select == "held-out" else torch.zeros(train.num_patches).bool()
-    options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
-    encoder = load_encoder(args, device, log, projector=False, **options)
+    train, test, held_out, encoder = open_inputs(args, device, log)
     encode = partial(encode_features, encoder, precision=args.precision, workers=args.workers, tier=args.cache,
-                     folder=args.cache_dir or args.output_dir, keep=args.cache_dir, log=log,
-                     image_size=args.image_size)
+                     folder=args.cache_dir or args.output_dir, keep=args.cache_dir, log=log, image_size=args.image_size)
     line = start_line("classify", args, encoder) | {"select": args.select, "classes": train.classes}
     log(f"{run_title(line)}: {train.num_patches} training and {test.num_patches} test patches of "
         f"{len(train.classes)} classes")
@@ -441,10 +445,10 @@ def main() -> None:
     num_train, whole_images = int((~held_out).sum()), args.dataset in CLASSIFICATION_IMAGES
     recipes = RECIPES["images" if whole_images else "parts"]
     probes = make_probes([kind for kind in args.probe if kind != "knn"], recipes, args.batch_size, args.lr,
-                         range(args.seed, args.seed + args.seeds), args.epochs, num_train, encoder,
-                         len(train.classes), log)
-    settings = {**settings_of(args), **encoder_identity(encoder), **train.identity("training set"),
-                **test.identity("test set")}
+                         range(args.seed, args.seed + args.seeds), args.epochs, num_train, encoder, len(train.classes),
+                         log)
+    settings = settings_of(args) | encoder_identity(encoder)
+    settings |= train.identity("training set") | test.identity("test set")
     line["made_with"] = digest(settings)
     prefix = args.output_dir / f"{run_slug(args.name)}_{args.dataset}"
     if args.resume and any_process(all(is_finished(args.output_dir, kind, line) for kind in args.probe)):

@@ -195,8 +195,8 @@ def mean_average_precision(ap: torch.Tensor, labels: torch.Tensor) -> tuple[floa
 
 
 def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[str], batch_size: int, workers: int,
-           precision: str, device: torch.device,
-           log: Callable[[str], None] = print) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+                   precision: str, device: torch.device,
+                   log: Callable[[str], None] = print) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Encodes this process's share of the images, each decoded once.
 
     features: of "cls", "avg", "projected". batch_size: patches, over all processes. Returns {feature: [n, D]}, float32
@@ -315,9 +315,10 @@ def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None
         ap = gather_rows(ap.to(device) if device.type == "cuda" else ap).cpu()
         metrics[f"ap_{name}"], metrics[f"map_{name}"] = mean_average_precision(ap, labels[queries])
         text = f"{name:>10}  AP {metrics[f'ap_{name}']:6.2f}  mAP {metrics[f'map_{name}']:6.2f}"
-        if len(queries) < len(ids):
+        known = ap[~ap.isnan()]
+        if len(queries) < len(ids) and len(known) > 1:
             # Queries drawn without replacement: the share of the patches that was asked takes from the error.
-            error = 100 * float(ap.std()) * ((1 - len(queries) / len(ids)) / len(queries)) ** 0.5
+            error = 100 * float(known.std()) * ((1 - len(queries) / len(ids)) / len(known)) ** 0.5
             metrics[f"ap_{name}_standard_error"] = error
             text += f"  (standard error of AP {error:.2f}, {len(queries)} queries)"
         log(text)

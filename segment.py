@@ -343,6 +343,36 @@ def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
             "iou_per_class": dict(zip(names, map(plain, metrics["iou_per_class"].tolist()), strict=True))}
 
 
+def open_inputs(args: argparse.Namespace, device: torch.device, log: Callable[[str], None]) -> tuple:
+    """(encoder, training, held-out and test split): no training split with --evaluate, no held-out one where the test
+    images choose. Sets the layers, crop size and stride in args that fit the encoder. Raises UserError, also where the
+    run would not fit in memory."""
+    if args.batch_size < world_size():
+        raise UserError(f"--batch-size {args.batch_size} is less than the number of processes, {world_size()}")
+    test_split = open_segmentation(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
+    if args.data_path:
+        test_split.sizes(args.workers)  # a damaged file shows before training, not after
+    train_split = held_out = None
+    if not args.evaluate:
+        train_split, held_out = open_training(args.dataset, args.data_path, test_split.names, args.select, args.seed)
+    if args.dataset.startswith("partimagenet"):
+        log(PARTIMAGENET_NOTE)
+
+    encoder = load_encoder(args, device, log, projector=False)
+    args.layers = choose_layers(args.layers, encoder.depth)
+    protocol, patch = PROTOCOLS[args.dataset], encoder.patch_size
+    args.crop_size, args.stride = fit_windows(args.crop_size, args.stride, protocol, patch)
+    for name, usual in (("crop_size", protocol.crop_size), ("stride", protocol.stride)):
+        if vars(args)[name] != usual and name not in args.changed:
+            log(f"{name.replace('_', ' ')} {vars(args)[name]}, the nearest to {usual} that patches of {patch} divide")
+            args.changed.append(name)
+    if not args.evaluate:
+        require_batch_room(encoder, args.crop_size, args.batch_size, "--crop-size")
+    if "knn" in args.probe:
+        plan_memory(encoder, args.passes * len(train_split), args.crop_size, test_split.num_classes, args.memory_size)
+    return encoder, train_split, held_out, test_split
+
+
 def main() -> None:
     """Trains or loads a linear head, or fills a memory of patches, tests, and writes a results line for each probe."""
     args, started = parse_arguments(), time.monotonic()
@@ -353,36 +383,14 @@ def main() -> None:
     if args.table or args.figure6:
         return
     device, log = setup(args)
-    if args.batch_size < world_size():
-        raise UserError(f"--batch-size {args.batch_size} is less than the number of processes, {world_size()}")
 
     # Data and encoder
-    test_split = open_segmentation(args.dataset, args.data_path, "val", extra_label=args.authors_defects)
-    names, train_split, held_out = test_split.names, None, None
-    if args.data_path:
-        test_split.sizes(args.workers)  # a damaged file shows before training, not after
-    if not args.evaluate:
-        train_split, held_out = open_training(args.dataset, args.data_path, names, args.select, args.seed)
-    if args.dataset.startswith("partimagenet"):
-        log(PARTIMAGENET_NOTE)
-    encoder = load_encoder(args, device, log, projector=False)
-    protocol, patch = PROTOCOLS[args.dataset], encoder.patch_size
-    args.crop_size, args.stride = fit_windows(args.crop_size, args.stride, protocol, patch)
-    for name, usual in (("crop_size", protocol.crop_size), ("stride", protocol.stride)):
-        if vars(args)[name] != usual and name not in args.changed:
-            log(f"{name.replace('_', ' ')} {vars(args)[name]}, the nearest to {usual} that patches of {patch} divide")
-            args.changed.append(name)
-    args.layers = choose_layers(args.layers, encoder.depth)
-    line = start_line("segment", args, encoder)
+    encoder, train_split, held_out, test_split = open_inputs(args, device, log)
+    names, line = test_split.names, start_line("segment", args, encoder)
     settings = {name: value for name, value in settings_of(args).items() if name not in KNN_ARGUMENTS}
     settings |= encoder_identity(encoder) | (train_split.identity("training set") if train_split else {})
     line["made_with"] = digest({**settings_of(args), "probe": None}, settings, test_split.identity("test set"))
     log(f"{run_title(line)}: {len(names)} classes, {len(train_split or ())} training and {len(test_split)} test images")
-
-    if not args.evaluate:
-        require_batch_room(encoder, args.crop_size, args.batch_size, "--crop-size")
-    if "knn" in args.probe:
-        plan_memory(encoder, args.passes * len(train_split), args.crop_size, len(names), args.memory_size)
 
     @cache
     def store():

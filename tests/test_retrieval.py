@@ -238,6 +238,22 @@ def test_a_whole_run_and_its_options(run, tmp_path):
     assert first["ap_cls"] == pytest.approx(100 * float(ap.mean()), abs=1e-4)
 
 
+def test_the_standard_error_is_of_the_queries_that_have_an_average_precision():
+    """Not of one alone in its class, which has none when it is left out; and a single query has no error."""
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])
+    source = {"features": {"cls": torch.randn(8, 4, generator=torch.Generator().manual_seed(0))}, "labels": labels,
+              "ids": torch.arange(8), "classes": ["a", "b", "c", "d"],
+              "line": {"model": "m", "weights": "w", "dataset": "cub", "precision": "fp32"}}
+    found = retrieval.retrieval_metrics(source, True, 7, 0, torch.device("cpu"), print)
+    asked = torch.randperm(8, generator=torch.Generator().manual_seed(0))[:7]
+    ap = scikit_learn(source["features"]["cls"], labels, True)[asked]
+    ap = ap[~ap.isnan()].numpy()
+    assert len(ap) < 7
+    error = 100 * np.std(ap, ddof=1) / len(ap) ** 0.5 * (1 - 7 / 8) ** 0.5
+    assert found["ap_cls_standard_error"] == pytest.approx(error)
+    assert "ap_cls_standard_error" not in retrieval.retrieval_metrics(source, False, 1, 0, torch.device("cpu"), print)
+
+
 def test_a_random_ranking_is_what_random_features_get():
     generator = torch.Generator().manual_seed(0)
     counts = [3, 1, 9, 27]
