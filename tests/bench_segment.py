@@ -189,7 +189,7 @@ def main():
         torch.cuda.reset_peak_memory_stats()
         for count in (20, 20 + 10 * args.repeats):  # the first to warm up
             start = time.perf_counter()
-            train(segmenter, [segmenter.head], optimizer, prefetched(batches(count), device), range(count),
+            train(segmenter, [segmenter.head], ["lr 4e-4"], optimizer, prefetched(batches(count), device), range(count),
                   args.batch_size, 0, lambda done: None, count, None, None, lambda line: None)
             torch.cuda.synchronize()
             spent = 1000 * (time.perf_counter() - start) / count

@@ -23,8 +23,9 @@ from models.features import encode_features, encode_tokens
 from models.probe_training import Probe, Recipe
 from models.probes import load_head
 from utils import UserError, storage
+from utils.ending import Checkpoint
 from utils.provenance import digest
-from utils.run import Checkpoint, autocast
+from utils.run import autocast
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "tests" / "golden" / "ibot" / "checkpoint.pth"

@@ -24,8 +24,8 @@ from models import build_model
 from models.attention.__main__ import main as attention
 from models.features import encode_features, encoder_identity
 from utils import UserError, storage
+from utils.ending import Checkpoint
 from utils.provenance import check_same, digest
-from utils.run import Checkpoint
 from utils.storage import load_checked, save_checked
 
 ROOT = Path(__file__).parents[1]
