@@ -190,10 +190,16 @@ class SyntheticSplit:
 
 
 def pair_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
-    """Sorted pairs (image, label map). Raises UserError that lists all files without a partner."""
+    """Sorted pairs (image, label map). Raises UserError for two images of one name, and one that lists all files
+    without a partner."""
     def by_stem(folder, *suffixes):
-        return {path.stem: path for path in sorted(folder.iterdir())
-                if path.suffix.lower() in suffixes and not path.name.startswith(".")}
+        found = {}
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in suffixes and not path.name.startswith("."):
+                if path.stem in found:
+                    raise UserError(f"{folder} holds {found[path.stem].name} and {path.name}; remove one of them")
+                found[path.stem] = path
+        return found
     image_files, label_files = by_stem(images, ".jpg", ".jpeg", ".png"), by_stem(labels, ".png")
     if not image_files.keys() & label_files.keys():
         raise UserError(f"no image of {images} ({len(image_files)} images) has a label map of its name in {labels} "

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import tracemalloc
 from collections import Counter, defaultdict
@@ -623,6 +624,18 @@ def test_maps_of_unknown_origin_are_not_mixed_with_ours(tmp_path):
     Image.new("L", (6, 5), 1).save(tmp_path / "LIP" / "ann" / "train" / "theirs.png")
     with pytest.raises(UserError, match="without names.txt"):
         run("lip", tmp_path / "source", tmp_path)
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path, monkeypatch, capsys):
+    for split in ("train", "val"):
+        for folder, mode in ((f"{split}_images", "RGB"), (f"{split}_segmentations", "L")):
+            (tmp_path / "source" / folder).mkdir(parents=True)
+            Image.new(mode, (6, 5)).save(tmp_path / "source" / folder / ("a.jpg" if mode == "RGB" else "a.png"))
+    monkeypatch.setattr(prepare_common, "prepare_one", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        exit_with_one_line_errors(lambda: run("lip", tmp_path / "source", tmp_path))
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C: finished files are kept; run again for the others\n"
 
 
 def test_unknown_data_set_is_one_line(capsys):

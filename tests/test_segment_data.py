@@ -158,6 +158,9 @@ def test_no_image_has_a_label(tmp_path):
     write_pair(tmp_path / "c", tmp_path / "d", name="y")
     with pytest.raises(UserError, match="no image of"):
         pair_files(tmp_path / "a", tmp_path / "d")
+    Image.new("RGB", (24, 16)).save(tmp_path / "a/x.png")
+    with pytest.raises(UserError, match="a holds x.jpg and x.png; remove one of them"):
+        pair_files(tmp_path / "a", tmp_path / "b")
 
 
 def test_in_order_keeps_order_and_raises():

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from utils import UserError
+from utils.ending import ending
 from utils.run import Progress, open_output
 from utils.storage import atomic_write
 
@@ -116,6 +117,7 @@ def prepare(dataset: str, target: Path, pairs: dict[str, list[tuple[Path, Path]]
         folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 
+    ending.saved = "finished files are kept; run again for the others"
     outcomes, errors = attempt_all(partial(prepare_one, read_labels=read_labels), items, workers, root.name)
     print(f"{root}: {len(names)} classes, {len(pairs['train'])} images for training, "
           f"{len(pairs['val'])} for validation")
