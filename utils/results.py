@@ -87,7 +87,7 @@ def read_results(folder: Path, needed: Iterable[str] = (), task: str | None = No
     task its needed keys. Raises UserError where there is no result."""
     path, results, notes = folder / "results.jsonl", [], []
     if not path.is_file():
-        raise UserError(f"{path} does not exist; run without --table first, or name its folder with --output-dir")
+        raise UserError(f"{path} does not exist; name the folder of a finished run, or run without --table first")
     for number, line in enumerate(path.read_bytes().decode(errors="replace").split("\n"), 1):
         try:
             result = json.loads(line)

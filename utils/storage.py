@@ -147,9 +147,10 @@ def check_archive(path: Path) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                with archive.open(member) as file:
-                    while member.CRC and file.read(1 << 22):
-                        pass
+                if member.CRC:
+                    with archive.open(member) as file:
+                        while file.read(1 << 22):
+                            pass
 
 
 def create_file(path: Path, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -184,7 +185,8 @@ def has_room(need: int, device: torch.device, reserve: int = 0, pinned: bool = F
     if device.type == "cpu":
         free //= environment("LOCAL_WORLD_SIZE", 1, 1)
         # PyTorch takes pinned memory in powers of two.
-        need = 1 << (need - 1).bit_length() if pinned and need else need
+        if pinned and need:
+            need = 1 << (need - 1).bit_length()
     numbers = gather_rows(torch.tensor([[need, free]]))
     need, free = int(numbers[:, 0].max()), int(numbers[:, 1].min())
     return need <= min(0.8 * free, free - reserve), free
