@@ -255,19 +255,21 @@ class RepeatsSmallWindows:
 
 @torch.inference_mode()
 def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size: int, stride: int, workers: int,
-             authors_defects: bool = False, picture_folder: Path | None = None, num_pictures: int = 0) -> dict:
-    """segmentation_metrics of a split at full resolution, each image once over all processes, num_images, and chance,
-    the metrics of the largest class everywhere.
+             authors_defects: bool = False, num_heads: int = 1, picture_folder: Path | None = None,
+             num_pictures: int = 0) -> list[dict]:
+    """For each head, segmentation_metrics of a split at full resolution, each image once over all processes,
+    num_images, and chance, the metrics of the largest class everywhere.
 
-    The first num_pictures images are written to picture_folder. Raises UserError, on all processes, for logits that are
-    not finite."""
+    num_heads: whose logits the segmenter gives, one head's classes after another's. The first num_pictures images are
+    written to picture_folder, as the last head sees them. Raises UserError, on all processes, for logits that are not
+    finite."""
     segmenter.eval().all_finite = True
     mean, std = segmenter.encoder.mean, segmenter.encoder.std
     device, classes = mean.device, split.num_classes
-    window_batch = windows_together(device, classes, crop_size)
-    model = RepeatsSmallWindows(segmenter, crop_size, classes) if authors_defects else segmenter
+    window_batch = windows_together(device, num_heads * classes, crop_size)
+    model = RepeatsSmallWindows(segmenter, crop_size, num_heads * classes) if authors_defects else segmenter
     bins = classes + authors_defects
-    confusion = torch.zeros(bins, bins, dtype=torch.int64, device=device)
+    confusions = torch.zeros(num_heads, bins, bins, dtype=torch.int64, device=device)
     share = shard(len(split))
     progress = Progress(len(share), "testing", "images")
     group, num_windows = [], 0
@@ -279,8 +281,10 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
             continue
         logits = slide_inference(model, [scaled for *_, scaled in group], crop_size, stride, window_batch)
         for (number, picture, truth, _), one in zip(group, logits, strict=True):
-            pred = upsampled_argmax(one, truth.shape)
-            confusion += confusion_matrix(pred, torch.from_numpy(truth).to(device), bins)
+            label = torch.from_numpy(truth).to(device)
+            for confusion, of_head in zip(confusions, one.split(classes), strict=True):
+                pred = upsampled_argmax(of_head, truth.shape)
+                confusion += confusion_matrix(pred, label, bins)
             if number < num_pictures:
                 path = picture_folder / f"{split.name(number)}.png"
                 save_picture(path, picture, truth, pred.cpu().numpy(), split.names, int(not split.background))
@@ -288,11 +292,12 @@ def evaluate(segmenter: Segmenter, split, test_scale: tuple[int, int], crop_size
         group, num_windows = [], 0
     if any_process(not segmenter.all_finite):
         raise UserError("the logits are not finite, so there is no prediction; use --precision fp32, or another head")
-    confusion = all_reduce(confusion).cpu()
-    largest = torch.zeros_like(confusion)
-    largest[:, confusion.sum(1)[:classes].argmax()] = confusion.sum(1)
-    metrics, chance = (segmentation_metrics(one, classes if authors_defects else None) for one in (confusion, largest))
-    return metrics | {"num_images": len(split), "chance": chance}
+    confusions, rows = all_reduce(confusions).cpu(), classes if authors_defects else None
+    labelled = confusions[0].sum(1)
+    largest = torch.zeros_like(confusions[0])
+    largest[:, labelled[:classes].argmax()] = labelled
+    more = {"num_images": len(split), "chance": segmentation_metrics(largest, rows)}
+    return [segmentation_metrics(confusion, rows) | more for confusion in confusions]
 
 
 def knn_probe(encoder: Encoder, batches: Callable[[range], Iterator], num_images: int, num_classes: int, settings: dict,
@@ -402,9 +407,9 @@ def main() -> None:
         log.open(args.output_dir)
         return prefetched(made, device)
 
-    def test(segmenter, split=test_split, **pictures):
+    def test(segmenter, split=test_split, **options):
         return evaluate(segmenter, split, args.test_scale, args.crop_size, args.stride, args.workers,
-                        args.authors_defects, **pictures)
+                        args.authors_defects, **options)
 
     # Each probe: trained, loaded or filled, then tested
     for probe in args.probe:
@@ -422,8 +427,8 @@ def main() -> None:
         else:
             segmenter, about = knn_probe(encoder, batches, len(train_split), len(names), settings, args.memory_size,
                                          args.neighbours, args.passes, log)
-        metrics = test(segmenter, picture_folder=args.output_dir / f"{prefix}_pictures",
-                       num_pictures=args.save_pictures)
+        [metrics] = test(segmenter, picture_folder=args.output_dir / f"{prefix}_pictures",
+                         num_pictures=args.save_pictures)
         log.open(args.output_dir)
         log(f"{run_title(line)}, {probe}: {summary(metrics)}")
         log(class_table(metrics, names))

@@ -27,6 +27,8 @@ from .segmentation_head import LinearHead, PatchSegmenter, upsampled_cross_entro
 # The study decays the bias too, but not in its configurations of these methods.
 NO_BIAS_DECAY = ("mae", "beit", "cae")
 CHECKPOINT, KEYS = "a checkpoint of segment.py", ("head", "heads", "optimizer", "batch_norm", "class_names")
+# Heads in one pass over the test images, whose logits at full resolution exist together.
+HEADS_TOGETHER = 8
 HEAD_INPUT = ("layers", "norm", "batch_norm")
 CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the training images"}
 
@@ -72,7 +74,7 @@ def summary(metrics: dict) -> str:
 
 def train(segmenter: Segmenter, heads: Sequence[LinearHead], names: Sequence[str],
           optimizer: torch.optim.Optimizer, batches: Iterator, iterations: range, batch_size: int, warmup: int,
-          save: Callable[[int], None], save_every: int, test: Callable[[], dict], test_every: int | None,
+          save: Callable[[int], None], save_every: int, test: Callable[[], list[dict]], test_every: int | None,
           log: Callable[[str], None]) -> None:
     """Trains all heads on the same features, from iterations.start to the end of the schedule, iterations.stop.
 
@@ -112,10 +114,8 @@ def train(segmenter: Segmenter, heads: Sequence[LinearHead], names: Sequence[str
         if done % save_every == 0 or done == iterations.stop:
             save(done)
         if test_every and done % test_every == 0 and done < iterations.stop:
-            for head, name in zip(heads, names, strict=True):
-                segmenter.head = head
-                log(f"after iteration {done}: {summary(test())}, {name}")
-            segmenter.head = heads[0]
+            for name, metrics in zip(names, test(), strict=True):
+                log(f"after iteration {done}: {summary(metrics)}, {name}")
             segmenter.train()
     ending.save = None
 
@@ -134,16 +134,28 @@ def make_heads(width: int, num_classes: int, rates: Sequence[float], decays: Seq
     return heads, torch.optim.AdamW(groups, fused=device.type == "cuda")
 
 
+def metrics_of_heads(segmenter: Segmenter, heads: nn.ModuleList, test: Callable[..., list[dict]]) -> list[dict]:
+    """The metrics of each head, HEADS_TOGETHER in one pass of the encoder. test: of a segmenter and num_heads."""
+    found = []
+    for first in range(0, len(heads), HEADS_TOGETHER):
+        some = heads[first:first + HEADS_TOGETHER]
+        joint = LinearHead(some[0].in_channels, sum(head.out_channels for head in some))
+        joint.weight.data = torch.cat([head.weight.data for head in some])
+        joint.bias.data = torch.cat([head.bias.data for head in some])
+        together = Segmenter(segmenter.encoder, joint, segmenter.layers, segmenter.precision, segmenter.norm)
+        together.batch_norm = segmenter.batch_norm
+        found += test(together, num_heads=len(some))
+    return found
+
+
 def choose_head(segmenter: Segmenter, heads: Sequence[LinearHead], pairs: Sequence[tuple[float, float]],
-                names: Sequence[str], test: Callable[[], dict], select: str, log: Callable[[str], None]) -> dict:
+                names: Sequence[str], test: Callable[[], list[dict]], select: str, log: Callable[[str], None]) -> dict:
     """Gives the segmenter the head of the best mIoU. pairs, names: (learning rate, weight decay) of each head, and in
     words. Returns those of the chosen one and, where there are several, the mIoU of each, for the results line."""
     grid = [{"lr": lr, "weight_decay": decay} for lr, decay in pairs]
     if len(heads) == 1:
         return grid[0]
-    for head, name, entry in zip(heads, names, grid, strict=True):
-        segmenter.head = head
-        metrics = test()
+    for name, entry, metrics in zip(names, grid, test(), strict=True):
         log(f"{name}: {summary(metrics)}")
         entry["mIoU"] = float(np.nan_to_num(metrics["mIoU"]))
     best = int(np.argmax([entry["mIoU"] for entry in grid]))
@@ -175,14 +187,14 @@ def load_segmenter(path: Path, encoder: Encoder, names: Sequence[str], precision
 
 
 def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: Sequence[str], settings: dict,
-                 test: Callable[[Segmenter], dict], choose: Callable[[Segmenter], dict], path: Path, resume: bool,
+                 test: Callable[..., list[dict]], choose: Callable[..., list[dict]], path: Path, resume: bool,
                  save_every: int, test_every: int | None, log: Callable[[str], None]) -> tuple[Segmenter, dict]:
     """Trains a head for every pair of a learning rate and a weight decay, and chooses one.
 
     batches: training batches of a range of iterations. settings: the arguments by name, and the identities of encoder
-    and training set, all of which must be those of a checkpoint that is resumed. test, choose: segmenter -> metrics, of
-    the test images and of those that choose. path: of the checkpoint. Returns a segmenter with the chosen head, and
-    what a results line says of it. Raises UserError.
+    and training set, all of which must be those of a checkpoint that is resumed. test, choose: segmenter and num_heads
+    -> metrics of each head, on the test images and on those that choose. path: of the checkpoint. Returns a segmenter
+    with the chosen head, and what a results line says of it. Raises UserError.
     """
     device, rates, decays = encoder.mean.device, settings["lr"], settings["weight_decay"]
     heads, optimizer = make_heads(len(settings["layers"]) * encoder.embed_dim, len(names), rates, decays,
@@ -205,11 +217,12 @@ def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: 
             "head": segmenter.head.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
             "batch_norm": segmenter.batch_norm and segmenter.batch_norm.state_dict(), "class_names": list(names)})
 
+    of_heads = partial(metrics_of_heads, segmenter, heads)
     if done < total:
         train(segmenter, heads, labels, optimizer, batches(range(done, total)), range(done, total),
-              settings["batch_size"], settings["warmup_iterations"], save, save_every, partial(test, segmenter),
+              settings["batch_size"], settings["warmup_iterations"], save, save_every, partial(of_heads, test),
               test_every, log)
-    line = choose_head(segmenter, heads, pairs, labels, partial(choose, segmenter), settings["select"], log)
+    line = choose_head(segmenter, heads, pairs, labels, partial(of_heads, choose), settings["select"], log)
     if len(heads) > 1:
         save(total)
     checkpoint.close()

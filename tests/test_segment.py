@@ -339,7 +339,10 @@ def test_evaluate_a_head(finished, monkeypatch, lip, tmp_path):
 # Recipes beyond the paper's
 
 def test_heads_trained_together_are_those_trained_alone(finished, monkeypatch, lip, tmp_path):
+    passes, evaluate = [], segment.evaluate
+    monkeypatch.setattr(segment, "evaluate", lambda *given, **more: passes.append(more) or evaluate(*given, **more))
     result = run(monkeypatch, lip, tmp_path, "--lr", 0.1, 0.05, "--weight-decay", 0.05, 0.2)
+    assert len(passes) == 2, "one pass over the test images chooses among the four heads"
     content = torch.load(tmp_path / "mae_lip_segment.pt", weights_only=True)
     assert [(head["lr"], head["weight_decay"]) for head in result["heads"]] == [
         (0.1, 0.05), (0.1, 0.2), (0.05, 0.05), (0.05, 0.2)]
