@@ -184,8 +184,7 @@ class PatchDataset(Dataset):
         return torch.cat([patches for patches, _ in items]), torch.cat([ids for _, ids in items])
 
 
-def choose_keypoints(chosen: Sequence[int | str], names: dict[int, str], word: str,
-                     source: str | Path) -> list[int]:
+def choose_keypoints(chosen: Sequence[int | str], names: dict[int, str], word: str, source: str | Path) -> list[int]:
     """The numbers of keypoints that are given by number or name, or by ["all"]. names: of all, by number. word: for a
     keypoint in messages; source: of the names. Raises UserError for an unknown, ambiguous or repeated one."""
     if [*chosen] == ["all"]:
@@ -206,11 +205,11 @@ def choose_keypoints(chosen: Sequence[int | str], names: dict[int, str], word: s
 
 def keypoint_patches(points: Iterable[tuple[str, list[tuple[int, Sequence[float]]]]], chosen: Sequence[int],
                      names: dict[int, str], word: str, crop_scale: float, transform: Transform | None,
-                     skip_bad_images: bool) -> PatchDataset:
+                     skip_bad_images: bool, load: Callable[[str], Image.Image] = read_rgb) -> PatchDataset:
     """The patches of the chosen keypoints; class k is the k-th of them. Images without a patch are left out.
 
-    points: (path, [(class, point), ...]) of every image, only visible ones. chosen, names, word: as of
-    choose_keypoints. Raises UserError where no patch is left.
+    points: (path, [(class, point), ...]) of every image, only visible ones. chosen: numbers. names, word: as of
+    choose_keypoints. The other parameters: as of PatchDataset. Raises UserError where no patch is left.
     """
     images = [patch_image(path, [point for _, point in pairs], [label for label, _ in pairs], crop_scale)
               for path, pairs in points]
@@ -218,7 +217,7 @@ def keypoint_patches(points: Iterable[tuple[str, list[tuple[int, Sequence[float]
     if not images:
         raise UserError(f"no patch of the {word}s {', '.join(map(str, chosen))} is left; use two or more, of which an "
                         "object shows at least two, over 40 pixels apart")
-    return PatchDataset(images, [names[keypoint] for keypoint in chosen], transform, skip_bad_images=skip_bad_images)
+    return PatchDataset(images, [names[keypoint] for keypoint in chosen], transform, load, skip_bad_images)
 
 
 def workers_with_room(workers: int, group_bytes: int) -> int:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .patches import PatchDataset, PatchImage, Transform, choose_keypoints, patch_image
+from .patches import PatchDataset, PatchImage, Transform, choose_keypoints, keypoint_patches
 from .synthetic_figures import PART_NAMES, SPECIES, Dice, Shape, fan, limb, oval, squared, step, tube
 
 OBJECT_NAMES = tuple(SPECIES)
@@ -293,17 +293,15 @@ def load_synthetic_patches(split: str, num_images: int | None = None, seed: int 
 
     split: "train", "test" or "val" (the same as "test"). num_images: pictures drawn (default NUM_IMAGES); those without
     a patch are left out. keypoints: numbers from 1 or names of KEYPOINT_NAMES, or ["all"] (default the first four),
-    class k is the k-th. The `path` of an image is its seed. Raises UserError for an unknown keypoint.
+    class k is the k-th. The `path` of an image is its seed. Raises UserError for an unknown keypoint, and where no
+    patch is left.
     """
-    known = dict(enumerate(KEYPOINT_NAMES, 1))
-    names = [known[number] for number in choose_keypoints(
-        keypoints or DEFAULT_KEYPOINTS, known, "keypoint", "the synthetic figures")]
-    images = []
-    for number in image_seeds(split, num_images, seed):
-        chosen = [k for k in compose(number).keypoints if k.visible and k.name in names]
-        labels = [names.index(k.name) for k in chosen]
-        images.append(patch_image(number, [(k.x, k.y) for k in chosen], labels, crop_scale))
-    return PatchDataset([image for image in images if image.boxes], names, transform, draw_image, skip_bad_images)
+    names = dict(enumerate(KEYPOINT_NAMES, 1))
+    chosen = choose_keypoints(keypoints or DEFAULT_KEYPOINTS, names, "keypoint", "the synthetic figures")
+    classes = {names[number]: label for label, number in enumerate(chosen)}
+    points = ((number, [(classes[k.name], (k.x, k.y)) for k in compose(number).keypoints
+                        if k.visible and k.name in classes]) for number in image_seeds(split, num_images, seed))
+    return keypoint_patches(points, chosen, names, "keypoint", crop_scale, transform, skip_bad_images, draw_image)
 
 
 def load_synthetic_species(split: str, num_images: int | None = None, seed: int = 0, transform: Transform | None = None,

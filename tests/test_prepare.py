@@ -640,6 +640,6 @@ def test_ctrl_c_says_what_is_kept(tmp_path, monkeypatch, capsys):
 
 def test_unknown_data_set_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["lipp", "--source", ".", "--target", "."])
+        exit_with_one_line_errors(lambda: main(["lipp", "--source", ".", "--target", "."]))
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
