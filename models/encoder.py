@@ -27,6 +27,12 @@ class Encoder(nn.Module):
     [B, D] to [B, P]. mean, std: of the input normalisation, per channel, for values from 0 to 1; default ImageNet's.
     """
 
+    # Set by build_model: source and hash of the weights, for the results; where the number of heads comes from, for the
+    # log; and the file whose code chose how the encoder computes.
+    weights, sha256, heads_from, method = "unknown", None, "width / 64", __file__
+    # What the first of the tokens that forward returns is.
+    cls_from = "class token"
+
     def __init__(self, vit: nn.Module, position_embedding: Callable | None, projector: nn.Module | None = None,
                  mean: Sequence[float] = (0.485, 0.456, 0.406), std: Sequence[float] = (0.229, 0.224, 0.225)):
         super().__init__()
@@ -40,14 +46,6 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         # Images may have any size that grid accepts.
         vit.patch_embed.strict_img_size = False
-        # Where the number of heads comes from, for the log; set by build_model where it is not this.
-        self.heads_from = "width / 64"
-        # The file whose code chose how this encoder computes: the method's, set by build_model.
-        self.method = __file__
-        # What the first of the tokens that forward returns is.
-        self.cls_from = "class token"
-        # Source and hash of the weights, set by build_model and recorded in every result.
-        self.weights, self.sha256 = "unknown", None
         self._cast = (None, None)
         self.eval().requires_grad_(False)
 
@@ -65,7 +63,8 @@ class Encoder(nn.Module):
 
     def cast_weights(self, device: torch.device) -> None:
         """Under autocast, gives the linear layers and convolutions weights in its type: it would cast weights without
-        gradients anew in every call. Their parameters stay float32, and so do all others, as autocast uses them."""
+        gradients anew in every call. Their parameters stay float32, and so do all others, as autocast uses them. New
+        values of the parameters are not seen until the device or the type changes."""
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         if self._cast == (dtype, device):
             return

@@ -7,6 +7,7 @@ attentive probe), and for its layers blocks, or depth and a get_intermediate_lay
 """
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -30,23 +31,25 @@ class OwnEncoder(Encoder):
         for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.as_tensor(getattr(network, name, default), dtype=torch.float32)
             self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
-        self.cls_from = "class token" if getattr(network, "class_token", True) else "mean"
-        self.weights, self.sha256, self.position_embedding, self.method = "unknown", None, None, __file__
+        if not getattr(network, "class_token", True):
+            self.cls_from = "mean"
+        self.position_embedding = None
         self.eval().requires_grad_(False)
-        self.patch_size = getattr(network, "patch_size", None)
-        side = 14 * self.patch_size if self.patch_size and 224 % self.patch_size else 224
+        patch = getattr(network, "patch_size", None)
+        side = 14 * patch if patch and 224 % patch else 224
         tokens = network(torch.zeros(1, 3, side, side))
-        first = int(self.cls_from == "class token")
-        shape = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
-        grid = round(max(tokens.shape[1] - first, 0) ** 0.5) if isinstance(shape, tuple) and len(shape) == 3 else 0
-        self.patch_size = self.patch_size or (side // grid if grid else 0)
-        if not grid or (1, first + grid**2) != shape[:2] or grid * self.patch_size != side:
-            raise CheckpointError(f"for an image of {side} x {side} its forward gives {shape}; expected tokens "
-                                  f"[1, {'1 + ' * first}N, D] of N square patches (class_token = False without a class "
-                                  "token, patch_size = P where it is not plain)")
+        shape, prefix = tuple(getattr(tokens, "shape", ())), int(self.cls_from == "class token")
+        grid = math.isqrt(max(shape[1] - prefix, 0)) if len(shape) == 3 else 0
+        self.patch_size = patch or side // max(grid, 1)
+        if shape[:2] != (1, prefix + grid**2) or grid * self.patch_size != side:
+            given = shape or type(tokens).__name__
+            raise CheckpointError(f"for an image of {side} x {side} its forward gives {given}; expected tokens "
+                                  f"[1, {'1 + ' * prefix}N, D] of N square patches (class_token = False without a "
+                                  "class token, patch_size = P where it is not plain)")
         self.embed_dim = shape[2]
         self.num_heads = getattr(network, "num_heads", max(1, self.embed_dim // 64))
-        self.heads_from = "its attribute num_heads" if hasattr(network, "num_heads") else "width / 64"
+        if hasattr(network, "num_heads"):
+            self.heads_from = "its attribute num_heads"
         self.depth = getattr(network, "depth", len(getattr(network, "blocks", ())))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
