@@ -172,12 +172,14 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     points = list(zip(*(rows[mine].split(counts) for rows in (source, target, units)), strict=True))
     groups = [torch.cat(ends).unique() for *ends, _ in points]
 
-    need = max(map(len, groups), default=0) * grid[0] * grid[1] * encoder.embed_dim * DTYPES[precision].itemsize
+    # Of the process with the most images of a category, so that all decide alike.
+    most = int(gather_rows(torch.tensor([max(map(len, groups), default=0)])).max())
+    need = most * grid[0] * grid[1] * encoder.embed_dim * DTYPES[precision].itemsize
     free = has_room(need, device)[1] / 2
     if need > free:
         raise UserError(f"the tokens of a category need {need / 1e9:.1f} GB at --image-size {size}, half of the memory "
                         f"that is free on {device} is {free / 1e9:.1f} GB; use a smaller one")
-    per_pass = min(len(layers), int(free / need)) if need else len(layers)
+    per_pass = min(len(layers), int(free / need))
     passes = [slice(first, first + per_pass) for first in range(0, len(layers), per_pass)]
     log(f"{len(pairs.pairs)} pairs of {len(pairs.images)} images, {len(pairs.pair)} points ({pairs.num_outside} out of "
         f"their image); {need * per_pass / 1e9:.2f} GB of tokens on {device}, {len(passes)} pass(es)")

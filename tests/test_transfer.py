@@ -248,6 +248,19 @@ def test_layers_that_do_not_fit_take_passes(monkeypatch):
         run(encoder, pairs)
 
 
+def run_with_little_memory():
+    init_processes("cpu")
+    transfer.require_batch_room = lambda *given: None
+    storage.free_memory = lambda device: 1000
+    # Of three processes one has no pair of which it would hold tokens.
+    run(PixelEncoder(), load_synthetic_pairs(64, 2, num_images=8))
+
+
+def test_all_processes_stop_where_one_has_no_room(launch):
+    _, err = launch(run_with_little_memory, [], 3, status=2)
+    assert "the tokens of a category need" in err and len(err.splitlines()) == 1
+
+
 def test_mistakes_of_a_run():
     pairs = load_synthetic_pairs(64, 3, num_images=8)
     broken = PixelEncoder()
