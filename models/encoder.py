@@ -191,8 +191,10 @@ class WeightNormHead(nn.Module):
         .weight_v: the weight is g v / |v|, row by row. Raises CheckpointError."""
         state = dict(state)
         if "last_layer.weight_v" in state:
-            direction = state.pop("last_layer.weight_v")
-            state["last_layer.weight"] = F.normalize(direction, dim=1, eps=0) * state.pop("last_layer.weight_g")
+            direction, length = state.pop("last_layer.weight_v"), state.pop("last_layer.weight_g", None)
+            if length is None or not length.is_floating_point() or length.shape != (len(direction), 1):
+                raise CheckpointError("the projector's last_layer.weight_g is not a number for each of its outputs")
+            state["last_layer.weight"] = F.normalize(direction, dim=1, eps=0) * length
         if "mlp.0.weight" not in state or "last_layer.weight" not in state:
             raise CheckpointError("the projector's keys mlp.0.weight and last_layer.weight are missing")
         widths = [state[f"mlp.{index}.weight"].shape[0] for index in layer_indices(state, r"mlp\.(\d+)\.weight")]

@@ -206,9 +206,10 @@ def strict(text):
 def figures(folder):
     """The results lines of a run without what may differ; None where a line is no strict JSON."""
     try:
-        return [{key: value for key, value in strict(line).items()
+        results = [strict(line) for line in lines_of(folder / "output" / "results.jsonl")]
+        return [{key: value for key, value in result.items()
                  if key not in NO_FIGURES and not key.startswith(("seconds", "features_made_by"))}
-                for line in lines_of(folder / "output" / "results.jsonl")]
+                for result in results if isinstance(result, dict)]
     except ValueError:
         return None
 

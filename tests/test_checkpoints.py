@@ -365,6 +365,18 @@ def test_weights_that_cannot_be_are_one_line(tmp_path, changes, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("length", [torch.ones(64, 1, dtype=torch.int64), torch.ones(1, 64, 1), torch.ones(16), None])
+def test_lengths_of_a_projectors_rows_that_cannot_be(tmp_path, length):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(GOLDEN / "dino/checkpoint.pth", weights_only=True)
+    name = "head.last_layer.weight_g"
+    content["teacher"] = {key: value for key, value in content["teacher"].items() if key != name}
+    content["teacher"] |= {} if length is None else {name: length}
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match="last_layer.weight_g is not a number for each of its outputs"):
+        build_model("dino", str(tmp_path / "odd.pth"), 3)
+
+
 @pytest.mark.parametrize("method, file", [("deit", "checkpoint"), ("mocov3", "checkpoint"), ("beit", "checkpoint"),
                                           ("dino", "checkpoint_backbone"), ("mae", "checkpoint_full"),
                                           ("cae", "checkpoint"), ("ibot", "checkpoint_teacher")])
