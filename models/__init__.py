@@ -117,12 +117,14 @@ def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[
     if size % patch:
         raise UserError(f"--image-size {size} is not divisible by the patch size {patch}; "
                         f"use {max(1, round(size / patch)) * patch}")
-    log(f"{args.model} from {encoder.weights}" + (f", SHA-256 {encoder.sha256}" if encoder.sha256 else "")
-        + f": {encoder.depth} blocks, width {encoder.embed_dim}, {encoder.num_heads} heads "
-        f"({encoder.heads_from}), patch {encoder.patch_size}, {encoder.cls_from}"
-        + (", with projector" if encoder.has_projector else "")
-        + (", relative position bias, which flash attention does not take"
-           if any("relative_position_bias_table" in name for name, _ in encoder.named_parameters()) else ""))
+    what = [f"{encoder.depth} blocks", f"width {encoder.embed_dim}",
+            f"{encoder.num_heads} heads ({encoder.heads_from})", f"patch {patch}", encoder.cls_from]
+    if encoder.has_projector:
+        what.append("with projector")
+    if any("relative_position_bias_table" in name for name, _ in encoder.named_parameters()):
+        what.append("relative position bias, which flash attention does not take")
+    digest = f", SHA-256 {encoder.sha256}" if encoder.sha256 else ""
+    log(f"{args.model} from {encoder.weights}{digest}: {', '.join(what)}")
     encoder.to(device)
     if args.compile:
         encoder_identity(encoder)  # before it runs: a timm model fits its tables to the images
@@ -172,8 +174,9 @@ def _from_file(name: str, method, path: Path, num_heads: int | None, weights_key
         kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
         places = ", ".join(filter(None, state_dicts(checkpoint)))
         hint = f"; it has weights at {places}, which --weights-key can name" if places and not weights_key else ""
+        other = "--model or --num-heads" if name in METHODS else "--model"
         raise CheckpointError(f"{path} is not a file of {name}: {kind}{' '.join(str(error).split())[:400]}{hint}; "
-                              f"another --model{' or --num-heads' * (name in METHODS)} may help") from error
+                              f"another {other} may help") from error
 
 
 def _weights_file(name: str, weights: str, method, full: bool) -> Path:

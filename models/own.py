@@ -42,10 +42,10 @@ class OwnEncoder(Encoder):
         grid = math.isqrt(max(shape[1] - prefix, 0)) if len(shape) == 3 else 0
         self.patch_size = patch or side // max(grid, 1)
         if shape[:2] != (1, prefix + grid**2) or grid * self.patch_size != side:
-            given = shape or type(tokens).__name__
+            given, wanted = shape or type(tokens).__name__, "[1, 1 + N, D]" if prefix else "[1, N, D]"
             raise CheckpointError(f"for an image of {side} x {side} its forward gives {given}; expected tokens "
-                                  f"[1, {'1 + ' * prefix}N, D] of N square patches (class_token = False without a "
-                                  "class token, patch_size = P where it is not plain)")
+                                  f"{wanted} of N square patches (class_token = False without a class token, "
+                                  "patch_size = P where it is not plain)")
         self.embed_dim = shape[2]
         self.num_heads = getattr(network, "num_heads", max(1, self.embed_dim // 64))
         if hasattr(network, "num_heads"):
