@@ -228,7 +228,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--cache", choices=("auto", "gpu", "cpu", "disk"), default="auto",
                        help="where tokens live; auto: the first with room")
     group.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep the features there for later runs")
-    group.add_argument("--resume", action="store_true", help="continue the run whose checkpoint lies in --output-dir")
+    group.add_argument("--resume", action="store_true",
+                       help="continue from the checkpoint in --output-dir, if there is one; repeat no finished run")
     group.add_argument("--checkpoint-seconds", type=non_negative_float, default=60, metavar="S",
                        help="write a checkpoint after an epoch if the last is older (default: 60)")
     group.add_argument("--evaluate", type=Path, metavar="HEAD", help="no training: test a head that was saved")
@@ -238,7 +239,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if args.evaluate:
         parser.check_used(args, "--evaluate", "resume", "save_plots", "select")
     elif args.probe == ["knn"]:
-        parser.check_used(args, "--probe knn", "resume", "save_plots")
+        parser.check_used(args, "--probe knn", "save_plots")
     if args.dataset in CLASSIFICATION_IMAGES:
         parser.check_used(args, f"--dataset {args.dataset}", "crop_scale")
     if args.no_augment and args.dataset in CLASSIFICATION_PARTS:
@@ -302,16 +303,15 @@ def make_probes(kinds: Sequence[str], recipes: dict[str, Recipe], batch_size: in
         log(f"{kind}: batches of {size} (published: {recipe.batch_size}), learning rates "
             f"{', '.join(f'{rate:g}' for rate in chosen)}, {len(seeds)} heads each, {epochs} epochs")
         # Weights, gradients, momentum, the best and a checkpoint's copy; and of a batch what its gradients are made of.
-        width, rows = encoder.embed_dim, -(-size // world_size())
+        width, rows, count = encoder.embed_dim, -(-size // world_size()), len(chosen) * len(seeds)
         weights, activations = num_classes * width, num_classes
         if kind == "attentive":
             weights, activations = weights + 4 * width ** 2, activations + 3 * encoder.num_heads * width
-        count = len(chosen) * len(seeds)
         require_room(4 * count * (5 * weights + 2 * rows * activations), encoder.mean.device,
                      f"{count} {kind} heads at batches of {size}",
                      lambda share, count=count: f"{int(share * count)} or fewer, by --seeds and --lr")
-        probes.append(Probe(kind, recipe, size, chosen, seeds, epochs, encoder.embed_dim, num_classes,
-                            encoder.num_heads, encoder.mean.device))
+        probes.append(Probe(kind, recipe, size, chosen, seeds, epochs, width, num_classes, encoder.num_heads,
+                            encoder.mean.device))
     return probes
 
 

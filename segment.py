@@ -94,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
                        help="where decoded images live; auto: the first with room")
     group.add_argument("--checkpoint-every", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
     group.add_argument("--resume", action="store_true",
-                       help="continue from the checkpoint in --output-dir, if there is one")
+                       help="continue from the checkpoint in --output-dir, if there is one; repeat no finished run")
     group = parser.add_argument_group("sizes (default: the data set's in the paper)")
     group.add_argument("--base-scale", type=positive_int, nargs=2, metavar=("LONG", "SHORT"), help="training images")
     group.add_argument("--crop-size", type=positive_int, help="training crops and test windows")
@@ -112,9 +112,9 @@ def parse_arguments() -> argparse.Namespace:
                        help="no run: draw figure 6 with the results beside it (.png or .pdf)")
     args = parser.parse_args()
     # The numbers of a recipe may stand beside --evaluate and --probe knn: one command line serves all three.
-    training = ("resume", "norm", "batch_norm", "select", "eval_every")
+    training = ("norm", "batch_norm", "select", "eval_every")
     if args.evaluate:
-        parser.check_used(args, "--evaluate", *training, *KNN_ARGUMENTS)
+        parser.check_used(args, "--evaluate", "resume", *training, *KNN_ARGUMENTS)
     elif args.probe == ["knn"]:
         parser.check_used(args, "--probe knn", *training)
     elif "knn" not in args.probe:

@@ -286,6 +286,9 @@ def test_a_finished_classification_is_not_repeated(launch, tmp_path):
         out, _ = launch(classify.main, words)
         assert ("finished already" in out) == bool(number)
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    for number in range(2):
+        out, _ = launch(classify.main, [*words[:-2], "knn", "--output-dir", tmp_path / "knn alone"])
+        assert ("finished already" in out) == bool(number)
     Image.new("RGB", (32, 32)).save(folder / "train" / "cats" / "more.png")
     launch(classify.main, words)
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4

@@ -408,6 +408,8 @@ def test_both_probes_in_one_run(finished, monkeypatch, lip, tmp_path):
     assert (knn["probe"], linear["probe"]) == ("knn", "linear")
     assert linear["iou_per_class"] == finished[1]["iou_per_class"]
     assert 0 < knn["memory"] <= 60 and knn["num_images"] == len(TEST_SIZES)
+    run(monkeypatch, lip, tmp_path, "--probe", "knn", "--memory-size", 60, "--resume")
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2, "the finished run is not repeated"
     assert (tmp_path / "mae_lip_knn_pictures" / "0.png").exists() and (tmp_path / "mae_lip_pictures").exists()
 
 
