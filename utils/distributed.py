@@ -81,23 +81,18 @@ def join(backend: str) -> None:
                         "with torchrun, or unset WORLD_SIZE") from None
 
 
-def first_end(own: str = "", patience: float = 0) -> str:
-    """How the first process of this run to end did: what it gave as own; "" where none has, or this cannot be known.
-
-    own: of this process, if it ends, unlike those of all others. patience: seconds to wait for another's."""
+def first_end(own: str = "") -> str:
+    """How the first process of this run ended: what it gave as own, unlike all others. "" where none has, or this
+    cannot be known."""
     if processes.store is None:
         # Not joined: what is wrong then is so for all processes of torchrun.
         return own if os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ else ""
-    deadline = time.monotonic() + patience
     try:
-        while not processes.store.check(["end"]):
-            if time.monotonic() >= deadline:
-                return processes.store.compare_set("end", "", own).decode() if own else ""
-            time.sleep(0.05)
-        return processes.store.get("end").decode()
+        # Sets it where it is empty or absent.
+        return processes.store.compare_set("end", "", own).decode()
     except RuntimeError:
-        # Without torchrun the store goes with process 0, which has spoken if all were stopped by a signal.
-        return own if rank() == 1 and not patience else ""
+        # Without torchrun the store goes with process 0.
+        return own if rank() == 1 else ""
 
 
 def rank() -> int:

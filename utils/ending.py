@@ -3,8 +3,8 @@
 1. A user's mistake, memory that ran out, a full disk or a process that was killed is one line and exit status 2; any
    other error is a defect of this code, and shows its traceback.
 2. Ctrl-C and SIGTERM end the run with one line that says what is saved, and status 130 or 143. The main process saves;
-   the others work on meanwhile, since its last step may need them. A second signal ends it at once.
-3. Of several processes the first to end speaks. The others, when a collective breaks or torchrun sends them SIGTERM,
+   the others work on meanwhile, since its last step may need them. A second Ctrl-C ends it at once (torchrun apart).
+3. Of several processes the first to fail speaks. The others, when a collective breaks or torchrun sends them SIGTERM,
    find in the processes' store that it has spoken, and end quietly with its status.
 4. A log or a checkpoint that cannot be written is a warning, and the run goes on; a result is printed instead.
 5. Where nobody reads the output any more (| head), the run goes on without it.
@@ -30,7 +30,7 @@ from .distributed import any_process, barrier, first_end, is_main, rank
 from .provenance import check_same
 from .storage import RunLock, load_checked, save_checked
 
-# Seconds that the other processes give the main one to save: torchrun kills all 30 s after its signal.
+# Seconds that the other processes give the main one to end a step: torchrun kills all 30 s after its signal.
 PATIENCE = 10
 WORKER_LOST = ("a data loading process was killed or is stuck, most often because memory or shared memory (/dev/shm) "
                "ran out; use fewer --workers")
@@ -52,6 +52,7 @@ class Ending:
         self.unsaved: dict[Path, str] = {}  # files that could not be written, and why
         self.signal = 0  # the one that stops the run
         self.in_step = False  # a signal waits; after an error in a step, nothing whole can be saved
+        self.begun = False  # a signal comes too late
         self.handlers: dict = {}  # of signals, before the run
         self.process = os.getpid()
 
@@ -81,6 +82,7 @@ def exit_with_one_line_errors(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         silence(sys.stdout)
     except (Exception, KeyboardInterrupt) as error:
+        ending.begun = True
         end(error)
         raise
     finally:
@@ -99,11 +101,14 @@ def stop(number: int, frame: object) -> None:
         if number == signal.SIGTERM:
             os._exit(128 + number)
         return
-    ending.signal = number
+    ending.signal = ending.signal or number
+    if ending.begun:
+        return
     ending.handle(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises when workers end
     for each in (signal.SIGINT, signal.SIGTERM):
-        ending.handle(each, signal.SIG_DFL)
-    if rank() > 0:
+        # torchrun passes on a signal that its processes may have got already.
+        ending.handle(each, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL)
+    if rank() > 0 and not first_end():
         ending.handle(signal.SIGALRM, signal.default_int_handler)
         signal.alarm(PATIENCE)
     elif not ending.in_step:
@@ -116,16 +121,15 @@ def uninterrupted() -> Iterator[None]:
     ending.in_step = True
     yield
     ending.in_step = False
-    if ending.signal and rank() == 0:
+    if ending.signal and (rank() == 0 or first_end()):
         raise KeyboardInterrupt
 
 
 def end(error: BaseException) -> None:
     """Ends this process because of an error or a signal. Returns where the error is a defect and came first."""
-    number, patience = ending.signal, signal.alarm(0)
+    signal.alarm(0)
     ending.handle(signal.SIGCHLD, signal.SIG_DFL)
-    if not number and WORKER_STOPPED.match(str(error)):
-        number, patience = signal.SIGTERM, PATIENCE
+    number = ending.signal or (signal.SIGTERM if WORKER_STOPPED.match(str(error)) else 0)
     if number:
         if rank() == 0 and ending.save and not ending.in_step and not first_end():
             ending.save()
@@ -135,15 +139,13 @@ def end(error: BaseException) -> None:
         status, line = 2, f"error: {line}"
     else:
         status, line = 1, f"{type(error).__name__}: {error}"
-    # torchrun sends one to the others as soon as one process has ended.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        ending.handle(each, signal.SIG_IGN)
     for child in multiprocessing.active_children():
         # One may be stuck: leaving in order would wait for it.
         child.kill()
         child.join(1)
     own = f"{rank()} {status} {line}"
-    first = first_end(own, patience if rank() > 0 else 0)
+    # Where a signal has ended another process than the main one, that one speaks.
+    first = first_end("" if number and rank() > 0 else own)
     _, status, line = (first or own).split(" ", 2)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun's report shows it.
@@ -180,8 +182,6 @@ def one_line(error: BaseException) -> str | None:
         return f"{error.filename or 'a file'}: {error.strerror}; correct this and start again"
     if text.startswith("DataLoader worker"):
         return WORKER_LOST
-    if "PytorchStreamWriter" in text:
-        return f"a file could not be written ({text[:150]}); make room and start again"
     if dist.is_initialized() and NO_PROCESS.search(text):
         return (f"another process of this run has ended or is stuck ({text[:150]}); what it said, or the system's log, "
                 f"says why; {ending.saved}")

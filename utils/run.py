@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -230,9 +231,10 @@ class Progress:
         self.last, self.next_share = now, share + 0.1
         rate = self.done / max(elapsed, 1e-9)
         text = (f"{self.label}: {self.done}/{self.total} {self.unit} ({rate:.1f}/s), "
-                f"{clock(elapsed)} elapsed, {clock((self.total - self.done) / rate)} left")
-        ending = "\n" if share >= 1 or not self.terminal else ""
-        say(("\r\033[K" if self.terminal else "") + text, sys.stderr, ending)
+                f"{timedelta(seconds=int(elapsed))} elapsed, "
+                f"{timedelta(seconds=int((self.total - self.done) / rate))} left")
+        end = "\n" if share >= 1 or not self.terminal else ""
+        say(("\r\033[K" if self.terminal else "") + text, sys.stderr, end)
 
 
 def log_waiting(batches: Iterable, what: str, log: Callable[[str], None]) -> Iterator:
@@ -249,9 +251,3 @@ def log_waiting(batches: Iterable, what: str, log: Callable[[str], None]) -> Ite
         torch.cuda.synchronize()
     total = time.monotonic() - start
     log(f"{what}: {total:.1f} s, {waited:.1f} s of it waiting for images to be decoded, the rest for the encoder")
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
