@@ -243,8 +243,10 @@ def received(loader: DataLoader) -> Iterator:
             if isinstance(item, UserError):
                 raise item
             yield item
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader") or WORKER_STOPPED.match(str(error)):
+    except (RuntimeError, ConnectionError) as error:
+        # The connection breaks where a worker is killed while it sends.
+        lost = isinstance(error, ConnectionError) or str(error).startswith("DataLoader")
+        if not lost or WORKER_STOPPED.match(str(error)):
             raise
         raise UserError(WORKER_LOST) from None
 
