@@ -81,7 +81,7 @@ def grid_patches(image: Image.Image, size: int = 224) -> torch.Tensor:
 
 
 def shown_patch(path: str, position: int) -> Image.Image:
-    """A grid patch, 112 x 112: finer than what the encoder got, where the file is."""
+    """A grid patch at twice the grid's resolution, 112 x 112."""
     return central(load_rgb(path), 2).crop([2 * side for side in GRID_BOXES[position]])
 
 
