@@ -110,7 +110,8 @@ def test_options_that_this_mode_does_not_read(launch, script, words, options, mo
 
 @pytest.mark.parametrize(("words", "named"), [
     (["--data-path", ""], "argument --data-path: ''"), (["--weights="], "argument : '--weights='"),
-    (["--name", "x" * 300], "argument --name: 'xxx"), (["--output-dir", "a/" + "x" * 201], "argument --output-dir: "),
+    (["--name", "x" * 300], "argument --name: 'xxx"), (["--name", "\u00e4" * 101], "argument --name: '\\xe4"),
+    (["--output-dir", "a/" + "x" * 201], "argument --output-dir: "),
     (["--name", "\udcff"], "argument --name: '\\udcff'")])
 def test_words_that_no_file_can_have_as_a_name(launch, words, named):
     err = launch(parse("retrieval"), words, status=2)[1]

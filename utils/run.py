@@ -36,7 +36,8 @@ class OneLineParser(argparse.ArgumentParser):
         UserError where a list holds a value twice."""
         words = sys.argv[1:] if words is None else words
         for option, word in zip(["", *words], words, strict=False):
-            name, longest = os.fsencode(word), max(map(len, re.sub(".*://.*", "", word).split("/")))
+            name = os.fsencode(word)
+            longest = max(map(len, re.sub(b".*://.*", b"", name).split(b"/")))
             if re.fullmatch(r"(--[\w-]+=)?", word) or longest > 200 or "\ufffd" in name.decode(errors="replace"):
                 self.error(f"argument {option}: {ascii(word[:40])} is empty, longer than file names are, or not UTF-8")
         args = super().parse_args(words, namespace)
