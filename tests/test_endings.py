@@ -234,6 +234,18 @@ def test_a_signal_to_one_of_the_others_ends_the_run_with_one_line_of_the_main_pr
     assert status == 2 and len(lines) == 1 and "another process of this run has ended" in lines[0]
 
 
+def test_the_other_processes_end_soon_after_the_main_one_though_they_meet_in_no_collective(tmp_path):
+    body = "from utils import ending\nending.PATIENCE = 45\nprint('ready', flush=True)\ntime.sleep(50)"
+    main, other = start(write_script(tmp_path, body), [], 2)
+    for process in (main, other):
+        wait_for(process, "ready")
+    started = time.monotonic()
+    for process in (other, main):
+        os.kill(process.pid, signal.SIGTERM)
+    assert outcome(main) == (143, ["stopped by SIGTERM: nothing is saved yet; start again"])
+    assert outcome(other) == (143, []) and time.monotonic() - started < 30
+
+
 def test_nothing_of_a_run_is_left_for_the_next(capsys):
     def fails():
         ending.save, ending.saved, ending.in_step, ending.unsaved[ROOT] = fails, "much", True, "full"

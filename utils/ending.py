@@ -52,6 +52,7 @@ class Ending:
         self.unsaved: dict[Path, str] = {}  # files that could not be written, and why
         self.signal = 0  # the one that stops the run
         self.in_step = False  # a signal waits; after an error in a step, nothing whole can be saved
+        self.deadline = 0.0  # of the main process, where another waits for it
         self.begun = False  # a signal comes too late
         self.handlers: dict = {}  # of signals, before the run
         self.process = os.getpid()
@@ -95,7 +96,7 @@ def exit_with_one_line_errors(main: Callable[[], None]) -> None:
 
 
 def stop(number: int, frame: object) -> None:
-    """The handler of SIGINT and SIGTERM."""
+    """The handler of SIGINT and SIGTERM; the main process stops, the others when it has, or when it is overdue."""
     if os.getpid() != ending.process:
         # A forked worker, which the run itself will end.
         if number == signal.SIGTERM:
@@ -108,10 +109,12 @@ def stop(number: int, frame: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         # torchrun passes on a signal that its processes may have got already.
         ending.handle(each, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL)
-    if rank() > 0 and not first_end():
-        ending.handle(signal.SIGALRM, signal.default_int_handler)
-        signal.alarm(PATIENCE)
-    elif not ending.in_step:
+    ending.deadline = ending.deadline or time.monotonic() + PATIENCE
+    if rank() > 0 and not first_end() and time.monotonic() < ending.deadline:
+        # Looks again in a second.
+        ending.handle(signal.SIGALRM, stop)
+        signal.alarm(1)
+    elif rank() > 0 or not ending.in_step:
         raise KeyboardInterrupt
 
 
@@ -121,7 +124,7 @@ def uninterrupted() -> Iterator[None]:
     ending.in_step = True
     yield
     ending.in_step = False
-    if ending.signal and (rank() == 0 or first_end()):
+    if ending.signal and rank() == 0:
         raise KeyboardInterrupt
 
 
