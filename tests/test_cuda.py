@@ -197,6 +197,12 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     with FakeTensorMode():
+        try:
+            images = torch.empty(1, 1, 4, 4, device="cuda")
+            torch.nn.functional.conv2d(images, images)
+            torch.nn.functional.scaled_dot_product_attention(images, images, images)
+        except RuntimeError:
+            pytest.skip("for tensors without data this torch (seen: 2.6) asks a CUDA driver, and there is none")
         yield torch.device("cuda", 0)
 
 
