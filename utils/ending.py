@@ -186,8 +186,9 @@ def one_line(error: BaseException) -> str | None:
     if text.startswith("DataLoader worker"):
         return WORKER_LOST
     if dist.is_initialized() and NO_PROCESS.search(text):
-        return (f"another process of this run has ended or is stuck ({text[:150]}); what it said, or the system's log, "
-                f"says why; {ending.saved}")
+        reason = re.sub(r"^\[\S+\] ", "", text).split(". ")[0]  # without gloo's place in its source, and advice
+        return (f"another process of this run has ended or is stuck ({reason[:150]}); what it said, or the system's "
+                f"log, says why; {ending.saved}")
     return None
 
 
