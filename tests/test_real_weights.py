@@ -24,6 +24,13 @@ def words(output, weights):
             "--output-dir", output, "--device", "cpu", "--precision", "bf16", "--workers", 0]
 
 
+def on_synthetic(given):
+    """The same command line on synthetic images, which lie in no folder."""
+    at = given.index("--dataset")
+    assert given[at + 2] == "--data-path"
+    return [*given[:at], "--dataset", "synthetic", *given[at + 4:]]
+
+
 def results(output):
     return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
 
@@ -58,9 +65,8 @@ def test_segmentation_by_neighbours_and_keypoint_transfer(launch, tmp_path):
     small = ["--probe", "knn", "--memory-size", 4000, "--passes", 1]
     for weights in (WEIGHTS, "random"):
         given = words(tmp_path, weights)
-        given[given.index("cub")] = "synthetic"
-        launch(segment.main, [*given, *small])
-        given[given.index("synthetic")] = "cub-pairs"
+        launch(segment.main, [*on_synthetic(given), *small])
+        given[given.index("cub")] = "cub-pairs"
         launch(retrieval.main, [*given, "--num-pairs", 300, "--layers", 7])
     trained, transfer, untrained, no_transfer = results(tmp_path)
     assert trained["mIoU"] > 14 > 7 > untrained["mIoU"]
@@ -73,8 +79,6 @@ def test_segmentation_by_neighbours_and_keypoint_transfer(launch, tmp_path):
 def test_linear_segmentation(launch, tmp_path):
     """21.2 and 2.6 were measured with independent code."""
     for weights in (WEIGHTS, "random"):
-        given = words(tmp_path, weights)
-        given[given.index("cub")] = "synthetic"
-        launch(segment.main, [*given, "--iterations", 300])
+        launch(segment.main, [*on_synthetic(words(tmp_path, weights)), "--iterations", 300])
     trained, untrained = results(tmp_path)
     assert trained["mIoU"] == pytest.approx(21.2, abs=0.5) and untrained["mIoU"] == pytest.approx(2.6, abs=0.5)
