@@ -116,6 +116,11 @@ assert not any(name.startswith(("models", "utils")) for name in sys.modules)
 """
 
 
+without_data = pytest.mark.skipif(torch.__version__.startswith("2.6."),
+                                  reason="CUDA tensors without data abort torch 2.6")
+
+
+@without_data
 def test_the_head_copies_out_alone(tmp_path):
     """segmentation_head.py in an empty folder computes its loss, and on CUDA tensors does not miss the kernel."""
     shutil.copy(segmentation_head.__file__, tmp_path)
@@ -124,6 +129,7 @@ def test_the_head_copies_out_alone(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
+@without_data
 @pytest.mark.parametrize("usable", [True, False])
 def test_cuda_logits_go_to_the_kernel_where_it_can_be_used(monkeypatch, usable):
     monkeypatch.setattr(fused_cross_entropy, "can_fuse", lambda logits, label: usable)
