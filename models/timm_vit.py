@@ -14,6 +14,8 @@ import timm
 import torch
 import torch.nn as nn
 
+from utils import UserError
+
 from .checkpoints import find_state
 from .encoder import CheckpointError, Encoder, drop_keys, load_exactly
 
@@ -42,12 +44,16 @@ class TimmEncoder(Encoder):
         self.native_size = self.size = tuple(vit.patch_embed.img_size)
 
     def fit(self, images: torch.Tensor) -> None:
-        """Prepares the model for these images: weights in autocast's type, and the size, where it has one at a time."""
+        """Prepares the model for these images: weights in autocast's type, and the size, where it has one at a time.
+        Raises UserError where an older timm cannot change it."""
         size = tuple(images.shape[-2:])
         self.grid(images)  # raises ValueError
         self.cast_weights(images.device)
         if self.dynamic or size == self.size:
             return
+        if not hasattr(self.vit, "set_input_size"):
+            raise UserError(f"timm {timm.__version__} gives this model one input size, {self.native_size}; "
+                            "update timm, or use that size")
         with torch.inference_mode(False), torch.no_grad():
             # From the native tables each time: resampling a resampled table would lose more with every size.
             self.vit.set_input_size(img_size=self.native_size)

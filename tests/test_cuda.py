@@ -353,6 +353,8 @@ def test_sizes_and_precisions_in_turn(monkeypatch, model):
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2))
     fresh = golden("beit") if model == "beit" else build_model(model, "random")
     if model != "beit":
+        if not hasattr(fresh.vit, "set_input_size"):
+            pytest.skip(f"timm {timm.__version__} gives a Beit one input size")
         for block in fresh.vit.blocks:
             torch.nn.init.normal_(block.attn.relative_position_bias_table)  # timm's are 0
         fresh = TimmEncoder(fresh.vit)

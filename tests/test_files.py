@@ -38,8 +38,11 @@ def refused(words, function, *arguments):
 def test_a_16_bit_picture_is_scaled_to_8_bits(tmp_path):
     """v * 257 is the 16-bit form of the 8-bit value v, of black to white."""
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    for name in ("grey.png", "grey.tif", "grey.pgm"):
+    for name in ("grey.png", "grey.tif"):
         Image.fromarray(grey * 257).save(tmp_path / name)
+    # Pillow 10.1 reads this form and does not write it.
+    (tmp_path / "grey.pgm").write_bytes(b"P5 16 16 65535\n" + (grey * 257).astype(">u2").tobytes())
+    for name in ("grey.png", "grey.tif", "grey.pgm"):
         assert (np.asarray(read_rgb(tmp_path / name)) == grey[..., None]).all()
         assert (read_image(tmp_path / name) == grey[..., None]).all()
 

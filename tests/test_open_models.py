@@ -45,6 +45,8 @@ def test_families_of_timm(name, cls_from):
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
     encoder = build_model(f"timm/{name}", "random")
+    if not encoder.dynamic and not hasattr(encoder.vit, "set_input_size"):
+        pytest.skip(f"timm {timm.__version__} gives {name} one input size")
     patch = encoder.patch_size
     references = {size: timm_at(name, encoder, size) for size in ((6 * patch, 6 * patch), (4 * patch, 7 * patch))}
     # Twice: the second time a model of one input size at a time has been at another.
@@ -75,7 +77,7 @@ def test_families_of_timm(name, cls_from):
     ("mea", "did you mean mae?"),
 ])
 def test_refused_with_the_true_reason(name, reason):
-    if reason[:2] == "a " and not timm.is_model(name.removeprefix("timm/")):
+    if reason.startswith(("a ", "lists")) and not timm.is_model(name.removeprefix("timm/")):
         pytest.skip(f"timm {timm.__version__} has no {name}")
     with pytest.raises(CheckpointError, match=reason):
         build_model(name, "random")
