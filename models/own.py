@@ -36,6 +36,8 @@ class OwnEncoder(Encoder):
         self.position_embedding = None
         self.eval().requires_grad_(False)
         patch = getattr(network, "patch_size", None)
+        if not isinstance(patch, int | None):
+            raise CheckpointError(f"its patch_size is {patch!r}; it must be one whole number, the side of a patch")
         side = 14 * patch if patch and 224 % patch else 224
         tokens = network(torch.zeros(1, 3, side, side))
         shape, prefix = tuple(getattr(tokens, "shape", ())), int(self.cls_from == "class token")

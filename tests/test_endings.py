@@ -555,3 +555,16 @@ def test_two_processes_stop_at_a_signal_and_resume_to_the_same_bits(lip, tmp_pat
     assert [outcome(process) for process in (*whole, *again)] == [(0, [])] * 4
     heads = [torch.load(tmp_path / side / "ibot_lip_segment.pt", weights_only=True)["head"] for side in ("whole", "2")]
     assert all(torch.equal(value, heads[1][key]) for key, value in heads[0].items())
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
+def test_a_mistake_in_torchruns_command_line_is_said_once(monkeypatch, capsys, tmp_path, rank, lines):
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x",
+                        "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["classify.py", "--epochs", "nan"])
+    with pytest.raises(SystemExit) as stop:
+        exit_with_one_line_errors(classify.main)
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == lines
+    assert "--epochs" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]

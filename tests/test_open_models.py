@@ -178,6 +178,11 @@ def in_half(weights):
 
 def wrong_shape(weights):
     return torch.nn.Flatten()
+
+def two_sides(weights):
+    network = Patches()
+    network.patch_size = (8, 8)
+    return network
 '''
 
 
@@ -209,6 +214,7 @@ def test_own_network_with_and_without_class_token(own):
 @pytest.mark.parametrize(("function", "message"), [
     ("no_module", "returned a int, not an nn.Module"), ("raises", "RuntimeError: cannot find random"),
     ("wrong_shape", "its forward gives"), ("absent", "has no attribute 'absent'"), ("leaves", "SystemExit: 3"),
+    ("two_sides", r"its patch_size is \(8, 8\); it must be one whole number"),
 ])
 def test_own_network_gone_wrong_is_one_line(own, function, message):
     with pytest.raises(CheckpointError, match=message):
