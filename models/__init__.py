@@ -154,8 +154,8 @@ def compile_blocks(encoder: Encoder, size: int, precision: str, log: Callable[[s
     except Exception as error:  # of the compiler, or of a C++ compiler that is not there
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise UserError(f"--compile: {reason}; leave --compile out") from error
-    log(f"--compile: the first call took {first:.1f} s, what long runs gain from; 8 images of {size} x {size} took "
-        f"{1000 * eager:.1f} ms before and take {1000 * seconds():.1f} ms now")
+    log(f"--compile: the first call took {first:.1f} s; a batch of 8 images of {size} x {size} took "
+        f"{1000 * eager:.1f} ms before and takes {1000 * seconds():.1f} ms now")
 
 
 def _from_file(name: str, method, path: Path, num_heads: int | None, weights_key: str | None,

@@ -5,6 +5,7 @@ layer-normalised, as attentive heads use them, class tokens as the encoder gives
 """
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,8 @@ from .own import OwnEncoder
 from .probes import normalise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of the folder of a kept cache: the beginning of its fingerprint's digest, and what it holds.
+CACHE_NAME = re.compile("[0-9a-f]{20}-(tokens|cls)")
 
 
 class Batch(NamedTuple):
@@ -276,6 +279,9 @@ def start_files(path: Path, full: dict[str, tuple], log: Callable[[str], None]) 
     half-written caches that no run writes any more. Raises OSError."""
     partial = partial_path(path)
     for other in {*path.parent.glob("*.partial")} - {partial}:
+        # A folder of the user's stays.
+        if not CACHE_NAME.fullmatch(other.stem):
+            continue
         with suppress(UserError):
             others = RunLock(other.with_suffix(""))
             shutil.rmtree(other, ignore_errors=True)

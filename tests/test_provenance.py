@@ -22,7 +22,7 @@ import retrieval
 from datasets.classification import open_classification
 from models import build_model
 from models.attention.__main__ import main as attention
-from models.features import encode_features, encoder_identity
+from models.features import encode_features, encoder_identity, start_files
 from utils import UserError, storage
 from utils.ending import Checkpoint
 from utils.provenance import check_same, digest
@@ -331,3 +331,12 @@ def test_processes_agree_on_a_damaged_cache_and_on_refusals(launch, folder, tmp_
     head = tmp_path / "ibot_folder_attentive_head.pth"
     _, err = launch(classify.main, [*words, "--evaluate", head, "--num-heads", 6], processes=2, status=2)
     assert "error: --evaluate: the number of heads was 3 when" in err
+
+
+def test_a_new_cache_removes_half_written_ones_and_no_folder_of_the_user(tmp_path):
+    left, own = tmp_path / f"{'a' * 20}-tokens.partial", tmp_path / "download.partial"
+    for folder in (left, own):
+        folder.mkdir()
+        (folder / "file").write_text("x")
+    start_files(tmp_path / f"{'b' * 20}-cls", {"cls": ((2, 3), torch.float32)}, print)
+    assert not left.exists() and (own / "file").read_text() == "x"
