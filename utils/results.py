@@ -1,22 +1,76 @@
-"""results.jsonl, a line for each finished run: written and read. utils.tables makes tables of it."""
+"""results.jsonl, a line for each finished run, and what must be equal where a run goes on or a head is used again."""
 
+import hashlib
 import json
 import os
 import re
+import secrets
+import subprocess
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
+from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
 from pathlib import Path
+
+import torch
 
 from . import UserError
 from .distributed import is_main, world_size
-from .ending import ending
-from .provenance import NAME_ENCODER, NO_EFFECT, this_run
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
+# Arguments of all scripts that no figure depends on: where things lie, what is written, where it runs. A run may be
+# resumed with others (what lies in a data set is compared apart), and tables do not mark them.
+NO_EFFECT = frozenset((
+    "annotations", "cache", "changed", "checkpoint_every", "columns", "compile", "data_path", "device", "eval_every",
+    "figure6", "format", "images", "name", "output_dir", "pictures", "plot_format", "query", "resume", "save_features",
+    "save_pictures", "save_plots", "table", "top", "workers"))
+# Arguments that name an encoder; its signature is compared in their place.
+NAME_ENCODER = frozenset(("weights", "weights_key", "num_heads"))
 
 
-def run_slug(name: str) -> str:
-    """A run's name as the beginning of file names: timm/vit_tiny -> timm-vit_tiny."""
-    return re.sub(r"[^\w.+-]+", "-", name)
+@cache
+def this_run() -> dict:
+    """What every results line says of its run: id, date and time of its start (UTC), revision, versions of packages."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {"run": secrets.token_hex(6), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "revision": revision(), "versions": versions}
+
+
+def revision() -> str:
+    """The commit of this code, with "+changes" where the files differ from it; "unknown" outside a checkout."""
+    def git(*words):
+        return subprocess.run(("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def digest(*values: object) -> str:
+    """SHA-256, in hexadecimal digits, of tensors (type, shape, content), plain values, and mappings and sequences of
+    them."""
+    found = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, Mapping | list | tuple):
+            found.update(f"{type(value).__name__} {len(value)}".encode())
+            for one in value.items() if isinstance(value, Mapping) else value:
+                add(one)
+        else:
+            found.update(f"{value!r}\0".encode())
+
+    add(values)
+    return found.hexdigest()
 
 
 def args_to_json(args: Namespace) -> dict:
@@ -29,18 +83,40 @@ def settings_of(args: Namespace) -> dict:
     return {name: value for name, value in args_to_json(args).items() if name not in NO_EFFECT | NAME_ENCODER}
 
 
+def equal(one: object, other: object) -> bool:
+    """Whether two settings are the same; tensors (signatures of encoders) within rounding."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and bool((one - other).abs().max() <= 1e-3 * other.abs().max())
+    return type(one) is type(other) and one == other
+
+
+def check_same(path: Path, saved: Mapping, current: Mapping, option: str = "--resume",
+               mend: str = "give the same arguments and data, or start without --resume") -> None:
+    """Raises UserError that names all that differs between what made the file at path (saved) and what is to use it
+    (current): values by their names in words. option: what named the file; mend: what the user can do."""
+    differences = []
+    for name in {**saved, **current}:
+        was, now = saved.get(name), current.get(name)
+        if not equal(was, now):
+            short = len(f"{was}{now}") < 120 and not isinstance(was, torch.Tensor)
+            differences.append(f"{name} was {was} when {path} was written and is {now} now" if short else
+                               f"{name} differs from when {path} was written")
+    if differences:
+        raise UserError(f"{option}: {'; '.join(differences)}; {mend}")
+
+
 def start_line(task: str, args: Namespace, encoder: object) -> dict:
-    """The first keys of a results line; encoder has weights, sha256 and cls_from."""
+    """The first keys of a results line; encoder has weights, sha256, cls_from and signature (models.load_encoder)."""
     return {"task": task, "name": args.name, "model": args.model, "weights": encoder.weights, "sha256": encoder.sha256,
-            "cls_from": encoder.cls_from, "dataset": args.dataset, "world_size": world_size(),
-            "precision": args.precision, "seed": args.seed, "args": args_to_json(args)}
+            "signature": [round(value, 4) for value in encoder.signature[:8].tolist()], "cls_from": encoder.cls_from,
+            "dataset": args.dataset, "world_size": world_size(), "precision": args.precision, "seed": args.seed,
+            "args": args_to_json(args)}
 
 
 def append_result(folder: Path, *results: dict) -> None:
-    """Appends the results and what run they are of to results.jsonl, from the main process, in one write: runs may
-    share a folder. Raises UserError, on all processes, where a figure is not finite and, having printed the lines,
-    where a file of the run could not be written."""
-    path, text = folder / "results.jsonl", ""
+    """Appends the results, and what run they are of, to results.jsonl, from the main process, in one write: runs may
+    share a folder. Raises UserError, on all processes, where a figure is not finite."""
+    text = ""
     for result in results:
         for name, value in result.items():
             try:
@@ -48,64 +124,40 @@ def append_result(folder: Path, *results: dict) -> None:
             except ValueError:
                 raise UserError(f"{name} of the result is not finite; no line is written") from None
         text += json.dumps(result | this_run()) + "\n"
-    if not is_main():
-        return
-    problem = next(iter(ending.unsaved.values()), "")
-    try:
-        if not problem:
-            append_text(path, text)
-    except OSError as error:
-        problem = f"{path} could not be written ({error.strerror})"
-    if problem:
-        print(text, end="", flush=True)
-        raise UserError(f"{problem}; the result is what standard output ends in: append it to {path}")
-
-
-def append_text(path: Path, text: str) -> None:
-    """Appends whole lines in one write, on a new line where a run that was killed left half of one."""
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            text = text if file.read(1) == b"\n" else "\n" + text
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    if is_main():
+        with open(folder / "results.jsonl", "a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def is_finished(folder: Path, probe: str, line: dict) -> bool:
-    """Whether results.jsonl has the line of a run's probe. line: its start, with "made_with", a digest of all that its
-    figures depend on."""
+    """Whether results.jsonl has the line of a run's probe. line: its start, with "made_with", a digest of all settings
+    and data that its figures depend on."""
     same = {"probe": probe, **{key: line[key] for key in ("task", "name", "made_with")}}
-    with suppress(UserError):
-        return any(result | same == result for result in read_results(folder)[0])
-    return False
+    if not (folder / "results.jsonl").is_file():
+        return False
+    return any(result | same == result and equal(*(torch.tensor(one["signature"]) for one in (result, line)))
+               for result in read_results(folder, line["task"]))
 
 
-def read_results(folder: Path, needed: Iterable[str] = (), task: str | None = None) -> tuple[list[dict], list[str]]:
-    """The results lines of a folder, or of one task, oldest first, and a note on each line that is none. A line of an
-    older version may lack keys, but all that are returned have strings at task, dataset and model, and those of the
-    task its needed keys. Raises UserError where there is no result."""
-    path, results, notes = folder / "results.jsonl", [], []
+def read_results(folder: Path, task: str | None = None) -> list[dict]:
+    """The results lines of a folder, or of one task, oldest first. Raises UserError where there is no file, and at a
+    line that is not JSON."""
+    path, results = folder / "results.jsonl", []
     if not path.is_file():
         raise UserError(f"{path} does not exist; name the folder of a finished run, or run without --table first")
-    for number, line in enumerate(path.read_bytes().decode(errors="replace").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            result = json.loads(line)
-            result["model"] = result.get("model", result.get("name"))
-            missing = [key for key in ("task", "dataset", "model") if not isinstance(result.get(key), str)]
-            missing += [key for key in needed if result.get("task") == task and key not in result]
-            reason = ", ".join(f"no {key}" for key in missing)
-        except (ValueError, RecursionError, TypeError, AttributeError):
-            reason = "not whole JSON"
-        if not reason:
-            results.append(result)
-        elif line.strip():
-            notes.append(f"{path}, line {number}, is not a results line ({reason}); left out")
-    if not results:
-        raise UserError(notes[0] if notes else f"{path} is empty; run without --table first")
-    if len(notes) > 20:
-        notes[20:] = [f"{len(notes) - 20} more such lines"]
-    return [result for result in results if task in (None, result["task"])], notes
+            results.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}, line {number}, is not whole; remove it") from None
+    return [result for result in results if task in (None, result["task"])]
+
+
+def run_slug(name: str) -> str:
+    """A run's name as the beginning of file names: timm/vit_tiny -> timm-vit_tiny."""
+    return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def caveats(result: dict) -> str:
@@ -121,4 +173,4 @@ def with_marks(name: str, marks: str, separator: str = " ") -> str:
 
 def run_title(result: dict) -> str:
     """Model, data set and caveats of a result: "ibot on synthetic (random weights, synthetic data)"."""
-    return with_marks(f"{result.get('name', result['model'])} on {result['dataset']}", caveats(result))
+    return with_marks(f"{result['name']} on {result['dataset']}", caveats(result))

@@ -1,8 +1,7 @@
-"""What a run of any script needs: its command line, device, log and progress."""
+"""What a run of any script needs: its command line, device, log, progress, and how it ends."""
 
 import argparse
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,14 +10,54 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from . import UserError
-from .distributed import environment, init_processes, is_main, world_size
-from .ending import ending, say
+from .distributed import init_processes, is_main, local_world_size, rank, world_size
 from .formats import STYLES
-from .provenance import this_run
-from .results import args_to_json
-from .storage import sweep
+from .results import args_to_json, this_run
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a script's main. A mistake of the user's, a file that cannot be used and memory that ran out are one line
+    and exit status 2, Ctrl-C is one line and 130; anything else is a defect and shows its traceback."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+    with suppress(AttributeError):  # where standard output is no stream of the system's
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    try:
+        record(main)()  # torchrun's report shows the error
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        leave("stopped by Ctrl-C; --resume goes on from the last checkpoint", 130)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in text and "memory" in text:
+            leave(f"error: memory ran out ({text[:150]}): use a smaller --batch-size, fewer --workers", 2)
+        if isinstance(error, UserError):
+            leave(f"error: {text}", 2)
+        if isinstance(error, OSError) and error.filename:
+            leave(f"error: {error.filename}: {error.strerror}; correct this and start again", 2)
+        wait_for_first()
+        raise
+
+
+def leave(line: str, status: int) -> None:
+    """Ends the process with a line on standard error."""
+    wait_for_first()
+    print(line, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        # In order it would wait for processes that wait in a collective for this one.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def wait_for_first() -> None:
+    """Another process than the first waits: if the first has failed too, torchrun ends this one meanwhile, and one line
+    is printed, not one a process."""
+    if rank() > 0 or int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(3)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -31,20 +70,8 @@ class OneLineParser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, words: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """As argparse's, and as `changed` the names of those that differ from their default, which tables mark. Empty
-        words, as of a shell variable that is not set, and those that no file can be named after are errors. Raises
-        UserError where a list holds a value twice."""
-        words = sys.argv[1:] if words is None else words
-        for option, word in zip(["", *words], words, strict=False):
-            name = os.fsencode(word)
-            longest = max(map(len, re.sub(b".*://.*", b"", name).split(b"/")))
-            if re.fullmatch(r"(--[\w-]+=)?", word) or longest > 200 or "\ufffd" in name.decode(errors="replace"):
-                self.error(f"argument {option}: {ascii(word[:40])} is empty, longer than file names are, or not UTF-8")
+        """As argparse's, and as `changed` the names of those that differ from their default, which tables mark."""
         args = super().parse_args(words, namespace)
-        for action in self._actions:
-            values = vars(args).get(action.dest) if action.nargs == "+" else None
-            if values and len(set(values)) < len(values):
-                raise UserError(f"{action.option_strings[0]} {' '.join(map(str, values))}: the values must differ")
         args.changed = [name for name, value in vars(args).items() if value != self.get_default(name)]
         return args
 
@@ -77,8 +104,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
     group.add_argument("--output-dir", type=Path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
     group.add_argument("--batch-size", type=positive_int, default=batch_size,
                        help=f"over all processes together (default: {batch_size or 'the published one'})")
-    cores = len(os.sched_getaffinity(0)) // environment("LOCAL_WORLD_SIZE", 1, 1)
-    group.add_argument("--workers", type=worker_count, default=max(1, min(256, cores)),
+    group.add_argument("--workers", type=non_negative_int,
+                       default=max(1, len(os.sched_getaffinity(0)) // local_world_size()),
                        help="data loading processes per process (default: its share of the cores, here %(default)s)")
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"),
                        help="of the encoder (default: bf16 on CUDA, fp32 on CPU)")
@@ -86,7 +113,6 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: Sequence[str],
                        help="torch.compile the encoder's blocks: seconds to minutes at the start, for long runs")
     group.add_argument("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-    group.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     group.add_argument("--table", action="store_true",
                        help="no run: print the results in --output-dir beside the paper's numbers (python -m "
                             "utils.tables: of all tasks)")
@@ -101,8 +127,6 @@ def add_patch_arguments(parser: argparse.ArgumentParser, files: str) -> None:
     group.add_argument("--crop-scale", type=positive_float, default=0.5,
                        help="side of a part patch / distance to the next keypoint (default: 0.5, the authors' code; "
                             "the paper's text: 1.0)")
-    group.add_argument("--skip-bad-images", action="store_true",
-                       help="leave out images that cannot be decoded, and count them, instead of stopping")
     group.add_argument("--keypoints", nargs="+", metavar="K",
                        help="numbers from 1 or names, or all (default: the paper's; of --dataset keypoints all)")
     group.add_argument("--annotations", type=Path, nargs="+", metavar="FILE",
@@ -112,7 +136,7 @@ def add_patch_arguments(parser: argparse.ArgumentParser, files: str) -> None:
                        help="of these alone; several are pooled and must have the same keypoints (default: all)")
 
 
-def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
     """The argparse type of an int or a float from low to high."""
     def parse(text: str) -> float:
         with suppress(ValueError, OverflowError):
@@ -127,31 +151,39 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float
 positive_int, non_negative_int = number(int, 1), number(int, 0)
 # What float32 holds with room to multiply.
 positive_float, non_negative_float = number(float, 1e-30, 1e30), number(float, 0, 1e30)
-# More threads or processes do not start on common systems.
-worker_count = number(int, 0, 256)
 # Seeds are multiplied by up to a million on the way to a generator of 64 bits.
 seed_number = number(int, 0, 2**32 - 1)
 
 
 def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     """Starts a run: joins the processes, chooses device, precision and name (kept in args), makes the output folder,
-    and logs run, revision, versions, processes and arguments. Raises UserError."""
-    device = init_processes(args.device)
-    args.precision, args.name = args.precision or default_precision(device), args.name or args.model
-    if vars(args).get("cache") == "gpu" and device.type == "cpu":
-        raise UserError("--cache gpu: this run has no GPU; use --cache cpu or disk")
+    and logs run, revision, versions, processes and arguments. Raises UserError and OSError."""
+    args.name = args.name or args.model
+    if not args.name.isprintable():
+        raise UserError(f"--name {args.name!r}: use characters that can be printed, on one line")
     if args.dataset != "keypoints" and any(vars(args).get(name) for name in ("annotations", "images", "category")):
         raise UserError(f"--annotations, --images and --category are for --dataset keypoints, not for {args.dataset}")
     if args.data_path and args.dataset.startswith("synthetic"):
         raise UserError(f"--data-path {args.data_path}: --dataset {args.dataset} reads no files; name another data set")
-    open_output(args.output_dir)
-    log = ending.log = Log()
+    device = init_processes(args.device)
+    args.precision = args.precision or default_precision(device)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    log = Log(args.output_dir)
     this_run.cache_clear()
     run = this_run()
     log(f"{Path(sys.argv[0]).name} run {run['run']}, {run['date']}, revision {run['revision']}, "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + f", processes {world_size()}")
     log(" ".join(f"{name}={value}" for name, value in sorted(args_to_json(args).items())))
+    if device.type == "cpu" and args.precision == "bf16" and not cpu_has_bf16():
+        log("this CPU has no bf16 instructions: --precision fp32 is several times faster")
     return device, log
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor says so (Linux; elsewhere True)."""
+    with suppress(OSError):
+        return "bf16" in Path("/proc/cpuinfo").read_text()
+    return True
 
 
 def default_precision(device: torch.device) -> str:
@@ -165,77 +197,46 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def open_output(folder: Path) -> None:
-    """Makes the output folder and checks that it can be written. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-        sweep(folder)
-    except OSError as error:
-        raise UserError(f"output folder {folder} cannot be written ({error.strerror}); "
-                        "choose another with --output-dir") from None
-
-
 class Log:
-    """Prints lines from the main process. Once a script opens it, after its inputs have been read so that a mistake
-    leaves no file behind, all lines also go to log.txt."""
+    """Prints lines from the main process, and appends them to log.txt in the folder."""
 
-    def __init__(self):
-        self.path, self.pending, self.failed = None, [], False
+    def __init__(self, folder: Path):
+        self.path = folder / "log.txt"
 
     def __call__(self, line: str) -> None:
         if is_main():
-            say(line, sys.stdout)
-            self.pending.append(line)
-            self._write()
-
-    def open(self, folder: Path) -> None:
-        self.path = folder / "log.txt"
-        self._write()
-
-    def _write(self) -> None:
-        if not (self.path and self.pending):
-            return
-        try:
-            with open(self.path, "a") as file:
-                file.writelines(line + "\n" for line in self.pending)
-            self.pending.clear()
-        except OSError as error:
-            # The lines stay for the next try.
-            if not self.failed:
-                say(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on", sys.stdout)
-            self.failed = True
+            print(line, flush=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 class Progress:
     """Shows on the main process's standard error how far long work is and how long it will take: on one rewritten line
-    in a terminal; elsewhere on a line every tenth of the work, at most one in ten seconds, and the last."""
+    in a terminal; elsewhere on a line after ten seconds, then every tenth of the work or every five minutes."""
 
     def __init__(self, total: int, label: str, unit: str = ""):
         self.total, self.label, self.unit = total, label, unit
-        self.done, self.start, self.last = 0, time.monotonic(), 0.0
-        self.terminal, self.next_share = sys.stderr.isatty(), 0.1
+        self.done, self.start, self.terminal = 0, time.monotonic(), sys.stderr.isatty()
+        self.last, self.next_share = self.start, 0.0
 
     def update(self, count: int = 1) -> None:
         self.done += count
-        now = time.monotonic()
         if not is_main() or self.total == 0:
             return
-        share, elapsed = self.done / self.total, now - self.start
-        due = share >= self.next_share and now - self.last > 10 or share >= 1 and elapsed > 10
+        now, share = time.monotonic(), self.done / self.total
         if self.terminal:
             due = now - self.last > 0.2 or share >= 1
+        else:
+            due = now - self.last > 10 and (share >= self.next_share or now - self.last > 300)
         if not due:
             return
-        self.last, self.next_share = now, share + 0.1
+        self.last, self.next_share, elapsed = now, share + 0.1, now - self.start
         rate = self.done / max(elapsed, 1e-9)
         text = (f"{self.label}: {self.done}/{self.total} {self.unit} ({rate:.1f}/s), "
                 f"{timedelta(seconds=int(elapsed))} elapsed, "
                 f"{timedelta(seconds=int((self.total - self.done) / rate))} left")
         end = "\n" if share >= 1 or not self.terminal else ""
-        say(("\r\033[K" if self.terminal else "") + text, sys.stderr, end)
+        print(("\r\033[K" if self.terminal else "") + text, file=sys.stderr, end=end, flush=True)
 
 
 def log_waiting(batches: Iterable, what: str, log: Callable[[str], None]) -> Iterator:
