@@ -19,9 +19,9 @@ CLASSIFICATION_PARTS = ("cub", "coco", "keypoints", "synthetic")
 CLASSIFICATION_IMAGES = ("imagenet", "folder", "synthetic-species")
 
 
-def open_classification(name: str, data_path: Path | None, crop_scale: float = 0.5,
-                        skip_bad_images: bool = False, image_size: int = 224, keypoints: Sequence[str] | None = None,
-                        files: Sequence = (None, None, None), seed: int = 0) -> tuple[PatchDataset, PatchDataset]:
+def open_classification(name: str, data_path: Path | None, crop_scale: float = 0.5, image_size: int = 224,
+                        keypoints: Sequence[str] | None = None, files: Sequence = (None, None, None), seed: int = 0,
+                        num_images: int | None = None) -> tuple[PatchDataset, PatchDataset]:
     """(training set, test set), with Resize(256) and CenterCrop(224), but Resize(224) for the test set of
     CLASSIFICATION_PARTS; other image sizes in proportion. Test labels are indices into the training set's classes.
 
@@ -31,7 +31,7 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
     """
     check_data_path(name, data_path)
     test_transform = cropped = resize_center_crop(round(image_size * 256 / 224), image_size)
-    options = {"skip_bad_images": skip_bad_images}
+    options = {}
     if name in CLASSIFICATION_PARTS:
         options["crop_scale"], test_transform = crop_scale, resize_square(image_size)
         if keypoints is not None:
@@ -92,4 +92,4 @@ def hold_out(dataset: PatchDataset, seed: int, one_in: int = 10) -> torch.Tensor
 def images_with(dataset: PatchDataset, chosen: torch.Tensor) -> PatchDataset:
     """The images of the chosen patches (bool [num_patches]), as a data set of their own."""
     images = [dataset.images[index] for index in dataset.image_index[chosen].unique()]
-    return PatchDataset(images, dataset.classes, dataset.transform, dataset.load, dataset.skip_bad_images)
+    return PatchDataset(images, dataset.classes, dataset.transform, dataset.load)

@@ -16,8 +16,7 @@ KEYPOINTS = (1, 11, 16)  # nose, right wrist, left ankle: the paper's three, in 
 
 
 def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int | str] = KEYPOINTS,
-              crop_scale: float = 0.5, transform: Transform | None = None,
-              skip_bad_images: bool = False) -> PatchDataset:
+              crop_scale: float = 0.5, transform: Transform | None = None) -> PatchDataset:
     """The part patches of the people of COCO 2017, by load_keypoints.
 
     root: holds annotations/person_keypoints_{split}2017.json, and images/{split}2017 or {split}2017. split: "train" (as
@@ -30,7 +29,7 @@ def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int | 
         missing = annotations if folder else f"{folders[0]} (or {folders[1]})"
         raise UserError(f"{missing} does not exist; --data-path must be a folder with "
                         f"annotations/person_keypoints_{split}2017.json and images/{split}2017/*.jpg")
-    return load_keypoints(annotations, folder, None, keypoints, crop_scale, transform, skip_bad_images)
+    return load_keypoints(annotations, folder, None, keypoints, crop_scale, transform)
 
 
 def open_keypoints(files: Sequence, most: int, **options) -> list[PatchDataset]:
@@ -51,7 +50,7 @@ def open_keypoints(files: Sequence, most: int, **options) -> list[PatchDataset]:
 
 def load_keypoints(annotations: Path, folder: Path, categories: Sequence[str] | None = None,
                    keypoints: Sequence[int | str] = ("all",), crop_scale: float = 0.5,
-                   transform: Transform | None = None, skip_bad_images: bool = False) -> PatchDataset:
+                   transform: Transform | None = None) -> PatchDataset:
     """The part patches of a file of COCO keypoints (by the rule of select_keypoints); folder: its images.
 
     categories: names, or None for all; several are pooled where their keypoints are the same. keypoints: numbers from 1
@@ -71,7 +70,7 @@ def load_keypoints(annotations: Path, folder: Path, categories: Sequence[str] | 
             points[image] += visible
     by_path = ((path_below(folder, name, f"{annotations}, image {image}"), points[image])
                for image, name in file_names.items())
-    return keypoint_patches(by_path, keypoints, names, "keypoint", crop_scale, transform, skip_bad_images)
+    return keypoint_patches(by_path, keypoints, names, "keypoint", crop_scale, transform)
 
 
 def read_keypoints(path: Path, categories: Sequence[str] | None = None,

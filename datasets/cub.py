@@ -13,7 +13,7 @@ PARTS = (11, 12, 9, 14)  # right eye, right leg, left wing, tail: the paper's fo
 
 
 def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | str] = PARTS, crop_scale: float = 0.5,
-             transform: Transform | None = None, skip_bad_images: bool = False) -> PatchDataset:
+             transform: Transform | None = None) -> PatchDataset:
     """The part patches of the official folder CUB_200_2011 (by the rule of select_keypoints): 30,543 of 11,730 images.
 
     split: "train", "test", or None for all images, as in part retrieval. parts: ids or names of parts/parts.txt, or
@@ -29,7 +29,7 @@ def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | s
     parts = choose_keypoints(parts, names, "part", root / "parts/parts.txt")
     by_path = ((path, [(label, points[image][part]) for label, part in enumerate(parts) if part in points[image]])
                for image, path in paths.items())
-    return keypoint_patches(by_path, parts, names, "part", crop_scale, transform, skip_bad_images)
+    return keypoint_patches(by_path, parts, names, "part", crop_scale, transform)
 
 
 def finite(text: str | float) -> float:

@@ -15,13 +15,24 @@ from utils import UserError
 # What a picture raises that is missing, truncated, not an image, far too large, or far too long to be resized.
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, Image.DecompressionBombError)
 LARGEST_RATIO = 100  # of a picture's sides: resized by its short side, a longer one would take gigabytes
+ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
+# What turns a picture upright, by the value of that tag; from 5 on width and height change places.
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
 
 
-def reason(error: Exception) -> str:
-    """Why a file could not be read, without its path."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+@contextmanager
+def image_errors(path: str | Path) -> Iterator[None]:
+    """What a picture raises within the context becomes a UserError."""
+    try:
+        yield
+    except BAD_IMAGE as error:
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image"
+        else:
+            reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be decoded ({reason}); replace it, or take it out of the data set") from None
 
 
 @contextmanager
@@ -36,31 +47,62 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         yield image
 
 
-def read_rgb(path: str | Path) -> Image.Image:
-    """A picture in RGB, whatever its colours. Of 16-bit grey values the high byte is taken, as Pillow does for 16-bit
-    colours. Raises one of BAD_IMAGE, also for 32-bit and floating-point values, of which none is known to be white."""
-    with open_image(path) as image:
-        # In mode I are PNG (before Pillow 11) and PGM; Pillow's own conversion cuts off what is above 255.
-        if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
+def read_rgb(path: str | Path, size: tuple[int, int] | None = None, upright: bool = False) -> Image.Image:
+    """A picture in RGB, whatever its colours.
+
+    size: (width, height) that the picture's annotation states. A picture that has it only when it is turned as its
+    EXIF orientation says is turned, one that has it only as stored is not. Where both have it (a square, a half turn, a
+    mirrored picture) and without a size, upright says whether the orientation is obeyed.
+
+    Of 16-bit grey values the high byte is taken, as Pillow does for 16-bit colours. Raises UserError for a picture of
+    another size, for one that cannot be decoded, and for values of 32 bits, of which none is known to be white.
+    """
+    with image_errors(path), open_image(path) as image:
+        image.load()
+        turn = read_turn(image)
+        if image.mode in ("I", "F") and not (image.mode == "I" and image.format in ("PNG", "PPM")):
             raise ValueError("its values have 32 bits, and which of them is white is not known: save it with 8 bits")
-        return image.convert("RGB")
+        if image.mode.startswith("I"):
+            # PNG has mode I before Pillow 11, PGM always; Pillow's own conversion cuts off what is above 255.
+            rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        else:
+            rgb = image.convert("RGB")
+    turned = turned_size(rgb.size, turn)
+    if size is not None and rgb.size != turned:
+        upright = turned == size
+    if size is not None and size not in (rgb.size, turned):
+        raise UserError(f"{path} has {rgb.width} x {rgb.height} pixels, its annotation says {size[0]} x {size[1]}; "
+                        "use the pictures that were annotated, neither resized nor cropped")
+    return rgb.transpose(turn) if upright and turn is not None else rgb
 
 
-@contextmanager
-def image_errors(path: str | Path) -> Iterator[None]:
-    """What a picture raises within the context becomes a UserError."""
+def picture_size(path: str | Path, upright: bool = False) -> tuple[int, int]:
+    """(width, height) from a picture's header; upright: when it is turned as its EXIF orientation says. Raises
+    UserError."""
+    with image_errors(path), open_image(path) as image:
+        return turned_size(image.size, read_turn(image)) if upright else image.size
+
+
+def read_turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings an open picture upright; None where nothing has to."""
+    if image.format == "TIFF":
+        image.load()  # newer versions of Pillow turn a TIFF while they load it
     try:
-        yield
-    except BAD_IMAGE as error:
-        raise UserError(f"{path} cannot be decoded ({reason(error)}); restore the file") from None
+        return TURNS.get(image.getexif().get(ORIENTATION))
+    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return None  # a tag that cannot be read turns nothing, in viewers too
 
 
-def load_rgb(path: str | Path) -> Image.Image:
-    """read_rgb. Raises UserError."""
-    with image_errors(path):
-        return read_rgb(path)
+def turned_size(size: tuple[int, int], turn: Image.Transpose | None) -> tuple[int, int]:
+    return size[::-1] if turn in list(TURNS.values())[3:] else size
+
+
+# Until pairs.py and segmentation.py are without them.
+load_rgb = read_rgb
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def read_lines(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from utils import UserError
 
-from .files import load_rgb
+from .files import read_rgb
 from .patches import PatchDataset, PatchImage, Transform
 
 # What torchvision's ImageFolder takes.
@@ -19,8 +19,7 @@ IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 GRID_BOXES = tuple((x, y, x + 56, y + 56) for y in range(0, 169, 28) for x in range(0, 169, 28))
 
 
-def load_image_folder(root: str | Path, split: str, transform: Transform,
-                      skip_bad_images: bool = False) -> PatchDataset:
+def load_image_folder(root: str | Path, split: str, transform: Transform) -> PatchDataset:
     """The whole images root/split/CLASS/**/IMAGE, one patch each, in the order of torchvision's ImageFolder. The
     classes are the folders of this split: labels of two splits agree only if their .classes are equal. Raises UserError
     for another layout."""
@@ -38,7 +37,7 @@ def load_image_folder(root: str | Path, split: str, transform: Transform,
     if empty:
         raise UserError(f"{folder / empty[0]} holds no image ({len(empty)} of {len(classes)} class folders "
                         "are empty, or links to others); fill or remove them")
-    return PatchDataset(images, classes, transform, skip_bad_images=skip_bad_images)
+    return PatchDataset(images, classes, transform)
 
 
 def image_files(folder: str | Path, seen: set[str]) -> list[str]:
@@ -82,12 +81,12 @@ def grid_patches(image: Image.Image, size: int = 224) -> torch.Tensor:
 
 def shown_patch(path: str, position: int) -> Image.Image:
     """A grid patch at twice the grid's resolution, 112 x 112."""
-    return central(load_rgb(path), 2).crop([2 * side for side in GRID_BOXES[position]])
+    return central(read_rgb(path), 2).crop([2 * side for side in GRID_BOXES[position]])
 
 
 def query_image(path: str, position: int) -> Image.Image:
     """The query's image, with a red box around its patch, and beside it the patch, enlarged to the same height."""
-    image, patch = central(load_rgb(path)), shown_patch(path, position)
+    image, patch = central(read_rgb(path)), shown_patch(path, position)
     left, upper, right, lower = GRID_BOXES[position]
     ImageDraw.Draw(image).rectangle((left, upper, right - 1, lower - 1), outline=(255, 0, 0), width=3)
     both = Image.new("RGB", (452, 224), "white")
@@ -105,23 +104,19 @@ def overlap(patch: int, query: int) -> bool:
 class GridDataset(PatchDataset):
     """Images cut into their grid patches; the boxes are GRID_BOXES, in the 224 x 224 image, not in the original."""
 
-    def __init__(self, paths: Sequence[str], image_size: int, skip_bad_images: bool):
+    def __init__(self, paths: Sequence[str], image_size: int):
         labels = [0] * len(GRID_BOXES)
-        super().__init__([PatchImage(path, GRID_BOXES, labels) for path in paths], ["patch"],
-                         skip_bad_images=skip_bad_images)
+        super().__init__([PatchImage(path, GRID_BOXES, labels) for path in paths], ["patch"])
         self.image_size = image_size
-
-    def identity(self, what: str) -> dict:
-        return {**super().identity(what), f"the transform of the {what}": f"grid of {self.image_size}"}
 
     def cut(self, image: Image.Image, boxes: Sequence[tuple] | None) -> torch.Tensor:
         return grid_patches(image, self.image_size)
 
 
-def load_grid(root: str | Path, skip_bad_images: bool = False, num_images: int | None = None,
+def load_grid(root: str | Path, num_images: int | None = None,
               seed: int = 0, image_size: int = 224) -> GridDataset:
     """The grid patches of the images that list_images gives, all of one class. Raises UserError where there is none."""
     paths = list_images(root, num_images, seed)
     if not paths:
         raise UserError(f"no image ({', '.join(IMG_EXTENSIONS)}) below {root}; --data-path must be a folder of images")
-    return GridDataset(paths, image_size, skip_bad_images)
+    return GridDataset(paths, image_size)

@@ -17,7 +17,7 @@ RETRIEVAL_DATASETS = (*LOADERS, "keypoints", "imagenet", "synthetic")
 
 
 def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
-                   num_images: int | None, seed: int, skip_bad_images: bool, image_size: int = 224,
+                   num_images: int | None, seed: int, image_size: int = 224,
                    files: Sequence = (None, None, None)) -> PatchDataset:
     """The patches of one of RETRIEVAL_DATASETS: all of CUB, COCO's training set, the keypoints of one of the user's
     files, the grid of any images, or synthetic.
@@ -27,11 +27,11 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
     and files that are missing or wrong.
     """
     check_data_path(name, data_path)
-    options = {"crop_scale": crop_scale, "skip_bad_images": skip_bad_images, "transform": resize_square(image_size)}
+    options = {"crop_scale": crop_scale, "transform": resize_square(image_size)}
     if name == "synthetic":
         return load_synthetic_patches("train", num_images or 30, seed, keypoints, **options)
     if name == "imagenet":
-        return load_grid(data_path, skip_bad_images, num_images, seed, image_size)
+        return load_grid(data_path, num_images, seed, image_size)
     if keypoints is not None:
         options["parts" if name == "cub" else "keypoints"] = keypoints
     if name == "keypoints":
@@ -39,15 +39,14 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
     return LOADERS[name](data_path, **options)
 
 
-def open_images(name: str, data_path: Path | None, num_images: int, seed: int, image_size: int,
-                skip_bad_images: bool = False) -> PatchDataset:
+def open_images(name: str, data_path: Path | None, num_images: int, seed: int, image_size: int) -> PatchDataset:
     """Whole images, the central image_size x image_size at a short side of 256 / 224 of that: "imagenet", a sample of
     those below data_path drawn by the seed, or "synthetic", its test split. Raises UserError where there is none."""
     check_data_path(name, data_path)
     if name == "synthetic":
         paths, options = image_seeds("test", num_images, seed), {"load": draw_image}
     else:
-        paths, options = list_images(data_path, num_images, seed), {"skip_bad_images": skip_bad_images}
+        paths, options = list_images(data_path, num_images, seed), {}
     if not paths:
         raise UserError(f"no image below {data_path}; --data-path must be a folder of images")
     return PatchDataset([PatchImage(path, None, [0]) for path in paths], ["image"],
