@@ -7,8 +7,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image, ImageCms, ImageFont
 
+from datasets.segmentation_pictures import UNLABELLED, class_colours, save_picture
+from datasets.sheets import MARK, draw_sheet
 from utils import drawing
-from utils.drawing import MARK, UNLABELLED, class_colours, draw_curves, draw_sheet, save_picture
+from utils.drawing import draw_curves
 
 
 def lightness_and_distances(count):

@@ -1,15 +1,13 @@
-"""Pictures: plots for a paper's column by matplotlib (PNG or PDF), sheets of patches and label maps by Pillow."""
+"""Pictures: plots for a paper's column by matplotlib (PNG or PDF)."""
 
-import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from . import UserError
 from .storage import atomic_write
@@ -21,9 +19,6 @@ COLUMN, PAGE, DPI = 3.2, 6.9, 300
 STYLE = {"font.size": 7, "axes.titlesize": 7, "axes.titlelocation": "left", "axes.axisbelow": True,
          "axes.linewidth": 0.5, "xtick.labelsize": 6, "ytick.labelsize": 6, "grid.color": "#dddddd",
          "grid.linewidth": 0.5, "lines.linewidth": 1, "legend.fontsize": 6, "legend.frameon": False, "pdf.fonttype": 42}
-# Of the sheets, in pixels.
-CELL, GAP, MARGIN, TITLE = 96, 4, 16, 24
-UNLABELLED, MARK = (225, 225, 225), (255, 140, 0)
 
 
 def require_matplotlib() -> None:
@@ -115,98 +110,3 @@ def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[f
                      for name, _ in rows]
             axes.set_xticks(range(len(rows)), names)
         figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper center")
-
-
-def draw_sheet(path: Path, query: Image.Image,
-               rows: Sequence[tuple[str, Sequence[tuple[str, Sequence[tuple[Image.Image, bool]]]]]],
-               columns: int = 6) -> None:
-    """Writes a PNG: the query image on the left, then a row for each model, in it a block of patches for each feature.
-    rows: (model, [(feature, [(patch, whether it overlaps the query), ...]), ...]). columns: of patches in a block."""
-    deep = math.ceil(max(len(patches) for _, blocks in rows for _, patches in blocks) / columns)
-    font, block_height = ImageFont.load_default(14), TITLE + deep * (CELL + GAP) - GAP
-    widest = max(font.getlength(f"{model}: {feature}") for model, blocks in rows for feature, _ in blocks)
-    block_width = max(columns * (CELL + GAP) - GAP, math.ceil(widest))
-    across = max(len(blocks) for _, blocks in rows)
-    left = MARGIN + query.width + 2 * MARGIN
-    size = (left + across * (block_width + 2 * MARGIN) - MARGIN,
-            MARGIN + max(len(rows) * (block_height + MARGIN), 2 * TITLE + query.height + MARGIN))
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), "query", fill="black", font=font)
-    sheet.paste(query, (MARGIN, MARGIN + TITLE))
-    if any(overlaps for _, blocks in rows for _, patches in blocks for _, overlaps in patches):
-        draw.text((MARGIN, MARGIN + TITLE + query.height + GAP), "orange: overlaps the query", fill=MARK, font=font)
-    for row, (model, blocks) in enumerate(rows):
-        top = MARGIN + row * (block_height + MARGIN)
-        for block, (feature, patches) in enumerate(blocks):
-            x = left + block * (block_width + 2 * MARGIN)
-            draw.text((x, top), f"{model}: {feature}", fill="black", font=font)
-            for number, (patch, overlaps) in enumerate(patches):
-                cell = (x + number % columns * (CELL + GAP), top + TITLE + number // columns * (CELL + GAP))
-                sheet.paste(patch.resize((CELL, CELL), Image.Resampling.BICUBIC), cell)
-                if overlaps:
-                    draw.rectangle((*cell, cell[0] + CELL - 1, cell[1] + CELL - 1), outline=MARK, width=4)
-    atomic_write(path, lambda temporary: sheet.save(temporary, "PNG"))
-
-
-@cache
-def class_colours(count: int) -> np.ndarray:
-    """uint8 [count, 3]: each colour the farthest in CIELAB from those before it, the last 40 counted at half their
-    distance: labels that are near in number, as the parts of an object are, mostly stand side by side in a picture."""
-    candidates = np.stack(np.meshgrid(*[np.arange(0, 256, 17)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
-    linear = np.where(candidates <= 10, candidates / 255 / 12.92, ((candidates / 255 + 0.055) / 1.055) ** 2.4)
-    # sRGB's primaries, columns X, Y and Z, each divided by its value of white.
-    x, y, z = np.cbrt(linear @ [[0.4340, 0.2127, 0.0178], [0.3762, 0.7152, 0.1095], [0.1898, 0.0722, 0.8728]]).T
-    # Rounded: the same colours on every machine.
-    lab = np.round([116 * y - 16, 500 * (x - y), 200 * (y - z)]).T
-    # Neither dark, grey nor glaring, and darker than all that is pale in save_picture.
-    chroma = np.hypot(lab[:, 1], lab[:, 2])
-    usable = (lab[:, 0] > 30) & (lab[:, 0] < 80) & (chroma > 20) & (chroma < 80)
-    candidates, lab = candidates[usable], lab[usable]
-    chosen, squares = [], np.full((count, len(lab)), np.inf)
-    for number in range(count):
-        recent = squares[max(0, number - 40):number].min(0, initial=np.inf)
-        chosen.append(np.minimum(squares.min(0), recent / 4).argmax())
-        squares[number] = ((lab - lab[chosen[-1]]) ** 2).sum(1)
-    return candidates[chosen].astype(np.uint8)
-
-
-def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndarray, names: Sequence[str],
-                 first_label: int = 1) -> None:
-    """Writes image, ground truth and prediction side by side, the predicted pixels pale where nothing is labelled, and
-    below them the names of the classes that occur; and beside it NAME_labels.png, the prediction as a label map with a
-    palette, classes counted from first_label.
-
-    image: uint8 [H, W, 3]; truth: [H, W], 255 = not labelled; pred: [H, W]. Long sides are brought to 512 pixels.
-    """
-    colours = class_colours(len(names))
-    labels = Image.fromarray((pred + first_label).astype(np.uint8))
-    palette = np.vstack([[UNLABELLED], colours]) if first_label else colours
-    labels.putpalette(palette.astype(np.uint8).tobytes())
-    scale = 512 / max(truth.shape)
-    height, width = (max(1, round(side * scale)) for side in truth.shape)
-    present = sorted(np.union1d(truth[truth < len(names)], pred).tolist(), key=lambda label: -(truth == label).sum())
-    legend = [(names[label] if label in truth else f"{names[label]} (predicted only)", tuple(colours[label].tolist()))
-              for label in present]
-    if (truth == 255).any():
-        legend.append(("not labelled; predictions there are pale", UNLABELLED))
-    font, line = ImageFont.load_default(13), 18
-    column = 30 + math.ceil(max(font.getlength(text) for text, _ in legend))
-    sheet_width = max(3 * width + 20, column)
-    columns = sheet_width // column
-    sheet = Image.new("RGB", (sheet_width, height + 24 + line * math.ceil(len(legend) / columns) + 6), "white")
-    draw = ImageDraw.Draw(sheet)
-    pred = colours[pred]
-    pred[truth == 255] = 0.2 * pred[truth == 255] + 0.8 * 255
-    truth = np.vstack([colours, [UNLABELLED]]).astype(np.uint8)[np.minimum(truth, len(names))]
-    for i, (title, panel) in enumerate({"image": image, "ground truth": truth, "prediction": pred}.items()):
-        sampling = Image.Resampling.NEAREST if i else Image.Resampling.BICUBIC
-        draw.text((i * (width + 10) + 4, 4), title, fill="black", font=font)
-        sheet.paste(Image.fromarray(panel).resize((width, height), sampling), (i * (width + 10), 24))
-    for i, (text, colour) in enumerate(legend):
-        x, y = i % columns * column + 4, height + 28 + i // columns * line
-        draw.rectangle((x, y + 2, x + 12, y + 14), fill=colour, outline="grey")
-        draw.text((x + 18, y), text, fill="black", font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for where, picture in ((path, sheet), (path.with_name(f"{path.stem}_labels.png"), labels)):
-        atomic_write(where, partial(picture.save, format="PNG"))
