@@ -1,6 +1,8 @@
 """Training and test sets for classification, by name, with the published deterministic transforms."""
 
-from collections.abc import Sequence
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from . import check_data_path
 from .coco import load_coco, open_keypoints
 from .cub import load_cub
 from .imagenet import load_image_folder
-from .patches import PatchDataset, resize_center_crop, resize_square
+from .patches import PatchDataset, draw_numbers, resize_center_crop, resize_square, some_images
 from .synthetic import load_synthetic_patches, load_synthetic_species
 
 CLASSIFICATION_PARTS = ("cub", "coco", "keypoints", "synthetic")
@@ -26,8 +28,9 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
     CLASSIFICATION_PARTS; other image sizes in proportion. Test labels are indices into the training set's classes.
 
     keypoints, files: as of open_retrieval; two files, for training and test, or one, a fifth of whose images, drawn by
-    the seed, is the test set. Raises UserError for a missing folder or another layout, an empty split, and a test class
-    that is not in training.
+    the seed, is the test set. num_images: of training, and of test among those of the classes that are left; drawn by
+    the seed, or of synthetic data made. Raises UserError for a missing folder or another layout, an empty split, and a
+    test class that is not in training.
     """
     check_data_path(name, data_path)
     test_transform = cropped = resize_center_crop(round(image_size * 256 / 224), image_size)
@@ -40,17 +43,15 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
         raise UserError(f"--keypoints chooses among part patches ({', '.join(CLASSIFICATION_PARTS)}), not for {name}")
     if name == "keypoints":
         found = open_keypoints(files, 2, transform=cropped, **options)
-        if len(found) == 1:
-            tested = hold_out(found[0], seed, one_in=5)
-            found = images_with(found[0], ~tested), images_with(found[0], tested)
-        train, test = found
+        train, test = found if len(found) == 2 else split_images(found[0], seed)
         test.transform = test_transform
     else:
         folder = partial(load_image_folder, data_path)
         load, test_split = {
             "cub": (partial(load_cub, data_path), "test"), "coco": (partial(load_coco, data_path), "val"),
-            "synthetic": (load_synthetic_patches, "test"), "synthetic-species": (load_synthetic_species, "test"),
-            "imagenet": (folder, "val"), "folder": (folder, "val")}[name]
+            "synthetic": (partial(load_synthetic_patches, num_images=num_images), "test"),
+            "synthetic-species": (partial(load_synthetic_species, num_images=num_images), "test"),
+            "imagenet": (folder, "val"), "folder": (partial(folder, upright=True), "val")}[name]
         if name == "folder" and not (data_path / "val").is_dir():
             test_split = "test"
             if not (data_path / "test").is_dir():
@@ -58,6 +59,12 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
                                 "train/CLASS/*.JPEG and val/CLASS/*.JPEG or test/CLASS/*.JPEG")
         train = load("train", transform=cropped, **options)
         test = load(test_split, transform=test_transform, **options)
+    if num_images and not name.startswith("synthetic"):
+        train = some_images(train, draw_numbers(len(train), num_images, seed))
+        trained = {train.classes[label] for label in train.labels.unique()}
+        known = [number for number, image in enumerate(test.images)
+                 if trained.issuperset(test.classes[label] for label in image.labels)]
+        test = some_images(test, [known[number] for number in draw_numbers(len(known), num_images, seed)])
     check_classes(train, test)
     return train, test
 
@@ -66,7 +73,7 @@ def check_classes(train: PatchDataset, test: PatchDataset) -> None:
     """Turns the test labels into indices of the training set's classes; errors as of open_classification."""
     for dataset, split in ((train, "training"), (test, "test")):
         if dataset.num_patches == 0:
-            raise UserError(f"the {split} set is empty; check its folder and --crop-scale")
+            raise UserError(f"the {split} set is empty; check its folder, --crop-scale and --num-images")
     trained = {train.classes[label] for label in train.labels.unique()}
     for name in (test.classes[label] for label in test.labels.unique()):
         if name not in trained:
@@ -77,11 +84,19 @@ def check_classes(train: PatchDataset, test: PatchDataset) -> None:
         test.labels, test.classes = index[test.labels], train.classes
 
 
+def split_images(dataset: PatchDataset, seed: int) -> tuple[PatchDataset, PatchDataset]:
+    """(training set, test set) of one file of keypoints: a fifth of its images, drawn by the seed, are the test set."""
+    tested = hold_out(dataset, seed, one_in=5)
+    train, test = images_with(dataset, ~tested), images_with(dataset, tested)
+    test.num_outside, test.notes = 0, []  # the file's, once
+    return train, test
+
+
 def hold_out(dataset: PatchDataset, seed: int, one_in: int = 10) -> torch.Tensor:
     """bool [num_patches]: the patches of a tenth of the images (of one in `one_in`), chosen at random. Raises UserError
     where a class would have no patch left to train on."""
     count = max(1, len(dataset.images) // one_in)
-    images = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))[:count]
+    images = torch.tensor(draw_numbers(len(dataset.images), count, seed))
     held_out = torch.isin(dataset.image_index, images)
     if lost := sorted({*dataset.labels.unique().tolist()} - {*dataset.labels[~held_out].unique().tolist()}):
         raise UserError(f"the images held out by --seed {seed} are all that {len(lost)} classes have to train on, the "
@@ -91,5 +106,27 @@ def hold_out(dataset: PatchDataset, seed: int, one_in: int = 10) -> torch.Tensor
 
 def images_with(dataset: PatchDataset, chosen: torch.Tensor) -> PatchDataset:
     """The images of the chosen patches (bool [num_patches]), as a data set of their own."""
-    images = [dataset.images[index] for index in dataset.image_index[chosen].unique()]
-    return PatchDataset(images, dataset.classes, dataset.transform, dataset.load)
+    return some_images(dataset, dataset.image_index[chosen].unique().tolist())
+
+
+def shared_images(train: PatchDataset, test: PatchDataset, by_content: bool = False) -> int:
+    """How many of the test images are training images too: the same file, by whatever name or link; by_content: or a
+    copy of it. Pictures that are drawn, not read, share none. Raises OSError for a missing file."""
+    if not all(isinstance(dataset.images[0].path, str) for dataset in (train, test)):
+        return 0
+
+    def files(dataset: PatchDataset) -> Iterator[tuple]:
+        for image in dataset.images:
+            status = os.stat(image.path)
+            yield image.path, (status.st_dev, status.st_ino), status.st_size
+
+    def content(path: str) -> bytes:
+        return hashlib.sha256(Path(path).read_bytes()).digest()
+
+    trained = {inode for _, inode, _ in files(train)}
+    shared = {path for path, inode, _ in files(test) if inode in trained}
+    if by_content:
+        sizes = {size for *_, size in files(train)} & {size for *_, size in files(test)}
+        contents = {content(path) for path, _, size in files(train) if size in sizes}
+        shared |= {path for path, _, size in files(test) if size in sizes and content(path) in contents}
+    return len(shared)

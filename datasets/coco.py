@@ -4,15 +4,19 @@ any objects in a file of the user's own."""
 import json
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from utils import UserError
 
-from .files import path_below
-from .patches import PatchDataset, Transform, choose_keypoints, keypoint_patches
+from .files import path_below, picture_size, read_rgb
+from .patches import PatchDataset, Transform, choose_keypoints, count_outside, keypoint_patches
 
 KEYPOINTS = (1, 11, 16)  # nose, right wrist, left ankle: the paper's three, in its order
+FAR = 1e7  # pixels, more than any picture has
 
 
 def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int | str] = KEYPOINTS,
@@ -29,7 +33,7 @@ def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int | 
         missing = annotations if folder else f"{folders[0]} (or {folders[1]})"
         raise UserError(f"{missing} does not exist; --data-path must be a folder with "
                         f"annotations/person_keypoints_{split}2017.json and images/{split}2017/*.jpg")
-    return load_keypoints(annotations, folder, None, keypoints, crop_scale, transform)
+    return load_keypoints(annotations, folder, None, keypoints, crop_scale, transform, own=False)
 
 
 def open_keypoints(files: Sequence, most: int, **options) -> list[PatchDataset]:
@@ -50,87 +54,132 @@ def open_keypoints(files: Sequence, most: int, **options) -> list[PatchDataset]:
 
 def load_keypoints(annotations: Path, folder: Path, categories: Sequence[str] | None = None,
                    keypoints: Sequence[int | str] = ("all",), crop_scale: float = 0.5,
-                   transform: Transform | None = None) -> PatchDataset:
+                   transform: Transform | None = None, own: bool = True) -> PatchDataset:
     """The part patches of a file of COCO keypoints (by the rule of select_keypoints); folder: its images.
 
     categories: names, or None for all; several are pooled where their keypoints are the same. keypoints: numbers from 1
     in the category's order, names, or ["all"]; class k is the k-th. Only visibility 2 counts, and only objects with at
-    least two such keypoints. All objects of an image are pooled, with the annotation's id as a third coordinate of
-    distances. Order: the file's images, its annotations, then keypoints. Raises UserError for a malformed file, unknown
-    categories or keypoints, categories with different keypoints, and where no patch is left.
+    least two such keypoints. All objects of an image are pooled, with a third coordinate of distances that keeps them
+    apart: FAR, or, not own, the annotation's id, as in the authors' code. own: the user's file and pictures, which are
+    upright; not own: COCO, as stored. Order: the file's images, its annotations, then keypoints.
+    Raises UserError for a malformed file, unknown categories or keypoints, categories with different keypoints, as
+    check_keypoints, and where no patch is left.
     """
-    names, file_names, objects = read_keypoints(annotations, categories)
+    names, images, objects = read_keypoints(annotations, categories,
+                                            "correct the file" if own else "unpack the data set again")
+    paths = {image: path_below(folder, name, f"{annotations}, image {image}") for image, (name, _) in images.items()}
+    sizes = {image: images[image][1] or picture_size(paths[image], upright=own)
+             for image in {image for image, _, _ in objects}}
+    num_outside = check_keypoints(annotations, names, objects, sizes, own)
+
     names = dict(enumerate(names, 1))
     keypoints = choose_keypoints(keypoints, names, "keypoint", annotations)
-    points = {image: [] for image in file_names}  # (class, (x, y, annotation id))
-    for image, annotation, values in objects:
-        visible = [(label, (*values[3 * keypoint - 3:3 * keypoint - 1], annotation))
+    points = {image: [] for image in images}  # (class, (x, y, what keeps objects apart))
+    for number, (image, annotation, values) in enumerate(objects):
+        apart = number * FAR if own else annotation
+        visible = [(label, (*values[3 * keypoint - 3:3 * keypoint - 1], apart))
                    for label, keypoint in enumerate(keypoints) if values[3 * keypoint - 1] == 2]
         if len(visible) >= 2:
             points[image] += visible
-    by_path = ((path_below(folder, name, f"{annotations}, image {image}"), points[image])
-               for image, name in file_names.items())
-    return keypoint_patches(by_path, keypoints, names, "keypoint", crop_scale, transform)
+    by_path = ((paths[image], points[image], size) for image, (_, size) in images.items())
+    dataset = keypoint_patches(by_path, keypoints, names, "keypoint", crop_scale, transform,
+                               partial(read_rgb, upright=own))
+    dataset.num_outside = num_outside
+    return dataset
 
 
-def read_keypoints(path: Path, categories: Sequence[str] | None = None,
-                   ) -> tuple[list[str], dict[int, str], list[tuple[int, int, array]]]:
-    """(keypoint names, image id -> file name, objects in the file's order), an object being (image id, annotation id,
-    array of x, y, visibility of each keypoint). categories: names, whose keypoints must be the same; None: all. The
-    outlines, nine tenths of the file, are dropped while it is parsed.
-    Raises UserError for a file that is not JSON or not of this kind."""
+def check_keypoints(path: Path, names: Sequence[str], objects: Sequence[tuple], sizes: Mapping[int, tuple[int, int]],
+                    own: bool) -> int:
+    """The number of visible keypoints outside of their pictures. names, objects: as of read_keypoints; sizes: image id
+    -> (width, height). Raises UserError for more than count_outside takes, for keypoints none of which is visible or
+    whose unit is not the pixel, and for one of the user's own that is visible at (0, 0)."""
+    values = np.array([values for _, _, values in objects]).reshape(-1, len(names), 3)
+    at, keypoint = np.nonzero(values[..., 2] == 2)
+    points, others = values[at, keypoint, :2], int((values[..., 2] % 2 != 0).sum())
+    if len(points) == 0 and others:
+        raise UserError(f"{path}: none of its keypoints has visibility 2, the only one that counts, and {others} have "
+                        "another; give 2 to those that are seen")
+    if len(points) and points.max() <= 1:
+        raise UserError(f"{path}: the largest coordinate of a visible keypoint is {points.max():g}; coordinates are in "
+                        "pixels, not in parts of the picture")
+
+    def where(number: int) -> str:
+        return f"{path}, annotation {objects[at[number]][1]}, keypoint {names[keypoint[number]]}"
+
+    missing = np.flatnonzero((points == 0).all(1))
+    if own and len(missing):
+        raise UserError(f"{where(missing[0])}: it is visible at (0, 0), as are {len(missing)} in all; a missing point "
+                        "has visibility 0")
+    return count_outside(points, [sizes[objects[number][0]] for number in at], where)
+
+
+def read_keypoints(path: Path, categories: Sequence[str] | None = None, mend: str = "correct the file",
+                   ) -> tuple[list[str], dict[int, tuple], list[tuple[int, int, array]]]:
+    """(keypoint names, image id -> (file name, (width, height) or None), objects in the file's order), an object being
+    (image id, annotation id, array of x, y, visibility of each keypoint). categories: names, whose keypoints must be
+    the same; None: all. The outlines, nine tenths of the file, are dropped while it is parsed.
+    Raises UserError for a file that is not JSON or not of this kind; mend: what it says to do."""
     def compact(entry: dict):
         if "image_id" in entry:
             try:
                 return entry["image_id"], entry["id"], entry["category_id"], array("d", entry.get("keypoints", ()))
             except (KeyError, TypeError, OverflowError) as error:
                 raise ValueError(f"annotation {entry.get('id')}, {error}") from None
-        return (entry["id"], entry["file_name"]) if "file_name" in entry else entry
-
-    def refuse(what: str):
-        raise UserError(f"{path}: {what}; correct it, or unpack the file again")
+        if "file_name" in entry:
+            stated = "width" in entry and "height" in entry
+            return entry["id"], entry["file_name"], (int(entry["width"]), int(entry["height"])) if stated else None
+        return entry
 
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_hook=compact)
-        known = {category["name"]: category for category in content["categories"]}
-        for name in categories or ():
-            if name not in known:
-                raise UserError(f"{path} has no category {name!r}; choose --category from {', '.join(known)}")
-        chosen = [known[name] for name in categories or known]
-        names, file_names = chosen[0]["keypoints"], {}
-        if different := [category["name"] for category in chosen if category.get("keypoints") != names]:
-            raise UserError(f"{path}: the categories {chosen[0]['name']} and {different[0]} have different keypoints; "
-                            f"choose --category from {', '.join(known)} (--dataset keypoints)")
-        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-            refuse(f"the names of its keypoints are {str(names)[:40]}")
-        for image, name in content["images"]:
-            if image in file_names:
-                refuse(f"image {image} is listed twice")
-            file_names[image] = name
-        if len(set(file_names.values())) < len(file_names):
-            refuse("two images have one file_name")
-        wanted, listed = {category["id"] for category in chosen}, {category["id"] for category in known.values()}
+        names, wanted, listed = choose_categories(path, content["categories"], categories)
+        images, file_names = {}, set()
+        for image, name, size in content["images"]:
+            if image in images or name in file_names:
+                raise ValueError(f"image {image} or its file {name} is listed twice")
+            file_names.add(name)
+            images[image] = name, size
         objects, ids = [], set()
         for image, annotation, category, values in content["annotations"]:
+            if category not in listed:
+                raise ValueError(f"annotation {annotation} is of category {category}, which is not listed")
             if category not in wanted:
-                if category not in listed:
-                    refuse(f"annotation {annotation} is of category {category}, which is not listed once")
                 continue
-            if image not in file_names or len(values) != 3 * len(names):
-                refuse(f"annotation {annotation} has {len(values)} keypoint values, of image {image}; expected "
-                       f"{3 * len(names)} and an image of the file's list")
+            if image not in images or len(values) != 3 * len(names):
+                raise ValueError(f"annotation {annotation} has {len(values)} keypoint values, of image {image}; "
+                                 f"expected {3 * len(names)} and an image of the file's list")
             if not math.isfinite(sum(values)):
-                refuse(f"annotation {annotation} has a keypoint that is not finite")
+                raise ValueError(f"annotation {annotation} has a keypoint that is not finite")
             # The id is a coordinate of the distances.
             if type(annotation) is not int or abs(annotation) > 2**53 or annotation in ids:
-                refuse(f"annotation {annotation}: its id is used twice, or is not a whole number")
+                raise ValueError(f"annotation {annotation}: its id is used twice, or is not a whole number")
             ids.add(annotation)
             objects.append((image, annotation, values))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; "
-                        "unpack the file again") from None
-    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
-        raise UserError(f"{path} is not a COCO keypoints file ({type(error).__name__}: {error}); "
-                        "restore the file") from None
-    return names, file_names, objects
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; {mend}") from None
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+        what = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not a COCO keypoints file ({what}); {mend}") from None
+    return names, images, objects
+
+
+def choose_categories(path: Path, listed: Sequence[dict], wanted: Sequence[str] | None) -> tuple[list[str], set, set]:
+    """(names of the keypoints, ids of the wanted categories, ids of all). wanted: names; None: all. Raises UserError
+    for an unknown one, one without keypoints, and several with different keypoints."""
+    known = {category["name"]: category for category in listed}
+    choice = f"choose --category from {', '.join(name for name in known if known[name].get('keypoints'))}"
+    if unknown := [name for name in wanted or () if name not in known]:
+        raise UserError(f"{path} has no category {unknown[0]!r}; {choice}")
+    chosen = [known[name] for name in wanted or known]
+    if without := [category["name"] for category in chosen if not category.get("keypoints")]:
+        raise UserError(f"{path}: the category {without[0]} has no keypoints; {choice}")
+    names = chosen[0]["keypoints"]
+    if different := [category["name"] for category in chosen if category["keypoints"] != names]:
+        raise UserError(f"{path}: the categories {chosen[0]['name']} and {different[0]} have different keypoints; "
+                        f"{choice} (--dataset keypoints)")
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"the names of its keypoints are {str(names)[:40]}")
+    if len(known) < len(listed):
+        raise ValueError("two categories have one name")
+    return names, {category["id"] for category in chosen}, {category["id"] for category in listed}

@@ -6,19 +6,19 @@ from pathlib import Path
 
 from utils import UserError
 
-from .files import path_below, read_lines
-from .patches import PatchDataset, Transform, choose_keypoints, keypoint_patches
+from .files import path_below, picture_size, read_lines
+from .patches import PatchDataset, Transform, choose_keypoints, count_outside, keypoint_patches
 
 PARTS = (11, 12, 9, 14)  # right eye, right leg, left wing, tail: the paper's four, in its order
 
 
 def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | str] = PARTS, crop_scale: float = 0.5,
              transform: Transform | None = None) -> PatchDataset:
-    """The part patches of the official folder CUB_200_2011 (by the rule of select_keypoints): 30,543 of 11,730 images.
+    """The part patches of the official folder CUB_200_2011 (by the rule of select_keypoints): 30,543 of 11,231 images.
 
     split: "train", "test", or None for all images, as in part retrieval. parts: ids or names of parts/parts.txt, or
     ["all"]; class k is the k-th of them. Only visible parts count, in the distances too. Order: images.txt, within an
-    image that of parts. Raises UserError as read_cub, for an unknown part, and where no patch is left.
+    image that of parts. Raises UserError as read_cub and count_outside, for an unknown part, and without any patch.
     """
     root = Path(root)
     if split is None:
@@ -29,7 +29,14 @@ def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | s
     parts = choose_keypoints(parts, names, "part", root / "parts/parts.txt")
     by_path = ((path, [(label, points[image][part]) for label, part in enumerate(parts) if part in points[image]])
                for image, path in paths.items())
-    return keypoint_patches(by_path, parts, names, "part", crop_scale, transform)
+    dataset = keypoint_patches(by_path, parts, names, "part", crop_scale, transform)
+
+    sizes = {image: picture_size(path) for image, path in paths.items() if points[image]}
+    visible = [(image, part) for image in sizes for part in points[image]]
+    dataset.num_outside = count_outside(
+        [points[image][part] for image, part in visible], [sizes[image] for image, _ in visible],
+        lambda number: "{}, image {}, part {}".format(root / "parts/part_locs.txt", *visible[number]))
+    return dataset
 
 
 def finite(text: str | float) -> float:
@@ -72,12 +79,14 @@ def read_cub(root: Path, *others: str) -> tuple[dict, ...]:
     for (image, part), (number, x, y, visible) in located.items():
         if image not in images or part not in parts:
             what = f"image {image} is not in images.txt" if image not in images else f"part {part} is not in parts.txt"
-            raise UserError(f"{root / 'parts/part_locs.txt'}, line {number}: {what}; unpack the data set again")
+            raise UserError(f"{root / 'parts/part_locs.txt'}, line {number}: {what}; both lists must be whole, or both "
+                            "shortened: unpack the data set again")
         if visible:
             points[image][part] = x, y
     for name, known in (("parts/part_locs.txt", {image for image, _ in located}), *zip(others, tables, strict=True)):
         if absent := [image for image in images if image not in known]:
-            raise UserError(f"{root / name} has no line of image {absent[0]}; unpack the data set again")
+            raise UserError(f"{root / name} has no line of image {absent[0]}, which is in images.txt; both lists must "
+                            "be whole, or both shortened: unpack the data set again")
     return paths, points, {part: name for part, (_, name) in parts.items()}, *tables
 
 

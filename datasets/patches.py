@@ -209,6 +209,33 @@ def keypoint_patches(points: Iterable[tuple], chosen: Sequence[int], names: dict
     return PatchDataset(images, [names[keypoint] for keypoint in chosen], transform, load)
 
 
+def count_outside(points: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]],
+                  where: Callable[[int], str]) -> int:
+    """How many keypoints lie outside of their pictures: a mistake or two of the annotators, or pictures of another
+    size. points: visible ones, (x, y) in pixels; sizes: (width, height) of the picture of each; where: its number in
+    the list -> where it stands. Raises UserError where they are more than one in a hundred."""
+    points, sizes = (np.asarray(values, dtype=np.float64).reshape(-1, 2) for values in (points, sizes))
+    outside = np.flatnonzero(((points < 0) | (points > sizes)).any(1))
+    if 100 * len(outside) > len(points):
+        (x, y), (width, height) = points[outside[0]], sizes[outside[0]]
+        raise UserError(f"{len(outside)} of {len(points)} visible keypoints lie outside of their pictures, the first "
+                        f"({where(outside[0])}) at ({x:g}, {y:g}) of {width:g} x {height:g} pixels; the pictures are "
+                        "mostly resized, cropped or of another release: use those that were annotated")
+    return len(outside)
+
+
+def draw_numbers(count: int, num: int | None, seed: int) -> list[int]:
+    """num of the numbers below count (None, or more than there are: all), drawn by the seed, ascending."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:num].sort().values.tolist()
+
+
+def some_images(dataset: PatchDataset, indices: Sequence[int]) -> PatchDataset:
+    """These images of a data set, as a data set of their own."""
+    found = PatchDataset([dataset.images[index] for index in indices], dataset.classes, dataset.transform, dataset.load)
+    found.num_outside, found.notes = dataset.num_outside, dataset.notes
+    return found
+
+
 class RandomViews(PatchDataset):
     """The images of another data set under a random transform, drawn anew for every epoch.
 

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import UserError
-
 from . import check_data_path
 from .coco import load_coco, open_keypoints
 from .cub import load_cub
-from .imagenet import list_images, load_grid
-from .patches import PatchDataset, PatchImage, resize_center_crop, resize_square
+from .files import read_rgb
+from .imagenet import list_images
+from .patches import PatchDataset, PatchImage, draw_numbers, resize_center_crop, resize_square, some_images
+from .sheets import load_grid
 from .synthetic import draw_image, image_seeds, load_synthetic_patches
 
 LOADERS = {"cub": load_cub, "coco": load_coco}
@@ -22,9 +22,9 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
     """The patches of one of RETRIEVAL_DATASETS: all of CUB, COCO's training set, the keypoints of one of the user's
     files, the grid of any images, or synthetic.
 
-    keypoints: numbers or names, ["all"], or None for the paper's (of files: all). num_images: drawn by the seed, of
-    imagenet (default all) and synthetic (30). files: as of open_keypoints. Raises UserError for an unknown keypoint,
-    and files that are missing or wrong.
+    keypoints: numbers or names, ["all"], or None for the paper's (of files: all). num_images: drawn by the seed from
+    the images that have patches (default all; of synthetic, pictures that are drawn, default 30). files: as of
+    open_keypoints. Raises UserError for an unknown keypoint, and files that are missing or wrong.
     """
     check_data_path(name, data_path)
     options = {"crop_scale": crop_scale, "transform": resize_square(image_size)}
@@ -34,9 +34,8 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
         return load_grid(data_path, num_images, seed, image_size)
     if keypoints is not None:
         options["parts" if name == "cub" else "keypoints"] = keypoints
-    if name == "keypoints":
-        return open_keypoints(files, 1, **options)[0]
-    return LOADERS[name](data_path, **options)
+    dataset = open_keypoints(files, 1, **options)[0] if name == "keypoints" else LOADERS[name](data_path, **options)
+    return some_images(dataset, draw_numbers(len(dataset), num_images, seed)) if num_images else dataset
 
 
 def open_images(name: str, data_path: Path | None, num_images: int, seed: int, image_size: int) -> PatchDataset:
@@ -44,10 +43,10 @@ def open_images(name: str, data_path: Path | None, num_images: int, seed: int, i
     those below data_path drawn by the seed, or "synthetic", its test split. Raises UserError where there is none."""
     check_data_path(name, data_path)
     if name == "synthetic":
-        paths, options = image_seeds("test", num_images, seed), {"load": draw_image}
+        paths, notes, load = image_seeds("test", num_images, seed), [], draw_image
     else:
-        paths, options = list_images(data_path, num_images, seed), {}
-    if not paths:
-        raise UserError(f"no image below {data_path}; --data-path must be a folder of images")
-    return PatchDataset([PatchImage(path, None, [0]) for path in paths], ["image"],
-                        resize_center_crop(round(image_size * 256 / 224), image_size), **options)
+        (paths, notes), load = list_images(data_path, num_images, seed), read_rgb
+    transform = resize_center_crop(round(image_size * 256 / 224), image_size)
+    dataset = PatchDataset([PatchImage(path, None, [0]) for path in paths], ["image"], transform, load)
+    dataset.notes = notes
+    return dataset
