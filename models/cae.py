@@ -12,6 +12,7 @@ from .encoder import (
     CheckpointError,
     Encoder,
     bicubic_to_size,
+    first_few,
     layer_norm,
     load_exactly,
     sincos_positions,
@@ -37,8 +38,7 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
         raise CheckpointError(f"no key starts with encoder.; the file has {', '.join(list(whole)[:4])}, ...")
     unexpected = [key for key in whole if not key.startswith("encoder.") and not re.fullmatch(PRETRAINING, key)]
     if unexpected:
-        more = f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else ""
-        raise CheckpointError(f"unexpected keys: {', '.join(unexpected[:3])}{more}")
+        raise CheckpointError(f"unexpected keys: {first_few(unexpected)}")
     shape = vit_shape(state, num_heads)
     if "pos_embed" not in state:
         raise CheckpointError("missing keys: encoder.pos_embed")

@@ -27,9 +27,9 @@ class Encoder(nn.Module):
     [B, D] to [B, P]. mean, std: of the input normalisation, per channel, for values from 0 to 1; default ImageNet's.
     """
 
-    # Set by build_model: source and hash of the weights, for the results; where the number of heads comes from, for the
-    # log; and the file whose code chose how the encoder computes.
-    weights, sha256, heads_from, method = "unknown", None, "width / 64", __file__
+    # Set by build_model: source and hash of the weights, for the results; by load_encoder: encoder_signature of the
+    # weights as they were loaded.
+    weights, sha256, signature = "unknown", None, None
     # What the first of the tokens that forward returns is.
     cls_from = "class token"
 
@@ -42,11 +42,11 @@ class Encoder(nn.Module):
         self.embed_dim = vit.embed_dim
         self.depth = len(vit.blocks)
         self.num_heads = vit.blocks[0].attn.num_heads
+        self.native_size = tuple(vit.patch_embed.img_size)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         # Images may have any size that grid accepts.
         vit.patch_embed.strict_img_size = False
-        self._cast = (None, None)
         self.eval().requires_grad_(False)
 
     @property
@@ -58,30 +58,13 @@ class Encoder(nn.Module):
         return super().train(False)
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] uint8 -> float32, normalised as in the encoder's training."""
+        """[B, 3, H, W] uint8 -> float32, normalised as in the encoder's training. Raises TypeError for other types."""
+        if images.dtype != torch.uint8:
+            raise TypeError(f"preprocess takes uint8 images with values from 0 to 255, not {images.dtype}")
         return (images.float() / 255 - self.mean) / self.std
-
-    def cast_weights(self, device: torch.device) -> None:
-        """Under autocast, gives the linear layers and convolutions weights in its type: it would cast weights without
-        gradients anew in every call. Their parameters stay float32, and so do all others, as autocast uses them. New
-        values of the parameters are not seen until the device or the type changes."""
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        if self._cast == (dtype, device):
-            return
-        self._cast = dtype, device
-        layers = [module for module in self.vit.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-        # An inference tensor could not be used by a later call that needs gradients.
-        with torch.inference_mode(False):
-            for layer in layers:
-                for name, parameter in layer.named_parameters(recurse=False):
-                    # An attribute of the instance hides the registered parameter of its name.
-                    layer.__dict__.pop(name, None)
-                    if dtype:
-                        layer.__dict__[name] = parameter.detach().to(dtype)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> tokens before the first block, [B, prefix + N, D]."""
-        self.cast_weights(images.device)
         grid = self.grid(images)
         patches = self.vit.patch_embed(images)
         # DeiT's distillation token is held in timm's register token.
@@ -148,6 +131,26 @@ class Encoder(nn.Module):
             raise ValueError(f"image size {height} x {width} is not divisible by the patch size {self.patch_size}")
         return height // self.patch_size, width // self.patch_size
 
+
+@torch.no_grad()
+def encoder_signature(encoder: Encoder) -> torch.Tensor:
+    """What an encoder makes of one fixed image: 256 values of its final tokens, float32, on the CPU, picked evenly from
+    all tokens and channels.
+
+    The same encoder gives the same values, to rounding, on every machine. Other weights, another number of heads, mean
+    or order of patches give others. The encoder is left as it was.
+    """
+    colours = torch.randint(256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    image = F.interpolate(colours.to(encoder.mean.device, torch.uint8), size=encoder.native_size, mode="nearest")
+    shuffle = getattr(encoder, "shuffle", None)  # MAE's, from which every batch draws
+    drawn = shuffle.get_state() if shuffle else None
+    tokens = encoder(encoder.preprocess(image)).flatten()
+    if shuffle:
+        shuffle.set_state(drawn)
+    picked = torch.arange(256, device=tokens.device) * (len(tokens) - 1) // 255
+    return tokens[picked].float().cpu()
+
+
 class WeightNormHead(nn.Module):
     """The projector of DINO and iBOT: Linear, GELU, Linear, GELU, Linear to the bottleneck, L2 normalisation, linear
     without bias (facebookresearch/dino, vision_transformer.py, DINOHead; weight normalisation folded in)."""
@@ -188,15 +191,12 @@ class WeightNormHead(nn.Module):
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> "WeightNormHead":
         """Built from an official head's keys: mlp.*, and last_layer.weight or, with weight normalisation, .weight_g and
-        .weight_v: the weight is g v / |v|, row by row. Raises CheckpointError."""
+        .weight_v: the weight is g v / |v|, row by row. Raises CheckpointError and, for a key that is missing, KeyError.
+        """
         state = dict(state)
         if "last_layer.weight_v" in state:
-            direction, length = state.pop("last_layer.weight_v"), state.pop("last_layer.weight_g", None)
-            if length is None or not length.is_floating_point() or length.shape != (len(direction), 1):
-                raise CheckpointError("the projector's last_layer.weight_g is not a number for each of its outputs")
+            direction, length = state.pop("last_layer.weight_v"), state.pop("last_layer.weight_g")
             state["last_layer.weight"] = F.normalize(direction, dim=1, eps=0) * length
-        if "mlp.0.weight" not in state or "last_layer.weight" not in state:
-            raise CheckpointError("the projector's keys mlp.0.weight and last_layer.weight are missing")
         widths = [state[f"mlp.{index}.weight"].shape[0] for index in layer_indices(state, r"mlp\.(\d+)\.weight")]
         out_dim, bottleneck_dim = state["last_layer.weight"].shape
         head = cls(state["mlp.0.weight"].shape[1], widths[:-1], bottleneck_dim, out_dim)
@@ -223,27 +223,28 @@ def unwrap(checkpoint: Mapping, key: str = "") -> dict[str, torch.Tensor]:
     """A checkpoint's state dictionary, which lies under the key if one is given. Raises CheckpointError where there is
     none."""
     state = checkpoint.get(key) if key else checkpoint
-    if isinstance(state, Mapping) and state and all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
-        return dict(state)
-    found = state if isinstance(state, Mapping) else checkpoint
-    raise CheckpointError(f"expected a dictionary of tensors{f' under {key!r}' if key else ''}; it has "
-                          f"{', '.join(map(str, list(found)[:6])) or 'nothing'}")
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"expected a dictionary of tensors{f' under {key!r}' if key else ''}; it has "
+                              f"{first_few([str(name) for name in checkpoint])}")
+    return dict(state)
+
+
+def first_few(keys: Sequence[str]) -> str:
+    """"a, b, c and 4 more"."""
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """load_state_dict. Raises CheckpointError that lists missing, unexpected and wrongly shaped keys."""
     wanted = module.state_dict()
-    shapes = [f"{key} {list(state[key].shape)} for {list(wanted[key].shape)}"
-              for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    integers = [key for key in wanted if key in state and wanted[key].is_floating_point()
-                and not state[key].is_floating_point()]
-    problems = [f"{label}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-                for label, keys in (("missing keys", [key for key in wanted if key not in state]),
-                                    ("unexpected keys", [key for key in state if key not in wanted]),
-                                    ("wrong shapes", shapes), ("not floating-point", integers)) if keys]
-    if problems:
-        raise CheckpointError("; ".join(problems))
+    problems = {
+        "missing keys": [key for key in wanted if key not in state],
+        "unexpected keys": [key for key in state if key not in wanted],
+        "wrong shapes": [f"{key} {list(state[key].shape)} for {list(value.shape)}" for key, value in wanted.items()
+                         if key in state and state[key].shape != value.shape],
+    }
+    if any(problems.values()):
+        raise CheckpointError("; ".join(f"{what}: {first_few(keys)}" for what, keys in problems.items() if keys))
     module.load_state_dict(state)
 
 
@@ -262,13 +263,13 @@ def vit_shape(state: Mapping[str, torch.Tensor], num_heads: int | None) -> dict:
     num_heads = num_heads or width // 64
     if width % num_heads:
         raise CheckpointError(f"width {width} is not divisible by {num_heads} heads: give another --num-heads")
-    depth, mlp_ratio = len(layer_indices(state, r"blocks\.(\d+)\..*")), len(state["blocks.0.mlp.fc1.weight"]) / width
-    values, expected = sum(value.numel() for value in state.values()), depth * (4 + 2 * mlp_ratio) * width**2
-    if expected > 2 * values:  # a model of that size may not fit into memory
-        raise CheckpointError(f"it holds {values} values, of about {expected:.0f} of a ViT of {depth} blocks and width "
-                              f"{width}")
-    return {"embed_dim": width, "depth": depth, "patch_size": state["patch_embed.proj.weight"].shape[-1],
-            "mlp_ratio": mlp_ratio, "num_heads": num_heads}
+    return {
+        "embed_dim": width,
+        "depth": len(layer_indices(state, r"blocks\.(\d+)\..*")),
+        "patch_size": state["patch_embed.proj.weight"].shape[-1],
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+        "num_heads": num_heads,
+    }
 
 
 def square_grid(num_patches: int) -> int:

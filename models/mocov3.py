@@ -41,9 +41,7 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
     hidden_dim, out_dim = head["0.weight"].shape[0], head["6.weight"].shape[0]
     projector = build_projector(vit.embed_dim, hidden_dim, out_dim)
     load_exactly(projector, head)
-    encoder = Encoder(vit, bicubic_to_size, projector)
-    encoder.heads_from = "MoCo v3's architecture" if known else encoder.heads_from
-    return encoder
+    return Encoder(vit, bicubic_to_size, projector)
 
 
 def build_projector(in_dim: int, hidden_dim: int = 4096, out_dim: int = 256) -> nn.Sequential:

@@ -1,13 +1,21 @@
 """A network of the user's own as an encoder: --model path/to/file.py:function, where function(weights) -> nn.Module.
 
-Its forward maps normalised images [B, 3, H, W] to final tokens [B, 1 + N, D], class token first, patches row by row; or
-to [B, N, D] where its attribute class_token is False, and their mean then replaces the class token. Attributes it may
-have: patch_size (else 224 / sqrt(N)), mean and std of its input (else ImageNet's), num_heads (else D / 64, of the
-attentive probe), and for its layers blocks, or depth and a get_intermediate_layers as in models/encoder.py.
+Its forward maps normalised images [B, 3, H, W] to one of
+
+    [B, 1 + N, D]   final tokens, class token first, patches row by row;
+    [B, N, D]       the same without class token, where its attribute class_token is False;
+    [B, D, h, w]    a feature map, whose cells are the patches.
+
+The mean of the patches stands for a class token that is not there. Attributes it may have: patch_size (else read from
+the output for an image of 224 x 224), mean and std of its input (else ImageNet's), num_heads (else D / 64, of the
+attentive probe), and for its layers blocks, or depth and a get_intermediate_layers as in models/encoder.py; without
+them its output is its one layer.
 """
 
+import argparse
 import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -18,11 +26,12 @@ import torch.nn as nn
 
 from utils import UserError
 
+from .checkpoints import file_hash, one_line
 from .encoder import CheckpointError, Encoder
 
 
 class OwnEncoder(Encoder):
-    """The interface of Encoder around any module. Raises CheckpointError where its tokens are not as promised."""
+    """The interface of Encoder around any module. Raises CheckpointError where its output is not as promised."""
 
     def __init__(self, network: nn.Module):
         nn.Module.__init__(self)
@@ -31,32 +40,37 @@ class OwnEncoder(Encoder):
         for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.as_tensor(getattr(network, name, default), dtype=torch.float32)
             self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
-        if not getattr(network, "class_token", True):
-            self.cls_from = "mean"
-        self.position_embedding = None
         self.eval().requires_grad_(False)
         patch = getattr(network, "patch_size", None)
-        if not isinstance(patch, int | None):
-            raise CheckpointError(f"its patch_size is {patch!r}; it must be one whole number, the side of a patch")
         side = 14 * patch if patch and 224 % patch else 224
-        tokens = network(torch.zeros(1, 3, side, side))
-        shape, prefix = tuple(getattr(tokens, "shape", ())), int(self.cls_from == "class token")
-        grid = math.isqrt(max(shape[1] - prefix, 0)) if len(shape) == 3 else 0
+        self.native_size = (side, side)
+        output = network(torch.zeros(1, 3, side, side))
+        shape = tuple(getattr(output, "shape", ()))
+        is_map = len(shape) == 4
+        if is_map or not getattr(network, "class_token", True):
+            self.cls_from = "mean"
+        prefix = int(self.cls_from == "class token")
+        count = shape[2] * shape[3] if is_map else shape[1] - prefix if len(shape) == 3 else 0
+        grid = math.isqrt(max(count, 0))
         self.patch_size = patch or side // max(grid, 1)
-        if shape[:2] != (1, prefix + grid**2) or grid * self.patch_size != side:
-            given, wanted = shape or type(tokens).__name__, "[1, 1 + N, D]" if prefix else "[1, N, D]"
+        if not grid or grid**2 != count or grid * self.patch_size != side:
+            given = list(shape) or type(output).__name__
+            wanted = "[1, 1 + N, D]" if prefix else "[1, N, D]"
             raise CheckpointError(f"for an image of {side} x {side} its forward gives {given}; expected tokens "
                                   f"{wanted} of N square patches (class_token = False without a class token, "
-                                  "patch_size = P where it is not plain)")
-        self.embed_dim = shape[2]
+                                  "patch_size = P where it is not plain) or a map [1, D, h, h]")
+        self.embed_dim = shape[1 if is_map else 2]
         self.num_heads = getattr(network, "num_heads", max(1, self.embed_dim // 64))
-        if hasattr(network, "num_heads"):
-            self.heads_from = "its attribute num_heads"
-        self.depth = getattr(network, "depth", len(getattr(network, "blocks", ())))
+        depth = 0 if is_map else len(getattr(network, "blocks", ()))
+        if hasattr(network, "get_intermediate_layers"):
+            depth = getattr(network, "depth", depth)
+        self.has_layers, self.depth = depth > 0, max(depth, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = self.grid(images)
         tokens = self.network(images)
+        if tokens.ndim == 4:
+            tokens = tokens.flatten(2).mT
         if self.cls_from == "mean":
             tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
         if tokens.shape[1] != 1 + height * width:
@@ -66,7 +80,9 @@ class OwnEncoder(Encoder):
 
     def block_tokens(self, images: torch.Tensor, blocks: Sequence[int], norm: bool) -> Sequence[torch.Tensor]:
         """From the network's own get_intermediate_layers, or by hooks on its blocks, whose last N tokens are the
-        patches'; norm then needs its attribute norm."""
+        patches'; norm then needs its attribute norm. Without either, its output."""
+        if not self.has_layers:
+            return [self(images)[:, 1:]]
         if hasattr(self.network, "get_intermediate_layers"):
             return self.network.get_intermediate_layers(images, n=blocks, reshape=False, norm=norm)
         (height, width), found = self.grid(images), {}
@@ -89,12 +105,15 @@ def load_own(name: str, weights: str) -> OwnEncoder:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        network = getattr(module, function)(weights)
-        if isinstance(network, nn.Module):
-            return OwnEncoder(network)
-    except CheckpointError as error:
-        raise CheckpointError(f"--model {name}: {error}") from None
+        # What open_checkpoint allows in a file, the function may open with weights_only=True too.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            spec.loader.exec_module(module)
+            network = getattr(module, function)(weights)
+        if not isinstance(network, nn.Module):
+            raise CheckpointError(f"{function} returned a {type(network).__name__}, not an nn.Module")
+        encoder = OwnEncoder(network)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
-        raise CheckpointError(f"--model {name}: {type(error).__name__}: {error}") from error
-    raise CheckpointError(f"--model {name}: {function} returned a {type(network).__name__}, not an nn.Module")
+        raise CheckpointError(f"--model {name}: {one_line(error)}") from error
+    encoder.weights = weights
+    encoder.sha256 = file_hash(Path(weights if os.path.isfile(weights) else path))
+    return encoder
