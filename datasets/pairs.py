@@ -20,8 +20,8 @@ from utils import UserError
 
 from . import check_data_path
 from .cub import finite, read_cub
-from .files import BAD_IMAGE, load_rgb, open_image, path_below, read_lines, reason
-from .patches import PatchDataset, PatchImage
+from .files import path_below, picture_size, read_lines, read_rgb
+from .patches import PatchDataset, PatchImage, count_outside
 from .synthetic import OBJECT_NAMES, compose, draw_image, image_seeds
 
 PAIR_DATASETS = ("spair", "cub-pairs", "synthetic-pairs")
@@ -50,52 +50,40 @@ class Pair(NamedTuple):
     attributes: dict[str, str]
 
 
-def image_size_of(path: str) -> tuple[int, int]:
-    with open_image(path) as image:
-        return image.size
-
-
 class PairDataset:
     """Pairs sorted by category, and their images, each once, squashed to image_size x image_size (bilinear,
-    antialiased). load: path -> PIL RGB image. size: path -> (width, height).
+    antialiased). load: path -> PIL RGB image. size: path -> (width, height). stated: by path, the (width, height) that
+    annotations give, in place of size; the picture must have it (read_rgb), which shows when it is decoded.
 
     Attributes: pairs, image_size, images (a PatchDataset of whole images), categories (names), and as tensors: sizes
     float64 [I, 2], (width, height) of the images; of the pairs, source and target (places in images), category, int64
     [P], and box_side float64 [P], max(w, h) of the target's box; of all points, pair int64 [n], and source_points and
-    target_points, float64 [n, 2]. num_outside counts the points outside of their image in the source or the target;
-    they are kept, as published evaluations keep them.
+    target_points, float64 [n, 2]. num_outside counts the points of sources and of targets outside of their images; they
+    are kept, as published evaluations keep them.
 
-    Raises UserError, naming the pair, for an image that cannot be read, a box of no size, and keypoints that do not
-    match or are none; and where there is no pair.
+    Raises UserError where there is no pair, for an image that cannot be opened, and as check_pair and count_outside.
     """
 
-    def __init__(self, pairs: Iterable[Pair], image_size: int, load: Callable = load_rgb,
-                 size: Callable = image_size_of):
+    def __init__(self, pairs: Iterable[Pair], image_size: int, load: Callable = read_rgb,
+                 size: Callable = picture_size, stated: Mapping[str, tuple[int, int]] | None = None):
         from torchvision import transforms  # as in patches.py
         self.pairs, self.image_size = sorted(pairs, key=lambda pair: pair.category), image_size
         if not self.pairs:
             raise UserError("there is no pair of images that share keypoints; check the data set and the split")
-        sizes = {}
+        stated, sizes = stated or {}, {}
         for pair in self.pairs:
             for path in (pair.source, pair.target):
-                try:
-                    if path not in sizes:
-                        sizes[path] = size(path)
-                except BAD_IMAGE as error:
-                    raise UserError(f"pair {pair.name}: its image {path} cannot be read ({reason(error)}); "
-                                    "restore the file") from None
-            x1, y1, x2, y2 = pair.box
-            if not (x2 > x1 and y2 > y1):
-                raise UserError(f"pair {pair.name}: the target's box {tuple(pair.box)} has no size; "
-                                "restore the annotation")
-            if not len(pair.source_points) == len(pair.target_points) > 0:
-                raise UserError(f"pair {pair.name}: {len(pair.source_points)} keypoints in the source, "
-                                f"{len(pair.target_points)} in the target; restore the annotation")
+                if path not in sizes:
+                    sizes[path] = stated[path] if path in stated else size(path)
+            check_pair(pair, sizes[pair.target])
         squash = transforms.Compose([transforms.Resize((image_size, image_size), Image.BILINEAR),
                                      transforms.PILToTensor()])
-        self.images = PatchDataset([PatchImage(path, None, [0]) for path in sizes], ["image"], squash, load)
+        images = [PatchImage(path, None, [0], stated.get(path)) for path in sizes]
+        self.images = PatchDataset(images, ["image"], squash, load)
+
         def floats(rows):
             return torch.tensor(rows, dtype=torch.float64)
+
         numbers = {path: number for number, path in enumerate(sizes)}
         self.categories = list(dict.fromkeys(pair.category for pair in self.pairs))
         self.category = torch.tensor([self.categories.index(pair.category) for pair in self.pairs])
@@ -106,13 +94,29 @@ class PairDataset:
         self.target_points = floats([point for pair in self.pairs for point in pair.target_points])
         self.sizes, boxes = floats(list(sizes.values())), floats([pair.box for pair in self.pairs])
         self.box_side = (boxes[:, 2:] - boxes[:, :2]).amax(1)
-        outside = [(points < 0) | (points > self.sizes[images[self.pair]]) for points, images in (
-            (self.source_points, self.source), (self.target_points, self.target))]
-        self.num_outside = int((outside[0] | outside[1]).any(1).sum())
+        points, ends = torch.cat([self.source_points, self.target_points]), torch.cat([self.source, self.target])
+        pair = torch.cat([self.pair, self.pair + len(self.pairs)])
+        self.num_outside = count_outside(points, self.sizes[ends[pair]],
+                                         lambda number: f"pair {self.pairs[self.pair[number % len(self.pair)]].name}")
 
     def rows(self) -> list[dict]:
         """The list of pairs as plain values, one dictionary per pair, to be written beside the result."""
         return [pair._asdict() for pair in self.pairs]
+
+
+def check_pair(pair: Pair, target_size: tuple[int, int]) -> None:
+    """Raises UserError where a pair's keypoints do not match or are none, and where the target's box has no size or
+    reaches further out of its image, of (width, height), than that is large."""
+    x1, y1, x2, y2 = pair.box
+    width, height = target_size
+    if not (x2 > x1 and y2 > y1):
+        raise UserError(f"pair {pair.name}: the target's box {tuple(pair.box)} has no size; restore the annotation")
+    if min(x1 + width, y1 + height, 2 * width - x2, 2 * height - y2) < 0:
+        raise UserError(f"pair {pair.name}: the target's box {tuple(pair.box)} is far outside of its picture of "
+                        f"{width} x {height} pixels; restore the annotation")
+    if not len(pair.source_points) == len(pair.target_points) > 0:
+        raise UserError(f"pair {pair.name}: {len(pair.source_points)} keypoints in the source, "
+                        f"{len(pair.target_points)} in the target; restore the annotation")
 
 
 def load_pairs(name: str, root: Path | None, image_size: int, split: str = "test", num_pairs: int | None = None,
@@ -162,7 +166,7 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
         path.stem for path in annotations.glob("*.json"))
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{layout}: pair {repeated[0]} is listed twice; remove one of the lines")
-    pairs = []
+    pairs, stated = [], {}
     for name in draw(names, num_pairs, seed):
         path = Path(path_below(annotations, f"{name}.json", str(layout)))
         if not path.is_file():
@@ -170,17 +174,27 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
         if not path.is_file():
             raise UserError(f"pair {name}: its annotation {path} does not exist; unpack the data set again")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            folder = path_below(root / "JPEGImages", found["category"], str(path))
-            images = [path_below(folder, found[key], str(path)) for key in ("src_imname", "trg_imname")]
-            points = [[(finite(x), finite(y)) for x, y in found[key]] for key in ("src_kps", "trg_kps")]
-            x1, y1, x2, y2 = map(finite, found["trg_bndbox"])
-            attributes = {ours: values[found[key]] for key, (ours, values) in ATTRIBUTES.items() if key in found}
-            pairs.append(Pair(name, found["category"], *images, *points, (x1, y1, x2, y2), attributes))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            pair, sizes = read_spair(name, path, root / "JPEGImages")
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"pair {name}: {path} is not a pair's annotation ({type(error).__name__}: {error}); "
                             "unpack the data set again") from None
-    return PairDataset(pairs, image_size)
+        pairs.append(pair)
+        stated |= sizes
+    return PairDataset(pairs, image_size, stated=stated)
+
+
+def read_spair(name: str, path: Path, images: Path) -> tuple[Pair, dict[str, tuple[int, int]]]:
+    """A pair from its annotation, and by path the (width, height) that it states. Raises ValueError, KeyError or
+    TypeError for a file that is none."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    folder = path_below(images, found["category"], str(path))
+    source, target = (path_below(folder, found[key], str(path)) for key in ("src_imname", "trg_imname"))
+    points = [[(finite(x), finite(y)) for x, y in found[key]] for key in ("src_kps", "trg_kps")]
+    x1, y1, x2, y2 = map(finite, found["trg_bndbox"])
+    attributes = {ours: values[found[key]] for key, (ours, values) in ATTRIBUTES.items() if key in found}
+    sizes = {image: (int(width), int(height)) for image, (width, height, *_) in (
+        (source, found["src_imsize"]), (target, found["trg_imsize"]))}
+    return Pair(name, found["category"], source, target, *points, (x1, y1, x2, y2), attributes), sizes
 
 
 def load_cub_pairs(root: str | Path, image_size: int, num_pairs: int, seed: int = 0) -> PairDataset:

@@ -1,26 +1,30 @@
-"""The segmentation data sets by name: protocol, class names, folders, label maps. segmentation_store.py caches them.
+"""The segmentation data sets by name: protocol, class names, folders, images with their label maps.
 
 A split has names, num_classes, len(), name(i), subset(indices), sizes(workers) -> [(height, width)] and load(i) ->
 (uint8 [H, W, 3], uint8 [H, W]): the image and its label map by reduce_label (appendix A.4); the ignored label is
 "other", 0, of PartImageNet "background", the last, or none (255 only) of a folder whose names.txt begins with "0 NAME".
+sampled: whether its images were drawn. notes: lines for the log about what was read.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from utils import UserError
-from utils.provenance import digest, files_digest
+from utils.results import digest
 
 from . import check_data_path
-from .files import image_errors, load_rgb, open_image
+from .files import read_rgb, shared_files
+from .label_maps import label_map_size, pair_files, read_label, read_label_map, reduce_label
+from .patches import draw_numbers
 from .segmentation_classes import class_names
 from .segmentation_transforms import IGNORE
 from .synthetic import NUM_IMAGES, OBJECT_NAMES, PART_NAMES, synthetic_segmentation
@@ -71,14 +75,28 @@ PARTIMAGENET_NOTE = ("all images of PartImageNet are ImageNet training images: a
 LONG_NAMES = {"train": "training", "val": "validation"}
 
 
-def open_segmentation(name: str, data_path: Path | None, split: str, extra_label: bool = False,
-                      ) -> "FolderSplit | SyntheticSplit":
-    """The split "train" or "val" of one of PROTOCOLS. extra_label: accept a label one above the class count, as the
-    authors' metrics do. Raises UserError where folders or files are missing or do not pair."""
+def open_segmentation(name: str, data_path: Path | None, split: str, num_images: int | None = None,
+                      seed: int = 0) -> "FolderSplit | SyntheticSplit":
+    """The split "train" or "val" of one of PROTOCOLS. num_images: that many, drawn by the seed, in the order of their
+    names. Raises UserError where folders or files are missing or do not pair."""
     check_data_path(name, data_path)
     if name.startswith("synthetic"):
-        return SyntheticSplit("object" if name == "synthetic-object" else "part", split)
-    return FolderSplit(*find_folders(name, data_path, split), name, extra_label)
+        opened = SyntheticSplit("object" if name == "synthetic-object" else "part", split)
+    else:
+        opened = FolderSplit(*find_folders(name, data_path, split), name)
+    if num_images and num_images < len(opened):
+        opened = opened.subset(draw_numbers(len(opened), num_images, seed))
+        opened.sampled = True
+    return opened
+
+
+def default_iterations(num_images: int, batch_size: int = 16) -> int:
+    """Iterations of training on label maps of one's own, of which no recipe knows the number.
+
+    As many passes over the images as the paper makes over ADE20K's 20,210 (127), but no fewer iterations than 2,000:
+    from its random start at the published learning rate, a linear head needs about that many steps, however few images
+    they repeat; and no more than the published 160,000, from some 20,000 images on."""
+    return max(2_000, min(160_000, round(127 * num_images / batch_size)))
 
 
 def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path, Path]:
@@ -102,28 +120,29 @@ def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path,
 class FolderSplit:
     """A split in two folders: images and label maps of the same names."""
 
-    def __init__(self, root: Path, images: Path, labels: Path, dataset: str, extra_label: bool = False):
+    def __init__(self, root: Path, images: Path, labels: Path, dataset: str):
         self.names = class_names(dataset, root)
         self.num_classes = len(self.names)
         if self.num_classes > 254:
             raise UserError(f"{root / 'names.txt'} holds {self.num_classes} names; 8-bit label maps hold up to 254")
-        self.background, self.largest_label = 0, self.num_classes + extra_label
+        self.background, self.largest_label = 0, self.num_classes
         if dataset.startswith("partimagenet"):
-            self.background = self.largest_label = self.num_classes
-        elif dataset == "folder" and self.names[0].startswith("0 "):  # label 0 is a class too
-            self.names = (self.names[0][2:].strip(), *self.names[1:])
+            self.background = self.num_classes
+        elif dataset == "folder" and (zero := re.match(r"0[\s:]+(?=\S)", self.names[0])):  # label 0 is a class too
+            self.names = (self.names[0][zero.end():], *self.names[1:])
             self.background, self.largest_label = IGNORE, self.num_classes - 1
-        self.pairs = pair_files(images, labels)
+        self.pairs, self.notes = pair_files(images, labels)
+        self.sampled = False
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def identity(self, what: str) -> dict:
-        """What the split holds, by name in words. what: this split in these words."""
+        """What tells this split from another, by name in words. what: this split in these words."""
         return {f"the number of images of the {what}": len(self),
                 f"the list of classes of the {what}": list(self.names),
                 f"the ignored label of the {what}": self.background,
-                f"the list of images and label maps of the {what}": files_digest([*chain(*self.pairs)])}
+                f"the names of the images of the {what}": digest([self.name(index) for index in range(len(self))])}
 
     def name(self, index: int) -> str:
         return self.pairs[index][0].stem
@@ -135,22 +154,22 @@ class FolderSplit:
         return chosen
 
     def sizes(self, workers: int) -> list[tuple[int, int]]:
-        """(height, width) of all images, from the headers. Raises UserError that lists label maps of another size."""
-        def size(path):
-            with image_errors(path), open_image(path) as image:
-                return image.size
-        pairs = list(in_order(lambda pair: [*map(size, pair)], self.pairs, workers))
-        different = [f"{self.name(i)} ({' / '.join(f'{w} x {h}' for w, h in pair)})"
-                     for i, pair in enumerate(pairs) if pair[0] != pair[1]]
-        if different:
-            raise UserError(f"{len(different)} images differ in size from their label maps: {', '.join(different)}; "
-                            "replace one of the two files")
-        return [(height, width) for (width, height), _ in pairs]
+        """(height, width) of all label maps, from the headers. Raises UserError for an image of another size."""
+        return list(in_order(label_map_size, self.pairs, workers))
+
+    def count_labels(self, workers: int) -> np.ndarray:
+        """The pixels of each number from 0 to 255 in all label maps, as their files hold it, int64 [256]."""
+        def count(pair):
+            return np.bincount(read_label_map(pair[1], self.largest_label).ravel(), minlength=256)
+        return sum(in_order(count, self.pairs, workers))
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Raises UserError for a damaged file; sizes() has compared the two sizes."""
+        """The image is upright, as OpenCV reads it, unless it has the size of its label map only as stored. Raises
+        UserError for a damaged file, and for an image of another size than its label map."""
         image_path, label_path = self.pairs[index]
-        return read_image(image_path), read_label(label_path, self.largest_label, self.background)
+        label = read_label(label_path, self.largest_label, self.background)
+        height, width = label.shape
+        return np.array(read_rgb(image_path, (width, height), upright=True)), label
 
 
 class SyntheticSplit:
@@ -158,6 +177,7 @@ class SyntheticSplit:
 
     def __init__(self, kind: str, split: str):
         self.kind, self.split, self.background = kind, split, 0
+        self.sampled, self.notes, self.pairs = False, [], []
         self.names = PART_NAMES if kind == "part" else OBJECT_NAMES
         self.num_classes = len(self.names)
         self.numbers: Sequence[int] = range(NUM_IMAGES[split])
@@ -189,53 +209,11 @@ class SyntheticSplit:
         return np.array(image), reduce_label(label)
 
 
-def pair_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
-    """Sorted pairs (image, label map). Raises UserError for two images of one name, and one that lists all files
-    without a partner."""
-    def by_stem(folder, *suffixes):
-        found = {}
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in suffixes and not path.name.startswith("."):
-                if path.stem in found:
-                    raise UserError(f"{folder} holds {found[path.stem].name} and {path.name}; remove one of them")
-                found[path.stem] = path
-        return found
-    image_files, label_files = by_stem(images, ".jpg", ".jpeg", ".png"), by_stem(labels, ".png")
-    if not image_files.keys() & label_files.keys():
-        raise UserError(f"no image of {images} ({len(image_files)} images) has a label map of its name in {labels} "
-                        f"({len(label_files)} PNG files)")
-    for alone, what, missing in ((image_files.keys() - label_files.keys(), "images", f"label map in {labels}"),
-                                 (label_files.keys() - image_files.keys(), "label maps", f"image in {images}")):
-        if alone:
-            raise UserError(f"{len(alone)} {what} have no {missing}: {', '.join(sorted(alone))}; add or remove them")
-    return [(image_files[stem], label_files[stem]) for stem in sorted(image_files)]
-
-
-def read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3], whatever the file's colours."""
-    return np.array(load_rgb(path))
-
-
-def read_label(path: Path, largest: int, background: int = 0) -> np.ndarray:
-    """A label map as uint8 [H, W], reduced by reduce_label; palette and 16-bit files give their indices.
-    Raises UserError for a colour image or a label above largest."""
-    with image_errors(path), open_image(path) as image:
-        if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-            raise UserError(f"{path} is a picture of mode {image.mode}; a label map holds one class number per pixel")
-        raw = np.asarray(image)
-    above = raw[(raw > largest) & (raw != IGNORE)]
-    if above.size:
-        raise UserError(f"{path}: label {above.max()} is above the class count {largest}; "
-                        "is it the label map of another data set? (python -m datasets.prepare)")
-    return reduce_label(raw, background)
-
-
-def reduce_label(raw: np.ndarray, background: int = 0) -> np.ndarray:
-    """uint8: 0 -> 255, 255 -> 255, the others one less. With another background than 0, whose classes count from 0:
-    background -> 255, the others as they are."""
-    reduced = raw.astype(np.uint8) - np.uint8(not background)  # 0 - 1 is 255
-    reduced[raw == (background or IGNORE)] = IGNORE
-    return reduced
+def shared_images(train_split: "FolderSplit | SyntheticSplit", test_split: "FolderSplit | SyntheticSplit",
+                  by_content: bool) -> int:
+    """How many images of the test split are images of the training split too: the same file, or, by_content, a copy of
+    one. Synthetic splits share none."""
+    return shared_files(*([image for image, _ in split.pairs] for split in (train_split, test_split)), by_content)
 
 
 def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:

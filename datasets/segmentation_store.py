@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.distributed import local_main_first, shard
-from utils.provenance import digest, this_run
+from utils.distributed import shard
 from utils.run import Progress
-from utils.storage import allocate, atomic_write, create_file, files_record, is_recorded, map_file
+from utils.storage import allocate
 
 from . import segmentation_transforms as transforms
+from .label_maps import require_labelled
 from .segmentation import FolderSplit, SyntheticSplit, in_order
 
 LARGEST_RATIO = 2.0  # of the base scale
@@ -26,56 +26,38 @@ RESERVED_BYTES = {"gpu": 12 << 30, "cpu": 2 << 30}
 class PixelStore:
     """All images of a split, decoded once, as int32 pixels (colour and label) in one flat tensor.
 
-    Images larger than what the largest training scale needs are kept at that size. tier: "gpu", "cpu", "disk" (a
-    memory-mapped file in folder, found again by the next run) or "auto": the first of these that has room.
+    Images larger than what the largest training scale needs are kept at that size. tier: "gpu", "cpu", "disk" (a mapped
+    temporary file in folder) or "auto": the first of these that has room. label_counts: pixels of each class in the
+    label maps as they are in the files, int64 [num_classes]. Logs how many images were shrunk, and the classes that no
+    label map holds. Raises UserError where no pixel has a class.
     """
 
     def __init__(self, split: FolderSplit | SyntheticSplit, base_scale: tuple[int, int], device: torch.device,
                  folder: Path, tier: str = "auto", workers: int = 0, log: Callable[[str], None] = print):
-        self.split, self.workers = split, workers
-        self.sizes = split.sizes(workers)
+        self.split, self.sizes = split, split.sizes(workers)
         largest = tuple(int(side * LARGEST_RATIO) for side in base_scale)
         self.stored = [min(size, transforms.rescale_size(*size, largest)) for size in self.sizes]
         self.starts = torch.tensor([0, *(height * width for height, width in self.stored)]).cumsum(0)
-        self.mapped = None
         self.pixels = allocate((int(self.starts[-1]),), torch.int32, device, tier, folder,
-                               lambda: self._on_disk(folder, log), f"{len(split)} training images, decoded",
-                               "use a larger disk with --output-dir", log, reserve=RESERVED_BYTES, pin=False)
-        # The file is filled already; where another process cannot map it, all processes hold the images elsewhere.
-        if self.pixels is not self.mapped:
-            self._fill(self.pixels)
-
-    def _fill(self, pixels: torch.Tensor) -> None:
-        progress = Progress(len(self.split), "decoding", "images")
-        for index, image in enumerate(in_order(self._packed, range(len(self.split)), self.workers)):
-            pixels[self.starts[index]:self.starts[index + 1]] = image
+                               f"{len(split)} training images, decoded", log, reserve=RESERVED_BYTES, pin=False)
+        self.label_counts = np.zeros(split.num_classes, np.int64)
+        progress = Progress(len(split), "decoding", "images")
+        for index, (pixels, counts) in enumerate(in_order(self._packed, range(len(split)), workers)):
+            self.pixels[self.starts[index]:self.starts[index + 1]] = pixels
+            self.label_counts += counts
             progress.update()
+        if shrunk := sum(size != stored for size, stored in zip(self.sizes, self.stored, strict=True)):
+            log(f"{shrunk} of {len(split)} training images are larger than twice the base scale and were shrunk once")
+        require_labelled(self.label_counts, "training")
+        if absent := [split.names[index] for index in np.flatnonzero(self.label_counts == 0)]:
+            log(f"{len(absent)} of {split.num_classes} classes are in no training label map: {', '.join(absent)}")
 
-    def _packed(self, index: int) -> torch.Tensor:
+    def _packed(self, index: int) -> tuple[torch.Tensor, np.ndarray]:
         image, label = self.split.load(index)
+        counts = np.bincount(label.ravel(), minlength=256)[:self.split.num_classes]
         if label.shape != self.stored[index]:
             image, label = shrink(image, label, *self.stored[index])
-        return transforms.pack_pixels(image, label).flatten()
-
-    def _on_disk(self, folder: Path, log: Callable[[str], None]) -> torch.Tensor:
-        made_with = {**self.split.identity("training set"), "the list of sizes": digest(self.stored),
-                     "the versions of packages": this_run()["versions"]}
-        path, shape = folder / f"pixels-{digest(made_with)[:16]}.int32", (int(self.starts[-1]),)
-        record = path.with_suffix(".json")
-
-        def write(temporary):
-            create_file(temporary, shape, torch.int32)
-            self._fill(map_file(temporary, shape, torch.int32))
-
-        with local_main_first() as first:
-            if first and not is_recorded(record, made_with, [path], log):
-                if path.exists():
-                    log(f"{path} is damaged or half-written: refused, it is written anew")
-                atomic_write(path, write)
-                content = files_record(made_with, [path])
-                atomic_write(record, lambda temporary: temporary.write_bytes(content))
-        self.mapped = map_file(path, shape, torch.int32, writable=False)
-        return self.mapped
+        return transforms.pack_pixels(image, label).flatten(), counts
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[transforms.Packed, list[tuple[int, int]]]:
         """Some images on the device, and their original sizes."""

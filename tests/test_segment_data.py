@@ -1,7 +1,7 @@
 """The segmentation data sets: folders, label files, what is kept in memory, batches."""
 
-import subprocess
-import sys
+import os
+import shutil
 import threading
 from contextlib import nullcontext
 from functools import partial
@@ -11,28 +11,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_label_maps import write_folder, write_pair
 
 from datasets import segmentation_store
 from datasets.segmentation import PAPER_PROTOCOLS as PROTOCOLS
-from datasets.segmentation import in_order, open_segmentation, pair_files, read_image, read_label, reduce_label
+from datasets.segmentation import default_iterations, in_order, open_segmentation, shared_images
 from datasets.segmentation_store import PixelStore, training_batches
 from datasets.segmentation_transforms import pack_pixels, rescale_size, resize_image
 from datasets.synthetic import OBJECT_NAMES, PART_NAMES
-from utils import UserError, storage
-from utils.distributed import all_reduce, init_processes, rank
+from utils import UserError
+from utils.distributed import all_reduce, init_processes
 from utils.storage import prefetched
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real is not on this machine")
 CPU = torch.device("cpu")
 MEAN, STD = torch.full((1, 3, 1, 1), 0.5), torch.full((1, 3, 1, 1), 0.25)
-
-
-def write_pair(images, labels, name="a", size=(24, 16), label=1):
-    for folder in (images, labels):
-        folder.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, "red").save(images / f"{name}.jpg")
-    Image.new("L", size, label).save(labels / f"{name}.png")
 
 
 def test_protocols_are_those_of_the_paper():
@@ -60,13 +54,10 @@ def test_folders_of_ones_own(tmp_path):
         Image.fromarray(raw + np.uint8(1)).save(tmp_path / "labels/val/a.png")  # 1, 2, 3, 0
         with pytest.raises(UserError, match="label 3 is above the class count 2"):
             split.load(0)
-    paths = set()
     for text in ("left\nright\n", "0 sky\nleft\nright\n"):
         (tmp_path / "names.txt").write_text(text)
         store = PixelStore(open_segmentation("folder", tmp_path, "train"), (32, 32), CPU, tmp_path, "disk")
-        paths |= {*tmp_path.glob("pixels-*.int32")}
         assert store.pixels[0] >> 24 & 255 == len(text.split("\n")) - 3, "label 1 is class 0, or 1"
-    assert len(paths) == 2
     with pytest.raises(UserError, match="does not hold images and label maps: expected images/val and labels/val$"):
         open_segmentation("folder", tmp_path / "labels", "val")
 
@@ -116,51 +107,39 @@ def test_names_beside_the_maps_decide_the_class_count(tmp_path):
         open_segmentation("ade20k-part", tmp_path, "val")
 
 
-def test_reduced_labels_are_those_of_the_reference():
-    cases = torch.load(Path(__file__).parent / "golden/segmentation/labels.pt", weights_only=True)["cases"]
-    for case in cases:
-        assert np.array_equal(reduce_label(case["raw"].numpy()), case["reduced"].numpy())
+def test_test_images_that_are_training_images_are_counted(tmp_path):
+    train, val = write_folder(tmp_path, [[1]] * 4, [[1]] * 6)
+    for split, name in (("train", 0), ("train", 1), ("train", 2), ("train", 3), ("val", 4), ("val", 5)):
+        Image.effect_noise((24, 16), 50).save(tmp_path / f"images/{split}/{name}.jpg")
+    images = tmp_path / "images"
+    for number, how in ((0, os.symlink), (1, os.link), (2, shutil.copy)):
+        (images / f"val/{number}.jpg").unlink()
+        how(images / f"train/{number}.jpg", images / f"val/{number}.jpg")
+    data = bytearray((images / "train/3.jpg").read_bytes())
+    data[-10] ^= 1
+    (images / "val/3.jpg").write_bytes(data)  # of equal size, another picture
+    assert shared_images(train, val, by_content=False) == 2
+    assert shared_images(train, val, by_content=True) == 3
+    assert shared_images(train, train, by_content=False) == 4
+    synthetic = [open_segmentation("synthetic", None, split) for split in ("train", "val")]
+    assert shared_images(*synthetic, by_content=True) == 0
 
 
-def test_kinds_of_label_files(tmp_path):
-    """Palette, 16-bit and 1-bit files give their numbers; colours are refused."""
-    values = np.array([[0, 1, 2], [3, 255, 5]], dtype=np.uint8)
-    expected = np.array([[255, 0, 1], [2, 255, 4]], dtype=np.uint8)
-    palette = Image.fromarray(values).convert("P")
-    palette.putdata(values.ravel().tolist())
-    palette.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
-    files = {"grey": Image.fromarray(values), "palette": palette, "16": Image.fromarray(values.astype(np.uint16))}
-    for name, image in files.items():
-        image.save(tmp_path / f"{name}.png")
-        assert np.array_equal(read_label(tmp_path / f"{name}.png", 5), expected), name
-    Image.fromarray(values > 2).save(tmp_path / "bits.png")
-    assert np.array_equal(read_label(tmp_path / "bits.png", 5), np.where(values > 2, 0, 255))
-    Image.fromarray(values.astype(np.uint16) * 200).save(tmp_path / "large.png")
-    with pytest.raises(UserError, match="label 51000 is above"):
-        read_label(tmp_path / "large.png", 5)
-    Image.new("RGB", (3, 2)).save(tmp_path / "colour.png")
-    with pytest.raises(UserError, match="colour.png is a picture of mode RGB"):
-        read_label(tmp_path / "colour.png", 5)
+def test_some_images_of_a_split(tmp_path):
+    train, _ = write_folder(tmp_path, [[1]] * 12, [[1]])
+    names = [train.name(i) for i in range(12)]
+    some = open_segmentation("folder", tmp_path, "train", 5, seed=1)
+    drawn = [some.name(i) for i in range(5)]
+    assert some.sampled and len(some) == 5 and drawn == sorted(drawn) and {*drawn} < {*names} and drawn != names[:5]
+    again, other = (open_segmentation("folder", tmp_path, "train", 5, seed) for seed in (1, 2))
+    assert again.identity("data") == some.identity("data") != other.identity("data")
+    assert len(open_segmentation("folder", tmp_path, "train", 99)) == 12 and not train.sampled
+    assert len(open_segmentation("synthetic", None, "val", 7)) == 7
 
 
-def test_files_that_are_no_pictures(tmp_path):
-    (tmp_path / "text.jpg").write_text("no picture")
-    with pytest.raises(UserError, match="text.jpg cannot be decoded .not an image"):
-        read_image(tmp_path / "text.jpg")
-    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
-    with pytest.raises(UserError, match="cut.jpg cannot be decoded"):
-        read_image(tmp_path / "cut.jpg")
-
-
-def test_no_image_has_a_label(tmp_path):
-    write_pair(tmp_path / "a", tmp_path / "b", name="x")
-    write_pair(tmp_path / "c", tmp_path / "d", name="y")
-    with pytest.raises(UserError, match="no image of"):
-        pair_files(tmp_path / "a", tmp_path / "d")
-    Image.new("RGB", (24, 16)).save(tmp_path / "a/x.png")
-    with pytest.raises(UserError, match="a holds x.jpg and x.png; remove one of them"):
-        pair_files(tmp_path / "a", tmp_path / "b")
+def test_iterations_of_ones_own_label_maps():
+    assert [default_iterations(count) for count in (1, 14, 1000, 20_210, 10**6)] == [2000, 2000, 7938, 160_000, 160_000]
+    assert default_iterations(1000, 32) == 3969
 
 
 def test_in_order_keeps_order_and_raises():
@@ -190,42 +169,28 @@ def test_large_images_are_kept_at_the_largest_size_that_is_needed(tmp_path):
     assert torch.equal(kept[..., :3].permute(2, 0, 1), resize_image(torch.from_numpy(image), *size))
     assert set(kept[..., 3].unique().tolist()) <= set(np.unique(label).tolist())
     assert f"{4 * (size[0] * size[1] + 3000) / 1e9:.2f} GB" in lines[0]
+    assert lines[1] == "1 of 2 training images are larger than twice the base scale and were shrunk once"
     for images, labels in training_batches(store, range(3), 4, (128, 48), 48, MEAN, STD, seed=0):
         assert images.shape == (4, 3, 48, 48)
         assert labels.shape == (4, 48, 48)
 
 
-def fill_a_store(split, folder, tier, free, mappable):
-    """One process of several: free is what it has above what it needs; prints whether all hold the right pixels."""
+def fill_a_store(split, folder):
+    """One process of several: prints how many hold the right pixels, and where they are."""
     init_processes("cpu")
+    lines = []
+    store = PixelStore(split, (64, 32), CPU, folder, "disk", 0, lines.append)
     pixels = torch.cat([pack_pixels(*split.load(i)).flatten() for i in range(3)])
-    limit = 4 * len(pixels) + segmentation_store.RESERVED_BYTES["cpu"]
-    storage.free_memory = lambda device: limit + free[rank()]
-    map_file = segmentation_store.map_file
-
-    def mapped(*arguments, **options):
-        if not mappable[rank()]:
-            raise RuntimeError("unable to open file")
-        return map_file(*arguments, **options)
-
-    segmentation_store.map_file, lines = mapped, []
-    store = PixelStore(split, (64, 32), CPU, folder, tier, 0, lines.append)
-    right = all_reduce(torch.tensor([int(torch.equal(store.pixels, pixels))]))
-    print(int(right), lines[-1])
+    print(int(all_reduce(torch.tensor([int(torch.equal(store.pixels, pixels))]))), lines[0])
 
 
-@pytest.mark.parametrize(("tier", "free", "mappable", "expected"), [
-    ("auto", (4096, -4096), (True, True), "in a mapped file"),
-    ("auto", (4096, 4096), (True, True), "in memory"),
-    ("disk", (1 << 30, 1 << 30), (True, False), "in memory"),
-])
-def test_processes_agree_on_where_images_are(launch, tmp_path, tier, free, mappable, expected):
-    """One has 4 KiB more than it needs and one 4 KiB less; or one cannot map the file that another has filled."""
+def test_pixels_in_a_temporary_file_of_each_process(launch, tmp_path):
     for i in range(3):
         write_pair(tmp_path / "img/train", tmp_path / "ann/train", name=str(i), size=(40 + i, 30), label=i + 1)
-    split = open_segmentation("lip", tmp_path, "train")
-    out, _ = launch(partial(fill_a_store, split, tmp_path, tier, free, mappable), [], processes=2)
-    assert out.startswith("2 3 training images") and expected in out
+    split, before = open_segmentation("lip", tmp_path, "train"), sorted(tmp_path.iterdir())
+    out, _ = launch(partial(fill_a_store, split, tmp_path), [], processes=2)
+    assert out.startswith("2 3 training images, decoded: ") and "in a mapped file" in out
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_batches_start_anywhere(tmp_path):
@@ -293,38 +258,6 @@ def test_the_prefetching_thread(monkeypatch):
     next(stream)
     with pytest.raises(UserError, match="cannot be read"):
         next(stream)
-
-
-ENDS = """
-import sys, threading, time, torch
-from contextlib import nullcontext
-from unittest.mock import MagicMock
-from utils import UserError
-from utils.ending import exit_with_one_line_errors
-from utils.storage import prefetched
-torch.cuda = MagicMock(device=lambda device: nullcontext(), stream=lambda stream: nullcontext())
-
-def batches():
-    while True:
-        time.sleep(0.3)
-        print("made", flush=True)
-        yield (MagicMock(),)
-
-def main():
-    for batch in prefetched(batches(), torch.device("cuda", 0)):
-        raise UserError("no space is left")
-
-sys.unraisablehook = lambda error: print(error, flush=True)
-exit_with_one_line_errors(main)
-"""
-
-
-def test_a_run_that_ends_waits_for_the_prefetching_thread():
-    """A thread within a call of CUDA while the interpreter ends would bring the process down in place of status 2."""
-    run = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=60,
-                         cwd=Path(__file__).parents[1])
-    assert run.returncode == 2 and run.stderr == "error: no space is left\n"
-    assert 2 <= run.stdout.count("made") <= 4 and run.stdout.endswith("made\n")
 
 
 def test_the_thread_ends_with_the_loop(monkeypatch):
