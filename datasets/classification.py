@@ -1,8 +1,6 @@
 """Training and test sets for classification, by name, with the published deterministic transforms."""
 
-import hashlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from utils import UserError
 from . import check_data_path
 from .coco import load_coco, open_keypoints
 from .cub import load_cub
+from .files import shared_files
 from .imagenet import load_image_folder
 from .patches import PatchDataset, draw_numbers, resize_center_crop, resize_square, some_images
 from .synthetic import load_synthetic_patches, load_synthetic_species
@@ -110,23 +109,7 @@ def images_with(dataset: PatchDataset, chosen: torch.Tensor) -> PatchDataset:
 
 
 def shared_images(train: PatchDataset, test: PatchDataset, by_content: bool = False) -> int:
-    """How many of the test images are training images too: the same file, by whatever name or link; by_content: or a
-    copy of it. Pictures that are drawn, not read, share none. Raises OSError for a missing file."""
-    if not all(isinstance(dataset.images[0].path, str) for dataset in (train, test)):
-        return 0
-
-    def files(dataset: PatchDataset) -> Iterator[tuple]:
-        for image in dataset.images:
-            status = os.stat(image.path)
-            yield image.path, (status.st_dev, status.st_ino), status.st_size
-
-    def content(path: str) -> bytes:
-        return hashlib.sha256(Path(path).read_bytes()).digest()
-
-    trained = {inode for _, inode, _ in files(train)}
-    shared = {path for path, inode, _ in files(test) if inode in trained}
-    if by_content:
-        sizes = {size for *_, size in files(train)} & {size for *_, size in files(test)}
-        contents = {content(path) for path, _, size in files(train) if size in sizes}
-        shared |= {path for path, _, size in files(test) if size in sizes and content(path) in contents}
-    return len(shared)
+    """How many of the test images are training images too (shared_files). Synthetic pictures, drawn by seeds of which
+    training and test share none, are not."""
+    train, test = ([image.path for image in dataset.images] for dataset in (train, test))
+    return shared_files(train, test, by_content) if isinstance(train[0], str) else 0

@@ -1,9 +1,10 @@
 """A user's files: pictures, lists, and names in lists. What is not what it should be is an error, never a guess."""
 
+import hashlib
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -97,12 +98,19 @@ def turned_size(size: tuple[int, int], turn: Image.Transpose | None) -> tuple[in
     return size[::-1] if turn in list(TURNS.values())[3:] else size
 
 
-# Until pairs.py and segmentation.py are without them.
-load_rgb = read_rgb
+def shared_files(first: Sequence[str | Path], second: Sequence[str | Path], by_content: bool = False) -> int:
+    """How many of the second paths lead to files that the first lead to, under whatever name or link; by_content: or to
+    a copy of one. Raises OSError for a missing file."""
+    def content(path: str | Path) -> bytes:
+        return hashlib.sha256(Path(path).read_bytes()).digest()
 
-
-def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    files = {(status.st_dev, status.st_ino) for status in map(os.stat, first)}
+    shared = {path for path in second if (os.stat(path).st_dev, os.stat(path).st_ino) in files}
+    if by_content:
+        sizes = {*map(os.path.getsize, first)} & {*map(os.path.getsize, second)}
+        contents = {content(path) for path in first if os.path.getsize(path) in sizes}
+        shared |= {path for path in second if os.path.getsize(path) in sizes and content(path) in contents}
+    return len(shared)
 
 
 def read_lines(path: Path) -> list[str]:

@@ -7,22 +7,20 @@ import shutil
 import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import classify
-import retrieval
+from datasets import cub as cub_module
 from datasets.classification import CLASSIFICATION_IMAGES, CLASSIFICATION_PARTS, open_classification
-from datasets.coco import load_coco, read_keypoints
+from datasets.coco import load_coco, load_keypoints, read_keypoints
 from datasets.cub import load_cub
 from datasets.retrieval import RETRIEVAL_DATASETS, open_retrieval
 from datasets.segmentation import PROTOCOLS, open_segmentation
 from utils import UserError
 
 REAL = Path(__file__).parents[2] / "shared/real"
-CUB, COCO = REAL / "CUB_200_2011", REAL / "coco"
+CUB, CUB_LISTS, COCO = REAL / "CUB_200_2011", REAL / "CUB_200_2011_lists", REAL / "coco"
 needs_cub = pytest.mark.skipif(not CUB.is_dir(), reason=f"needs the sample {CUB}")
 needs_coco = pytest.mark.skipif(not COCO.is_dir(), reason=f"needs the sample {COCO}")
 ALL_PARTS, ALL_KEYPOINTS = tuple(range(1, 16)), tuple(range(1, 18))
@@ -84,6 +82,21 @@ def test_cub_known_counts():
     assert load_cub(CUB, "train").num_patches == 467 and load_cub(CUB, "test").num_patches == 447
 
 
+@pytest.mark.skipif(not CUB_LISTS.is_dir(), reason=f"needs the lists {CUB_LISTS}")
+def test_cub_whole_has_one_part_outside_of_its_picture(tmp_path, monkeypatch):
+    """The lists of all 11,788 images, and their sizes from a list, in place of the pictures' headers."""
+    for name in ("images.txt", "train_test_split.txt", "parts"):
+        (tmp_path / name).symlink_to(CUB_LISTS / name)
+    (tmp_path / "images").mkdir()
+    rows = [line.rsplit(None, 2) for line in (CUB_LISTS / "image_sizes.txt").read_text().splitlines()]
+    sizes = {str(tmp_path / "images" / name): (int(width), int(height)) for name, width, height in rows}
+    monkeypatch.setattr(cub_module, "picture_size", sizes.__getitem__)
+    dataset = load_cub(tmp_path)
+    assert (dataset.num_patches, len(dataset), dataset.num_outside) == (30543, 11231, 1)
+    monkeypatch.setattr(cub_module, "picture_size", lambda path: (sizes[path][0] // 2, sizes[path][1] // 2))
+    expect_line(["of 141407 visible keypoints lie outside", "part_locs.txt, image 1, part "], load_cub, tmp_path)
+
+
 @needs_cub
 @pytest.mark.parametrize("parts", [(11, 12, 9, 14), (14, 2), ALL_PARTS])
 @pytest.mark.parametrize("crop_scale", [0.5, 1.0])
@@ -113,30 +126,13 @@ def test_cub_order_is_that_of_images_then_parts(tmp_path):
     assert [image[1:] for image in shuffled.images] == [image[1:] for image in dataset.images]
 
 
-@needs_cub
-def test_cub_patches_of_real_images():
-    """A batch that begins and ends within images, against Pillow on the boxes of the plain loops."""
-    dataset = load_cub(CUB, "test")
-    indices = range(3, 9)
-    batches = list(dataset.batches(indices, 4, 0))
-    patches, ids = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert ids.tolist() == [i for i in range(dataset.num_patches) if int(dataset.image_index[i]) in indices]
-    expected = slow_cub(CUB, (11, 12, 9, 14), 0.5, "test")
-    for patch, index in zip(patches, ids, strict=True):
-        path = dataset.images[int(dataset.image_index[index])].path
-        boxes = [box for label, box in expected[path] if label == int(dataset.labels[index])]
-        with Image.open(path) as image:
-            plain = image.convert("RGB").crop(boxes[0]).resize((224, 224), Image.Resampling.BICUBIC)
-        assert np.array_equal(patch.numpy(), np.asarray(plain).transpose(2, 0, 1))
-
-
 @needs_coco
 @pytest.mark.parametrize("split, count", [("train", 79), ("val", 72)])
 def test_coco_known_counts(split, count):
     dataset = load_coco(COCO, split)
     assert dataset.classes == ["nose", "right_wrist", "left_ankle"]
     assert dataset.num_patches == count
-    assert all(Path(image.path).is_file() for image in dataset.images)
+    assert dataset.num_outside == 0 and dataset[0][0].shape[1:] == (3, 224, 224)
 
 
 @needs_coco
@@ -160,7 +156,7 @@ def test_coco_images_beside_the_annotations(tmp_path):
 
 
 @pytest.mark.parametrize("names, factory, arguments", [
-    (RETRIEVAL_DATASETS, open_retrieval, (None, 0.5, 3, 0, False)),
+    (RETRIEVAL_DATASETS, open_retrieval, (None, 0.5, 3, 0)),
     (CLASSIFICATION_PARTS + CLASSIFICATION_IMAGES, open_classification, ()),
     (tuple(PROTOCOLS), open_segmentation, ("val",)),
 ])
@@ -182,7 +178,7 @@ def test_data_sets_without_a_data_path(names, factory, arguments):
 @needs_coco
 def test_keypoints_of_retrieval():
     def classes(name, path, keypoints):
-        return open_retrieval(name, path, keypoints, 0.5, None, 0, False).classes
+        return open_retrieval(name, path, keypoints, 0.5, None, 0).classes
     assert classes("cub", CUB, None) == load_cub(CUB).classes
     assert classes("cub", CUB, ["all"]) == load_cub(CUB, parts=ALL_PARTS).classes
     assert classes("coco", COCO, ["all"]) == load_coco(COCO, keypoints=ALL_KEYPOINTS).classes
@@ -224,26 +220,27 @@ def test_small_cub(cub):
         load_cub(cub, "test", (1, 2))
 
 
-def replace(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-
-
-@pytest.mark.parametrize("name, old, new, words", [
-    ("parts/part_locs.txt", "1 3 10.0 12.0 0", "1 3 10.0 0", ["part_locs.txt", "line 3", "'1 3 10.0 0'"]),
-    ("parts/part_locs.txt", "2 1 10.0 10.0 1", "2 1 10.0 ten 1", ["part_locs.txt", "line 4", "'2 1 10.0 ten 1'"]),
-    ("parts/part_locs.txt", "2 1 10.0 10.0 1", "2 1 10.0 10.0 1 1", ["part_locs.txt", "line 4"]),
-    ("parts/part_locs.txt", "3 2 60.0", "9 2 60.0", ["part_locs.txt", "line 8", "image 9", "images.txt"]),
-    ("parts/part_locs.txt", "3 2 60.0", "3 8 60.0", ["part_locs.txt", "line 8", "part 8", "parts.txt"]),
-    ("parts/part_locs.txt", "3 1 10.0 10.0 0\n3 2 60.0 10.0 1\n3 3 60.0 110.0 1\n", "", ["part_locs.txt", "image 3"]),
-    ("parts/parts.txt", "2 beak", "beak", ["parts.txt", "line 2", "'beak'"]),
-    ("images.txt", "2 001.Bird/2.jpg", "2", ["images.txt", "line 2", "'2'"]),
-    ("train_test_split.txt", "3 1", "3 x", ["train_test_split.txt", "line 3", "'3 x'"]),
-    ("train_test_split.txt", "3 1\n", "", ["train_test_split.txt", "image 3"]),
+@pytest.mark.parametrize("name, line, bad, words", [
+    ("parts/part_locs.txt", 3, b"1 3 10.0 0", ["line 3: found '1 3 10.0 0' instead of 'image_id part_id x y visible'"]),
+    ("parts/part_locs.txt", 4, b"2 1 10.0 ten 1", ["line 4", "'2 1 10.0 ten 1'"]),
+    ("parts/part_locs.txt", 4, b"2 1 nan 10 1", ["line 4", "nan"]),
+    ("parts/part_locs.txt", 4, b"2 1 10 10 2", ["line 4", "'2 1 10 10 2'"]),
+    ("parts/part_locs.txt", 4, b"1 2 90 10 1", ["line 4: (1, 2) is on line 2 already"]),
+    ("parts/part_locs.txt", 8, b"9 2 60.0 10.0 1", ["line 8: image 9 is not in images.txt", "both shortened"]),
+    ("parts/part_locs.txt", 8, b"3 8 60.0 10.0 1", ["line 8: part 8 is not in parts.txt"]),
+    ("parts/parts.txt", 2, b"beak", ["line 2", "'beak'"]),
+    ("images.txt", 3, b"", ["part_locs.txt, line 7: image 3 is not in images.txt"]),
+    ("images.txt", 4, b"4 001.Bird/4.jpg", ["part_locs.txt has no line of image 4, which is in images.txt"]),
+    ("images.txt", 2, b"2 001.Bird/1.jpg", ["line 2: 001.Bird/1.jpg is on line 1 already"]),
+    ("images.txt", 2, b"2 001.B\xefrd/2.jpg", ["line 2: it is not UTF-8"]),
+    ("images.txt", 2, b"2 ../../evil.jpg", ["line 2: '../../evil.jpg' is not the name of a file in"]),
+    ("train_test_split.txt", 3, b"3 x", ["line 3", "'3 x'"]),
+    ("train_test_split.txt", 3, b"", ["train_test_split.txt has no line of image 3"]),
 ])
-def test_cub_bad_lines(cub, name, old, new, words):
-    replace(cub / name, old, new)
+def test_cub_bad_lines(cub, name, line, bad, words):
+    lines = (cub / name).read_bytes().split(b"\n")
+    lines[line - 1] = bad
+    (cub / name).write_bytes(b"\n".join(lines))
     expect_line(words, load_cub, cub, "train", (1, 2, 3))
 
 
@@ -279,11 +276,27 @@ def test_cub_without_a_split_file(cub):
 
 def test_cub_missing_image(cub):
     (cub / "images/001.Bird/3.jpg").unlink()
-    dataset = load_cub(cub, parts=(1, 2, 3))
-    assert dataset[0][0].shape == (2, 3, 224, 224)
-    expect_line(["3.jpg", "--skip-bad-images"], dataset.__getitem__, 1)
-    skipping = load_cub(cub, parts=(1, 2, 3), skip_bad_images=True)
-    assert torch.cat([ids for _, ids in skipping.batches(range(2), 8, 0)]).tolist() == [0, 1]
+    expect_line(["3.jpg cannot be decoded (No such file"], load_cub, cub, None, (1, 2, 3))
+
+
+def test_cub_cropped_to_boxes_is_refused(cub):
+    """Sizes are those of the split's own pictures."""
+    Image.new("RGB", (100, 80)).save(cub / "images/001.Bird/3.jpg")
+    expect_line(["1 of 5 visible keypoints", "image 3, part 3", "(60, 110) of 100 x 80 pixels", "resized, cropped"],
+                load_cub, cub, None, (1, 2, 3))
+    expect_line(["1 of 4 visible"], load_cub, cub, "train", (1, 2))
+    Image.new("RGB", (150, 150)).save(cub / "images/001.Bird/3.jpg")
+    assert load_cub(cub, parts=(1, 2)).num_outside == 0
+
+
+def test_samples_of_images(cub, zoo):
+    def opened(num_images, seed):
+        return [image.path for image in open_retrieval("cub", cub, ["1", "2", "3"], 0.5, num_images, seed).images]
+    assert len(opened(None, 0)) == len(opened(9, 0)) == 2
+    assert {*opened(1, 0), *opened(1, 1), *opened(1, 2), *opened(1, 3)} == {*opened(None, 0)}
+    files = [zoo[0]], [zoo[1]], ["cat", "dog"]
+    sets = open_classification("keypoints", None, files=files, num_images=3)
+    assert [len(dataset) for dataset in sets] == [3, 1] and sets[0].classes == ["eye", "tail", "paw"]
 
 
 def person(image, annotation, segmentation=(), **keypoints):
@@ -300,7 +313,8 @@ def coco(tmp_path):
     """(root, content of the annotation file, function that writes it)."""
     content = {
         "info": {"description": "test"}, "licenses": [{"id": 1, "url": "", "name": ""}],
-        "images": [{"id": number, "file_name": f"{number}.jpg"} for number in (30, 20, 10)],
+        "images": [{"id": number, "file_name": f"{number}.jpg", "width": 150, "height": 150}
+                   for number in (30, 20, 10)],
         "annotations": [
             person(10, 1, k1=(10, 10, 2), k11=(110, 10, 2), k16=(10, 20, 1)),  # the ankle is hidden
             person(10, 2000, k1=(12, 10, 2), k16=(12, 130, 2)),                # apart by its id only
@@ -341,21 +355,42 @@ def test_coco_malformed_json_names_the_line(coco):
     expect_line([str(path), "line 2", "column 13"], load_coco, coco[0])
     path.write_text('{"images": [{"id": 1}')
     expect_line([str(path), "line 1"], load_coco, coco[0])
-    path.write_bytes(b"\x1f\x8b\xff\x00")
+    path.write_text("[" * 100_000)
     expect_line([str(path), "not a COCO keypoints file"], load_coco, coco[0])
+    path.write_bytes(b"\x1f\x8b\xff\x00")
+    expect_line([str(path), "not a COCO keypoints file", "unpack the data set again"], load_coco, coco[0])
+    with pytest.raises(UserError) as error:
+        load_keypoints(path, coco[0])
+    assert "correct the file" in str(error.value) and "unpack" not in str(error.value)
 
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda c: c["annotations"][0].pop("keypoints"), ["annotation 1 has 0 keypoint values", "expected 51"]),
     (lambda c: c["annotations"][0].pop("image_id"), ["not a COCO keypoints file"]),
-    (lambda c: c["annotations"][0].update(keypoints="many"), ["not a COCO keypoints file"]),
     (lambda c: c["annotations"][0]["keypoints"].pop(), ["annotation 1 has 50 keypoint values", "expected 51"]),
+    (lambda c: c["annotations"][0]["keypoints"].__setitem__(0, None), ["annotation 1,"]),
+    (lambda c: c["annotations"][0]["keypoints"].__setitem__(0, 10**400), ["annotation 1,"]),
+    (lambda c: c["annotations"][0]["keypoints"].__setitem__(1, float("inf")), ["annotation 1", "not finite"]),
     (lambda c: c["annotations"][0].update(image_id=99), ["annotation 1", "image 99"]),
+    (lambda c: c["annotations"][0].update(id=4), ["annotation 4", "id is used twice"]),
+    (lambda c: c["annotations"][0].update(id="a"), ["annotation a", "whole number"]),
     (lambda c: c.pop("images"), ["not a COCO keypoints file", "'images'"]),
-    (lambda c: c["categories"].append({"id": 2, "name": "bicycle"}), ["person and bicycle", "different keypoints"]),
-    (lambda c: c["categories"][0].pop("keypoints"), ["not a COCO keypoints file", "'keypoints'"]),
-    (lambda c: c["annotations"][0].update(category_id=5), ["annotation 1 is of category 5", "not listed once"]),
-    (lambda c: c["categories"].append(c["categories"][0] | {"id": 2}), ["is of category 1", "not listed once"]),
+    (lambda c: c.update(annotations=None), ["not a COCO keypoints file"]),
+    (lambda c: c["images"][1].update(id=30), ["image 30 or its file 20.jpg is listed twice"]),
+    (lambda c: c["images"][1].update(width="wide"), ["not a COCO keypoints file", "'wide'"]),
+    (lambda c: c["images"][1].update(file_name=None), ["image 20: None is not the name of a file"]),
+    (lambda c: c["images"][1].update(file_name="../val2017/2.jpg"), ["image 20: '../val2017/2.jpg' is not the name"]),
+    (lambda c: c["categories"].append({"id": 2, "name": "bicycle"}), ["category bicycle has no keypoints",
+                                                                      "choose --category from person"]),
+    (lambda c: c["categories"][0].pop("keypoints"), ["category person has no keypoints"]),
+    (lambda c: c["annotations"][0].update(category_id=5), ["annotation 1 is of category 5", "not listed"]),
+    (lambda c: c["categories"].append(c["categories"][0] | {"id": 2}), ["two categories have one name"]),
+    (lambda c: c["annotations"][0]["keypoints"].__setitem__(0, 5010), ["1 of 7 visible keypoints lie outside",
+                                                                       "annotation 1, keypoint joint1", "150 x 150"]),
+    (lambda c: [a.update(keypoints=[1 if i % 3 == 2 else v for i, v in enumerate(a["keypoints"])])
+                for a in c["annotations"]], ["none of its keypoints has visibility 2", "85 have another"]),
+    (lambda c: [a.update(keypoints=[v if i % 3 == 2 else v / 150 for i, v in enumerate(a["keypoints"])])
+                for a in c["annotations"]], ["the largest coordinate of a visible keypoint is 0.866667", "in pixels"]),
     (lambda c: c["categories"][0]["keypoints"].__setitem__(0, "joint2"), ["names of its keypoints"]),
     (lambda c: c.update(annotations=[]), ["no patch of the keypoints 1, 11, 16 is left"]),
 ])
@@ -399,10 +434,11 @@ def own_files(annotations=None, images=None, category=None):
 def test_the_person_file_as_ones_own_gives_the_patches_of_coco():
     files = [COCO / f"annotations/person_keypoints_{split}2017.json" for split in ("train", "val")]
     folders = [COCO / f"images/{split}2017" for split in ("train", "val")]
-    ours = open_retrieval("keypoints", None, ["nose", "11", "left_ankle"], 0.5, None, 0, False,
+    ours = open_retrieval("keypoints", None, ["nose", "11", "left_ankle"], 0.5, None, 0,
                           files=own_files(files[:1], folders[:1]))
     official = load_coco(COCO)
     assert ours.images == official.images and ours.classes == official.classes == ["nose", "right_wrist", "left_ankle"]
+    assert ours.load.keywords == {"upright": True} and official.load.keywords == {"upright": False}
     both = open_classification("keypoints", None, keypoints=["1", "11", "16"], files=own_files(files, folders))
     for found, expected in zip(both, open_classification("coco", COCO), strict=True):
         assert found.images == expected.images and torch.equal(found.labels, expected.labels)
@@ -431,7 +467,7 @@ def zoo(tmp_path):
 def test_several_categories(zoo):
     """Those that share their keypoints are pooled by the keypoint's name; others are an error until one is chosen."""
     def dataset(categories, keypoints=None):
-        return open_retrieval("keypoints", None, keypoints, 0.5, None, 0, False,
+        return open_retrieval("keypoints", None, keypoints, 0.5, None, 0,
                               files=own_files(zoo[:1], zoo[1:], categories))
     pooled = dataset(["cat", "dog"])
     assert pooled.classes == ["eye", "tail", "paw"] and len(pooled) == 9 and pooled.num_patches == 27
@@ -453,18 +489,75 @@ def test_one_file_is_split_by_image(zoo):
     train, test = split(0)
     assert len(test) == 1 and len(train) == 8 and not set(train) & set(test)
     assert split(0) == [train, test] and any(split(seed)[1] != test for seed in range(1, 5))
-    expect_line(["--keypoints", "imagenet"], open_classification, "imagenet", zoo[1], 0.5, False, 224, ["eye"])
+    expect_line(["--keypoints", "imagenet"], open_classification, "imagenet", zoo[1], 0.5, 224, ["eye"])
+
+
+def change(path, function):
+    content = json.loads(path.read_text())
+    function(content)
+    path.write_text(json.dumps(content))
+
+
+def test_own_objects_are_apart_whatever_their_ids(zoo):
+    """Two animals 3 pixels apart with the ids 1 and 2: each has its patches."""
+    def add(content):
+        first = content["annotations"][0]
+        near = [value + 3 * (place % 3 == 0) for place, value in enumerate(first["keypoints"])]
+        content["annotations"][:1] = [first | {"id": 1}, first | {"id": 2, "keypoints": near}]
+    change(zoo[0], add)
+    image = load_keypoints(*zoo, ["cat"]).images[0]
+    assert image.labels == [0, 1, 2] * 2 and image.boxes[0][0] + 3 == image.boxes[3][0]
+
+
+def test_a_visible_keypoint_at_the_corner_is_a_missing_one(zoo):
+    change(zoo[0], lambda content: content["annotations"][2]["keypoints"].__setitem__(slice(3, 5), (0, 0)))
+    expect_line(["annotation 3030, keypoint tail", "visible at (0, 0)", "a missing point has visibility 0"],
+                load_keypoints, *zoo, ["cat"])
+    assert load_keypoints(*zoo, ["dog"]).num_patches == 12
+
+
+def test_own_sizes_come_from_the_file_else_from_the_upright_picture(zoo):
+    """A stated size that no frame of the picture has shows when it is decoded."""
+    def state(width, height):
+        return lambda content: [image.update(width=width, height=height) for image in content["images"]]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (160, 180)).save(zoo[1] / "1.png", exif=exif)  # upright 180 x 160
+    plain = load_keypoints(*zoo, ["cat"])
+    assert plain.images[0].size is None and plain.load(plain.images[0].path).size == (180, 160)
+    change(zoo[0], state(180, 160))
+    stated = load_keypoints(*zoo, ["cat"])
+    assert stated.images[0].size == (180, 160) and torch.equal(stated[0][0], plain[0][0])
+    change(zoo[0], state(360, 320))
+    expect_line(["1.png has 160 x 180 pixels, its annotation says 360 x 320"],
+                load_keypoints(*zoo, ["cat"]).__getitem__, 0)
+    change(zoo[0], state(120, 110))
+    expect_line(["5 of 15 visible keypoints", "annotation 1030, keypoint tail", "(130, 20) of 120 x 110"],
+                load_keypoints, *zoo, ["cat"])
+
+
+def test_up_to_one_in_a_hundred_keypoints_outside_are_counted(zoo):
+    def add(content):
+        first = content["annotations"][0]
+        outside = first | {"id": 30, "keypoints": [-1, *first["keypoints"][1:]]}
+        content["annotations"] += [outside, *(first | {"id": number} for number in range(1, 29))]
+    change(zoo[0], add)
+    assert load_keypoints(*zoo, ["cat", "dog"]).num_outside == 1
+    parts = open_classification("keypoints", None, files=([zoo[0]], [zoo[1]], ["cat", "dog"]))
+    assert [part.num_outside for part in parts] == [1, 0]
 
 
 def test_files_that_do_not_fit_are_one_line(zoo, tmp_path):
     def opened(*files):
-        return open_retrieval("keypoints", None, None, 0.5, None, 0, False, files=own_files(*files))
+        return open_retrieval("keypoints", None, None, 0.5, None, 0, files=own_files(*files))
     expect_line(["--annotations takes one FILE", "2 and 1 were given"], opened, [zoo[0]] * 2, zoo[1:])
     expect_line(["none.json does not exist"], opened, [tmp_path / "none.json"], zoo[1:])
     expect_line(["nowhere does not exist"], opened, zoo[:1], [tmp_path / "nowhere"])
 
 
 def test_own_keypoints_through_both_scripts(zoo, tmp_path, launch):
+    import classify
+    import retrieval
     options = ["--model", "timm/vit_tiny_patch16_224", "--weights", "random", "--workers", 0, "--output-dir", tmp_path,
                "--dataset", "keypoints", "--annotations", zoo[0], "--images", zoo[1], "--category", "cat", "dog"]
     launch(retrieval.main, [*options, "--keypoints", "eye", "paw"])

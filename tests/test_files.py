@@ -3,24 +3,19 @@
 import json
 import os
 import re
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 
-from datasets.classification import hold_out
-from datasets.coco import load_coco
-from datasets.cub import load_cub
-from datasets.files import path_below, read_lines, read_rgb
+from datasets.classification import hold_out, open_classification, shared_images
+from datasets.files import path_below, picture_size, read_lines, read_rgb
 from datasets.imagenet import list_images, load_image_folder
-from datasets.pairs import load_cub_pairs, load_spair
+from datasets.pairs import load_spair
 from datasets.patches import PatchDataset, PatchImage, resize_center_crop
-from datasets.prepare.__main__ import main as prepare_main
-from datasets.segmentation import read_image, read_label
 from datasets.segmentation_classes import read_names
 from utils import UserError
 
@@ -44,58 +39,95 @@ def test_a_16_bit_picture_is_scaled_to_8_bits(tmp_path):
     (tmp_path / "grey.pgm").write_bytes(b"P5 16 16 65535\n" + (grey * 257).astype(">u2").tobytes())
     for name in ("grey.png", "grey.tif", "grey.pgm"):
         assert (np.asarray(read_rgb(tmp_path / name)) == grey[..., None]).all()
-        assert (read_image(tmp_path / name) == grey[..., None]).all()
 
 
 @pytest.mark.parametrize("values", [np.float32, np.int32])
 def test_pictures_whose_white_is_not_known_are_refused(tmp_path, values):
     Image.fromarray(np.linspace(0, 1000, 64).reshape(8, 8).astype(values)).save(tmp_path / "depth.tif")
     one = PatchDataset([PatchImage(str(tmp_path / "depth.tif"), None, [0])], ["x"])
-    refused(["depth.tif cannot be decoded", "32 bits", "--skip-bad-images"], one.__getitem__, 0)
-    refused(["depth.tif cannot be decoded", "save it with 8 bits"], read_image, tmp_path / "depth.tif")
+    refused(["depth.tif cannot be decoded", "32 bits", "save it with 8 bits"], one.__getitem__, 0)
 
 
-def make_special(path, kind):
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(str(path))
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "device":
-        path.symlink_to("/dev/null")
-
-
-@pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device"])
-def test_only_regular_files_are_pictures_and_lists(tmp_path, kind):
-    make_special(tmp_path / "a.png", kind)
-    one = PatchDataset([PatchImage(str(tmp_path / "a.png"), None, [0])], ["x"])
-    refused(["a.png cannot be decoded (not a regular file)"], one.__getitem__, 0)
-    for function, options in ((read_image, ()), (read_label, (5,))):
-        refused(["a.png cannot be decoded (not a regular file)"], function, tmp_path / "a.png", *options)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_only_regular_files_are_pictures_and_lists(tmp_path, make):
+    make(tmp_path / "a.png")
+    for function in (read_rgb, picture_size):
+        refused(["a.png cannot be decoded (not a regular file)"], function, tmp_path / "a.png")
     refused(["a.png", "not a regular file"], read_lines, tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("size", [(1, 30000), (30000, 1)])
-def test_absurd_shapes_are_skippable(tmp_path, size):
+def test_absurd_shapes_are_refused(tmp_path, size):
     """Resized to a short side of 256 it would take 5.9 GB."""
     Image.new("RGB", size).save(tmp_path / "long.png")
-    Image.new("RGB", (300, 300)).save(tmp_path / "b.png")
-    images = [PatchImage(str(tmp_path / name), None, [0]) for name in ("long.png", "b.png")]
-    refused(["long.png cannot be decoded", f"{size[0]} x {size[1]} pixels", "--skip-bad-images"],
-            PatchDataset(images, ["x"], resize_center_crop()).__getitem__, 0)
-    skipping = PatchDataset(images, ["x"], resize_center_crop(), skip_bad_images=True)
-    assert [ids.tolist() for _, ids in skipping.batches(range(2), 4, 0)] == [[1]]
-    refused(["long.png cannot be decoded"], read_image, tmp_path / "long.png")
+    refused(["long.png cannot be decoded", f"{size[0]} x {size[1]} pixels"], read_rgb, tmp_path / "long.png")
 
 
 @pytest.mark.parametrize("box", [(0, 0, 10**6, 10**6), (10**12, 0, 10**12 + 20, 20)])
-def test_crops_that_cannot_be_are_skippable(tmp_path, box):
+def test_crops_that_cannot_be_are_refused(tmp_path, box):
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     images = [PatchImage(str(tmp_path / "a.png"), [box], [0])]
-    refused(["a.png cannot be decoded", "--skip-bad-images"], PatchDataset(images, ["x"]).__getitem__, 0)
-    assert len(PatchDataset(images, ["x"], skip_bad_images=True)[0][1]) == 0
+    refused(["a.png cannot be decoded"], PatchDataset(images, ["x"]).__getitem__, 0)
+
+
+# Frames
+
+def save_turned(path, orientation, width=30, height=20):
+    """A picture with an EXIF orientation: its pixels as stored."""
+    pixels = np.random.default_rng(orientation).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+    return pixels
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_orientation_is_obeyed_where_upright_says_so(tmp_path, orientation):
+    path = tmp_path / "a.png"
+    stored = save_turned(path, orientation)
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    assert (np.asarray(read_rgb(path)) == stored).all()
+    assert (np.asarray(read_rgb(path, upright=True)) == upright).all()
+    assert picture_size(path) == (30, 20) and picture_size(path, upright=True) == upright.shape[1::-1]
+
+
+@pytest.mark.parametrize("orientation", range(5, 9))
+@pytest.mark.parametrize("upright", [False, True])
+def test_the_stated_size_decides_before_upright(tmp_path, orientation, upright):
+    path = tmp_path / "a.png"
+    stored = save_turned(path, orientation)
+    assert (np.asarray(read_rgb(path, (30, 20), upright)) == stored).all()
+    assert (np.asarray(read_rgb(path, (20, 30), upright)) == np.asarray(read_rgb(path, upright=True))).all()
+
+
+@pytest.mark.parametrize("orientation, width", [(2, 30), (3, 30), (4, 30), (6, 20)])
+def test_upright_decides_where_both_frames_have_the_stated_size(tmp_path, orientation, width):
+    """A mirrored picture, half a turn, a square."""
+    path = tmp_path / "a.png"
+    save_turned(path, orientation, width)
+    for upright in (False, True):
+        found = read_rgb(path, (width, 20), upright)
+        assert found.tobytes() == read_rgb(path, upright=upright).tobytes()
+    assert read_rgb(path).tobytes() != read_rgb(path, upright=True).tobytes()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_picture_of_another_size_is_refused(tmp_path, orientation):
+    save_turned(tmp_path / "a.png", orientation)
+    for size in ((60, 40), (15, 10), (30, 21)):
+        refused(["a.png has 30 x 20 pixels, its annotation says", "{} x {}".format(*size)],
+                read_rgb, tmp_path / "a.png", size)
+
+
+def test_own_pictures_are_upright_and_those_of_imagenet_as_stored(tmp_path):
+    for name in ("train/cat/0.png", "val/cat/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        save_turned(tmp_path / name, 6)
+    for name, upright in (("folder", True), ("imagenet", False)):
+        for dataset in open_classification(name, tmp_path):
+            image = read_rgb(dataset.images[0].path, upright=upright)
+            assert torch.equal(dataset[0][0][0], dataset.transform(image))
 
 
 # Folders
@@ -118,13 +150,33 @@ def test_links_that_lead_back_multiply_no_image(linked):
     root, plain = linked
     dataset = load_image_folder(root, "train", resize_center_crop())
     assert [(image.path, *image.labels) for image in dataset.images] == plain and len(plain) == 7
-    assert list_images(root / "train") == sorted(path for path, _ in plain)
+    assert list_images(root / "train")[0] == sorted(path for path, _ in plain)
 
 
 def test_two_classes_of_one_folder(linked):
     root, _ = linked
     (root / "train/crow").symlink_to(root / "store")
     refused(["crow holds no image (1 of 4 class folders", "links to others"], load_image_folder, root, "train", None)
+
+
+# Images of two sets
+
+def test_test_images_that_are_training_images_are_counted(tmp_path):
+    """The same file through a link, a hard link, another name; a copy, by content only."""
+    for split, names in (("train", "abcde"), ("val", "fg")):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (8, 8), (ord(name), 0, 0)).save(tmp_path / split / "cat" / f"{name}.bmp")
+    train, val = tmp_path / "train/cat", tmp_path / "val/cat"
+    assert shared_images(*open_classification("folder", tmp_path), by_content=True) == 0
+    (val / "linked.bmp").symlink_to(train / "a.bmp")
+    (val / "hard.bmp").hardlink_to(train / "b.bmp")
+    (val / "copy.bmp").write_bytes((train / "c.bmp").read_bytes())
+    sets = open_classification("folder", tmp_path)
+    assert (shared_images(*sets), shared_images(*sets, by_content=True)) == (2, 3)
+    one, other = (PatchDataset([PatchImage(path, None, [0])], ["x"]) for path in (
+        f"{train}/a.bmp", f"{train}/./a.bmp"))
+    assert shared_images(one, other) == 1
 
 
 # Held-out images
@@ -142,107 +194,6 @@ def test_held_out_images_leave_every_class_some_training():
 
 # Lists
 
-@pytest.fixture
-def cub(tmp_path):
-    root = tmp_path / "CUB_200_2011"
-    (root / "parts").mkdir(parents=True)
-    (root / "images/001.Bird").mkdir(parents=True)
-    (root / "images.txt").write_text("".join(f"{i} 001.Bird/{i}.jpg\n" for i in (1, 2, 3)))
-    (root / "train_test_split.txt").write_text("1 1\n2 0\n3 0\n")
-    (root / "bounding_boxes.txt").write_text("".join(f"{i} 5 5 100 100\n" for i in (1, 2, 3)))
-    (root / "parts/parts.txt").write_text("1 left eye\n2 beak\n")
-    (root / "parts/part_locs.txt").write_text("".join(f"{i} 1 10 10 1\n{i} 2 110 10 1\n" for i in (1, 2, 3)))
-    for i in (1, 2, 3):
-        Image.new("RGB", (150, 150)).save(root / f"images/001.Bird/{i}.jpg")
-    return root
-
-
-@pytest.mark.parametrize("name, line, bad, words", [
-    ("parts/part_locs.txt", 3, b"2 1 nan 10 1", ["line 3", "'2 1 nan 10 1' instead of 'image_id part_id x y visible'"]),
-    ("parts/part_locs.txt", 3, b"2 1 10 -inf 1", ["line 3", "-inf"]),
-    ("parts/part_locs.txt", 3, b"2 1 10 10 2", ["line 3", "'2 1 10 10 2'"]),
-    ("parts/part_locs.txt", 3, b"1 2 90 10 1", ["line 3: (1, 2) is on line 2 already"]),
-    ("parts/parts.txt", 2, b"1 beak", ["line 2: 1 is on line 1 already"]),
-    ("images.txt", 2, b"1 001.Bird/2.jpg", ["line 2: 1 is on line 1 already"]),
-    ("images.txt", 2, b"2 001.Bird/1.jpg", ["line 2: 001.Bird/1.jpg is on line 1 already"]),
-    ("images.txt", 2, b"2 001.B\xefrd/2.jpg", ["line 2: it is not UTF-8"]),
-    ("images.txt", 2, b"2 ../../evil.jpg", ["line 2: '../../evil.jpg' is not the name of a file in"]),
-    ("images.txt", 2, b"2 /etc/passwd", ["line 2: '/etc/passwd' is not the name"]),
-    ("train_test_split.txt", 2, b"1 0", ["line 2: 1 is on line 1 already"]),
-    ("train_test_split.txt", 2, b"2 2", ["line 2", "'2 2'"]),
-])
-def test_wrong_lines_of_cub(cub, name, line, bad, words):
-    assert load_cub(cub, "train", (1, 2)).num_patches == 2
-    lines = (cub / name).read_bytes().split(b"\n")
-    lines[line - 1] = bad
-    (cub / name).write_bytes(b"\n".join(lines))
-    refused([name, *words], load_cub, cub, "train", (1, 2))
-    refused([name, *words], load_cub_pairs, cub, 32, 10)
-
-
-@pytest.mark.parametrize("bad, words", [("2 5 nan 100 100", ["line 2", "nan"]), ("2 5 5 inf 100", ["line 2", "inf"]),
-                                        ("1 5 5 100 100", ["line 2: 1 is on line 1 already"])])
-def test_wrong_boxes_of_cub(cub, bad, words):
-    assert len(load_cub_pairs(cub, 32, 10).pairs) == 2
-    (cub / "bounding_boxes.txt").write_text(f"1 5 5 100 100\n{bad}\n3 5 5 100 100\n")
-    refused(["bounding_boxes.txt", *words], load_cub_pairs, cub, 32, 10)
-
-
-@pytest.fixture
-def coco(tmp_path):
-    """(root, content, function that writes it and loads it)."""
-    points = [0, 0, 0] * 17
-    points[:3], points[30:33] = [10, 10, 2], [110, 10, 2]
-    content = {"images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}],
-               "annotations": [{"id": 10 + i, "image_id": i, "category_id": 1, "keypoints": list(points)}
-                               for i in (1, 2)],
-               "categories": [{"id": 1, "name": "person", "keypoints": [f"joint{i}" for i in range(1, 18)]}]}
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "images/train2017").mkdir(parents=True)
-
-    def load():
-        (tmp_path / "annotations/person_keypoints_train2017.json").write_text(json.dumps(content))
-        return load_coco(tmp_path)
-    return content, load
-
-
-@pytest.mark.parametrize("spoil, words", [
-    (lambda c: c["annotations"][1]["keypoints"].__setitem__(0, float("nan")), ["annotation 12", "not finite"]),
-    (lambda c: c["annotations"][1]["keypoints"].__setitem__(1, float("inf")), ["annotation 12", "not finite"]),
-    (lambda c: c["annotations"][1]["keypoints"].__setitem__(0, None), ["annotation 12"]),
-    (lambda c: c["annotations"][1]["keypoints"].__setitem__(0, [1, 2]), ["annotation 12"]),
-    (lambda c: c["annotations"][1]["keypoints"].__setitem__(0, 10**400), ["annotation 12"]),
-    (lambda c: c["annotations"][1].update(keypoints=None), ["annotation 12"]),
-    (lambda c: c["annotations"][1].update(id=11), ["annotation 11", "id is used twice"]),
-    (lambda c: c["annotations"][1].update(id="a"), ["annotation a", "whole number"]),
-    (lambda c: c["annotations"][1].update(id=None), ["annotation None", "whole number"]),
-    (lambda c: c["annotations"][1].update(image_id=[1]), ["not a COCO keypoints file"]),
-    (lambda c: c["annotations"].append(None), ["not a COCO keypoints file"]),
-    (lambda c: c.update(annotations=None), ["not a COCO keypoints file"]),
-    (lambda c: c.update(images=[None]), ["not a COCO keypoints file"]),
-    (lambda c: c["images"][1].update(id=1), ["image 1 is listed twice"]),
-    (lambda c: c["images"][1].update(file_name="1.jpg"), ["two images have one file_name"]),
-    (lambda c: c["images"][1].update(file_name=None), ["image 2: None is not the name of a file"]),
-    (lambda c: c["images"][1].update(file_name="../val2017/2.jpg"), ["image 2: '../val2017/2.jpg' is not the name"]),
-    (lambda c: c["images"][1].update(file_name="/etc/passwd"), ["image 2: '/etc/passwd' is not the name"]),
-    (lambda c: c["categories"][0].update(keypoints=[None] * 17), ["names of its keypoints"]),
-    (lambda c: c["categories"][0].update(keypoints=None), ["not a COCO keypoints file"]),
-    (lambda c: c.update(categories=None), ["not a COCO keypoints file"]),
-])
-def test_wrong_entries_of_coco(coco, spoil, words):
-    content, load = coco
-    assert load().num_patches == 4
-    spoil(content)
-    refused(["person_keypoints_train2017.json", *words], load)
-
-
-def test_json_without_end(tmp_path, coco):
-    content, load = coco
-    load()
-    (tmp_path / "annotations/person_keypoints_train2017.json").write_text("[" * 100_000)
-    refused(["person_keypoints_train2017.json", "not a COCO keypoints file"], load_coco, tmp_path)
-
-
 @pytest.mark.parametrize("change, words", [
     ({"src_kps": [[float("nan"), 2]]}, ["nan is not finite"]),
     ({"trg_bndbox": [0, 0, 9, float("inf")]}, ["inf is not finite"]),
@@ -258,7 +209,7 @@ def test_wrong_annotations_of_spair(tmp_path, change, words):
     for name in "ab":
         Image.new("RGB", (50, 50)).save(tmp_path / f"JPEGImages/cat/{name}.jpg")
     pair = {"category": "cat", "src_imname": "a.jpg", "trg_imname": "b.jpg", "src_kps": [[1, 2]], "trg_kps": [[3, 4]],
-            "trg_bndbox": [0, 0, 40, 40], "truncation": 1}
+            "src_imsize": [50, 50, 3], "trg_imsize": [50, 50, 3], "trg_bndbox": [0, 0, 40, 40], "truncation": 1}
     path = tmp_path / "PairAnnotation/test/1-a-b_cat.json"
     path.write_text(json.dumps(pair))
     assert len(load_spair(tmp_path, 32).pairs) == 1
@@ -282,19 +233,6 @@ def test_lists_of_names_are_utf8(tmp_path):
     assert read_names(path) == ("Tür", "hat")
     path.write_bytes("hat\nTür\n".encode("latin-1"))
     refused(["names.txt, line 2: it is not UTF-8 text"], read_names, path)
-
-
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/b", "..\\evil"])
-def test_prepared_files_stay_in_their_folder(tmp_path, name, launch):
-    pytest.importorskip("scipy")
-    source, target = tmp_path / "VOC2010", tmp_path / "out"
-    for folder in ("Annotations_Part", "JPEGImages", "ImageSets/Main"):
-        (source / folder).mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(source / "evil.jpg")
-    (source / "ImageSets/Main/train.txt").write_text(f"{name}\n")
-    (source / "ImageSets/Main/val.txt").write_text("b\n")
-    _, err = launch(lambda: prepare_main(["pascal-part", "--source", str(source), "--target", str(target)]), [], 1, 2)
-    assert err.count("\n") == 1 and "train.txt" in err and repr(name) in err and not target.exists()
 
 
 def test_links_out_of_the_data_set_are_followed_and_names_are_not(tmp_path):

@@ -11,16 +11,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
-from datasets.imagenet import (
-    GRID_BOXES,
-    grid_patches,
-    list_images,
-    load_grid,
-    load_image_folder,
-    overlap,
-    query_image,
-)
+from datasets.classification import open_classification
+from datasets.imagenet import list_images, load_image_folder
 from datasets.patches import resize_center_crop
+from datasets.sheets import GRID_BOXES, find_query, grid_patches, load_grid, nearest_patches, overlap, query_image
 from utils import UserError
 
 CUB = Path(__file__).parents[2] / "shared/real/CUB_200_2011"
@@ -53,14 +47,6 @@ def test_equals_torchvision_image_folder(root):
     assert torch.equal(patches.float() / 255, torch.stack([image for image, _ in theirs]))
 
 
-def test_training_transform_is_drawn_anew(root):
-    transform = transforms.Compose([transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip(),
-                                    transforms.PILToTensor()])
-    dataset = load_image_folder(root, "val", transform)
-    assert dataset[0][0].shape == (1, 3, 32, 32)
-    assert not torch.equal(dataset[0][0], dataset[0][0])
-
-
 @pytest.mark.parametrize("split", ["train", "val/n02", "val/n01/y.png"])
 def test_no_class_folders_is_one_line(root, split):
     with pytest.raises(UserError) as error:
@@ -76,20 +62,52 @@ def test_empty_class_folder_is_one_line(root):
 
 def test_list_images(root):
     names = ["n01/deep/z.JPEG", "n01/y.png", "n02/a.JPEG", "n02/b.JPEG"]
-    assert list_images(root / "val") == [str(root / "val" / name) for name in names]
+    assert list_images(root / "val")[0] == [str(root / "val" / name) for name in names]
     (root / "linked").mkdir()
     (root / "linked/n02").symlink_to(root / "val/n02")
-    assert list_images(root / "linked") == [str(root / "linked/n02/a.JPEG"), str(root / "linked/n02/b.JPEG")]
-    assert list_images(root / "nowhere") == list_images(root / "nowhere", 2) == []
+    assert list_images(root / "linked")[0] == [str(root / "linked/n02/a.JPEG"), str(root / "linked/n02/b.JPEG")]
+
+
+def test_hidden_files_are_no_images_and_others_are_counted(root):
+    """What editors, macOS and unpackers leave behind makes neither a class nor an image."""
+    before = load_image_folder(root, "val", resize_center_crop())
+    for name in (".ipynb_checkpoints/a.png", "__MACOSX/n01/a.png", "n01/._y.png", "n02/.cache/b.png", "n02/a.avif",
+                 "readme.txt"):
+        (root / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(30, 30).save(root / "val" / name, "png")
+    dataset = load_image_folder(root, "val", resize_center_crop())
+    assert dataset.classes == ["n01", "n02"] and dataset.images == before.images
+    assert [note.split(" (")[0] for note in before.notes + dataset.notes] == ["1 files were not read",
+                                                                             "3 files were not read"]
+    assert dataset.notes[0].endswith(f"the first {root / 'val/n01/notes.txt'}")
+    paths, notes = list_images(root / "val")
+    assert set(paths) == {image.path for image in before.images}
+    assert notes[0].startswith("3 files") and load_grid(root / "val").notes == notes
 
 
 def test_a_sample_of_images_is_sorted_and_drawn_by_the_seed(root):
-    everything = list_images(root / "val")
-    samples = [tuple(list_images(root / "val", 2, seed)) for seed in range(60)]
+    everything, _ = list_images(root / "val")
+    samples = [tuple(list_images(root / "val", 2, seed)[0]) for seed in range(60)]
     assert set(samples) == set(itertools.combinations(everything, 2))
-    assert samples[7] == tuple(list_images(root / "val", 2, 7))
     assert [image.path for image in load_grid(root / "val", num_images=2, seed=7).images] == list(samples[7])
-    assert list_images(root / "val", 4, 3) == list_images(root / "val", 9, 3) == everything
+    assert list_images(root / "val", 4, 3)[0] == list_images(root / "val", 9, 3)[0] == everything
+
+
+def test_samples_for_classification_have_the_classes_of_the_training_sample(tmp_path):
+    """Ten classes, a sample of three training images: test images are of their classes."""
+    for split, count in (("train", 3), ("val", 2)):
+        for label, number in itertools.product(range(10), range(count)):
+            path = tmp_path / split / f"n{label}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise(20, 20, label).save(path)
+    train, test = open_classification("imagenet", tmp_path, num_images=3, seed=1)
+    known = {train.classes[label] for label in train.labels}
+    assert len(train) == 3 and {test.classes[label] for label in test.labels} <= known
+    assert len(test) == min(3, 2 * len(known))
+    again, _ = open_classification("imagenet", tmp_path, num_images=3, seed=1)
+    other, _ = open_classification("imagenet", tmp_path, num_images=3, seed=2)
+    assert again.images == train.images != other.images
+    assert [len(part) for part in open_classification("imagenet", tmp_path, num_images=99)] == [30, 20]
 
 
 def slow_grid(image):
@@ -161,7 +179,7 @@ def test_the_query_is_shown_in_its_image_and_enlarged_beside_it(tmp_path):
 
 def test_load_grid_with_and_without_class_folders(root):
     dataset = load_grid(root / "val")
-    assert [image.path for image in dataset.images] == list_images(root / "val")
+    assert [image.path for image in dataset.images] == list_images(root / "val")[0]
     assert dataset.num_patches == 4 * 49 and dataset.images[0].boxes is GRID_BOXES
     batches = list(dataset.batches([1, 2], 60, 0))
     assert [len(ids) for _, ids in batches] == [60, 38]
@@ -170,14 +188,29 @@ def test_load_grid_with_and_without_class_folders(root):
     assert len(flat) == 2 and torch.equal(flat[1][0], dataset[3][0])
 
 
-def test_grid_errors_are_one_line(root):
-    for folder in ("nowhere", "empty"):
-        (root / "empty").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match="no image .* below .*; --data-path") as error:
-            load_grid(root / folder)
-        assert "\n" not in str(error.value)
-    (root / "val/n02/a.JPEG").write_text("")
-    with pytest.raises(UserError, match="a.JPEG.*--skip-bad-images"):
-        load_grid(root / "val")[2]
-    skipping = load_grid(root / "val", skip_bad_images=True)
-    assert sum(len(ids) for _, ids in skipping.batches(range(4), 49, 0)) == 3 * 49
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_a_grid_of_no_image_is_one_line(root, folder):
+    (root / "empty").mkdir()
+    with pytest.raises(UserError, match="no image .* below .*; --data-path") as error:
+        load_grid(root / folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("leave_out", [1, 5])
+def test_nearest_patches_equal_plain_loops(leave_out):
+    features = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    similarity = torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=2)
+    queries = torch.tensor([3, 11])
+    found = nearest_patches(features, torch.arange(20), queries, 18, leave_out)
+    for query, nearest in zip(queries.tolist(), found.tolist(), strict=True):
+        others = [row for row in range(20) if row // leave_out != query // leave_out]
+        expected = sorted(others, key=lambda row: -float(similarity[query, row]))
+        assert nearest == expected[:18]
+
+
+def test_queries_by_path_and_position():
+    paths = ["val/a/x.png", "val/b/x.png", "val/b/y.png"]
+    assert find_query("b/x.png:48", paths) == 49 + 48 and find_query("y.png:0", paths) == 2 * 49
+    for text in ("x.png:3", "z.png:3", "y.png:49", "y.png:-1", "y.png", ":3"):
+        with pytest.raises(UserError, match="images match; give PATH:POSITION"):
+            find_query(text, paths)

@@ -1,10 +1,8 @@
 """The crop rule against plain loops, the pixels of patches against plain Pillow, and how patches travel in batches."""
 
 import math
-import os
 import pickle
 import random
-import signal
 
 import numpy as np
 import pytest
@@ -17,10 +15,13 @@ from datasets import patches as patches_module
 from datasets.patches import (
     PatchDataset,
     PatchImage,
+    count_outside,
+    draw_numbers,
     patch_image,
     resize_center_crop,
     resize_square,
     select_keypoints,
+    some_images,
 )
 from utils import UserError
 
@@ -72,22 +73,8 @@ def test_bounds_are_exclusive():
     assert selected([(0, 0), (2000, 0)]) == []
 
 
-def test_coinciding_points_do_not_count_as_neighbours():
-    assert selected([(7, 7), (7, 7)]) == []
-    assert selected([(7, 7), (7, 7), (107, 7)]) == [(0, 25), (1, 25), (2, 25)]
-
-
-def test_fewer_than_two_points_give_nothing():
-    assert selected(np.zeros((0, 2))) == selected([(3, 4)]) == []
-
-
-def test_each_point_has_its_own_distance():
-    # The middle point is near to the left one; the right one is far from both.
-    assert selected([(0, 0), (30, 0), (130, 0)]) == [(2, 25)]
-    assert selected([(0, 0), (60, 0), (160, 0)]) == [(0, 15), (1, 15), (2, 25)]
-
-
-def test_third_coordinate_keeps_groups_apart():
+def test_few_points_coinciding_points_and_groups():
+    assert selected(np.zeros((0, 2))) == selected([(3, 4)]) == selected([(7, 7), (7, 7)]) == []
     assert selected([(0, 0, 1), (0, 60, 1), (0, 10, 500), (0, 70, 500)]) == [(0, 15), (1, 15), (2, 15), (3, 15)]
     assert selected([(0, 0), (0, 60), (0, 10), (0, 70)]) == []
 
@@ -137,9 +124,9 @@ def test_normalised_uint8_equals_to_tensor_and_normalize(ours, published):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven images of 0 to 4 patches: (folder, PatchImages)."""
+    """Six images of 1 to 4 patches: (folder, PatchImages)."""
     images = []
-    for index, count in enumerate([2, 0, 1, 4, 3, 1, 2]):
+    for index, count in enumerate([2, 1, 4, 3, 1, 2]):
         path = tmp_path / f"{index}.png"
         noise(40, 50, index).save(path)
         boxes = [(4 * k, 3 * k, 4 * k + 20, 3 * k + 20) for k in range(count)]
@@ -158,11 +145,32 @@ def collect(dataset, indices, batch_size, workers=0):
 
 def test_ids_labels_and_image_index(folder):
     dataset = small(folder[1])
-    assert len(dataset) == 7 and dataset.num_patches == 13
-    assert dataset.image_index.tolist() == [0, 0, 2, 3, 3, 3, 3, 4, 4, 4, 5, 6, 6]
-    assert dataset.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 2, 0, 1]
-    assert torch.cat([dataset[index][1] for index in range(7)]).tolist() == list(range(13))
-    assert [len(dataset[index][0]) for index in range(7)] == [2, 0, 1, 4, 3, 1, 2]
+    assert len(dataset) == 6 and dataset.num_patches == 13
+    assert dataset.image_index.tolist() == [0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5, 5]
+    assert dataset.labels.tolist() == [0, 1, 1, 2, 0, 1, 2, 0, 1, 2, 1, 2, 0]
+    assert torch.cat([dataset[index][1] for index in range(6)]).tolist() == list(range(13))
+    assert [len(dataset[index][0]) for index in range(6)] == [2, 1, 4, 3, 1, 2]
+
+
+def test_identity_is_of_number_classes_labels_and_boxes(folder):
+    images = folder[1]
+    first = small(images).identity("test set")
+    assert first == small([image._replace(path="elsewhere") for image in images]).identity("test set")
+    moved = images[0]._replace(boxes=[(0, 0, 21, 20), *images[0].boxes[1:]])
+    others = (small(images[1:]), small([images[0]._replace(labels=[2, 2]), *images[1:]]), small([moved, *images[1:]]),
+              PatchDataset(images, ["a", "b", "d"]))
+    assert all(other.identity("test set") != first for other in others)
+    assert all(key.endswith("test set") for key in first)
+
+
+def test_some_images_drawn_by_the_seed(folder):
+    dataset = small(folder[1])
+    dataset.num_outside, dataset.notes = 3, ["a note"]
+    part = some_images(dataset, draw_numbers(6, 2, 0))
+    assert len(part) == 2 and part.labels.tolist() == sum((list(image.labels) for image in part.images), [])
+    assert (part.num_outside, part.notes, part.classes) == (3, ["a note"], ["a", "b", "c"])
+    assert draw_numbers(6, None, 1) == draw_numbers(6, 9, 2) == list(range(6))
+    assert len({tuple(draw_numbers(6, 2, seed)) for seed in range(99)}) == 15
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 13, 100])
@@ -170,27 +178,19 @@ def test_ids_labels_and_image_index(folder):
 def test_batches_are_the_items_in_order(folder, batch_size, group, monkeypatch):
     monkeypatch.setattr(patches_module, "PATCHES_PER_GROUP", group)
     dataset = small(folder[1])
-    sizes, patches, ids = collect(dataset, range(7), batch_size)
+    sizes, patches, ids = collect(dataset, range(6), batch_size)
     assert sizes == [batch_size] * (13 // batch_size) + ([13 % batch_size] if 13 % batch_size else [])
     assert ids.tolist() == list(range(13))
-    assert torch.equal(patches, torch.cat([dataset[index][0] for index in (0, 2, 3, 4, 5, 6)]))
+    assert torch.equal(patches, torch.cat([dataset[index][0] for index in range(6)]))
 
 
 def test_batches_of_some_images_in_any_order(folder):
     dataset = small(folder[1])
-    sizes, patches, ids = collect(dataset, [4, 1, 0], 4)
+    sizes, patches, ids = collect(dataset, [3, 0], 4)
     assert sizes == [4, 1] and ids.tolist() == [7, 8, 9, 0, 1]
-    assert torch.equal(patches, torch.cat([dataset[4][0], dataset[0][0]]))
+    assert torch.equal(patches, torch.cat([dataset[3][0], dataset[0][0]]))
     # As of a process among more than there are images.
-    assert all(list(dataset.batches(chosen, 4, workers)) == [] for chosen in ([], [1]) for workers in (0, 2))
-
-
-def test_earlier_batches_stay_as_they_were(folder):
-    batches = small(folder[1]).batches(range(7), 2, 0)
-    first, _ = next(batches)
-    copy = first.clone()
-    list(batches)
-    assert torch.equal(first, copy)
+    assert all(list(dataset.batches([], 4, workers)) == [] for workers in (0, 2))
 
 
 class CountingLoad:
@@ -210,12 +210,10 @@ def test_every_image_is_decoded_once(folder, workers, monkeypatch):
     monkeypatch.setattr(patches_module, "PATCHES_PER_GROUP", 3)
     root, images = folder
     dataset = small(images, load=CountingLoad(root / "record"))
-    _, patches, ids = collect(dataset, range(7), 2, workers)
+    _, patches, ids = collect(dataset, range(6), 2, workers)
     assert ids.tolist() == list(range(13))
-    assert torch.equal(patches, collect(small(images), range(7), 13)[1])
-    opened = (root / "record").read_text().split()
-    # The second image has no patch and is not opened at all.
-    assert sorted(opened) == sorted(image.path for image in images if image.boxes)
+    assert torch.equal(patches, collect(small(images), range(6), 13)[1])
+    assert sorted((root / "record").read_text().split()) == sorted(image.path for image in images)
 
 
 def test_data_set_survives_pickling(folder):
@@ -245,57 +243,50 @@ def spoil(path, how):
 
 
 @pytest.mark.parametrize("how", ["missing", "cut", "text", "empty"])
-def test_bad_image_is_one_line_or_skipped(folder, how):
+def test_bad_image_is_one_line_with_and_without_workers(folder, how):
     root, images = folder
     spoil(root / "3.png", how)
-    dataset = small(images)
-    with pytest.raises(UserError) as direct:
-        dataset[3]
-    with pytest.raises(UserError) as batched:
-        list(dataset.batches(range(7), 2, 0))
-    assert str(direct.value) == str(batched.value)
-    assert str(root / "3.png") in str(direct.value) and "--skip-bad-images" in str(direct.value)
-    assert "\n" not in str(direct.value)
-
-    skipping = small(images, skip_bad_images=True)
-    assert [len(part) for part in skipping[3]] == [0, 0]
-    sizes, patches, ids = collect(skipping, range(7), 4)
-    assert sizes == [4, 4, 1] and ids.tolist() == [0, 1, 2, 7, 8, 9, 10, 11, 12]
-    assert torch.equal(patches, torch.cat([dataset[index][0] for index in (0, 2, 4, 5, 6)]))
-    assert list(skipping.batches([3], 4, 0)) == []
-
-
-def test_bad_image_in_a_worker_is_the_same_line(folder):
-    root, images = folder
-    spoil(root / "3.png", "cut")
     with pytest.raises(UserError) as direct:
         small(images)[3]
-    with pytest.raises(UserError) as batched:
-        list(small(images).batches(range(7), 2, 1))
-    assert str(batched.value) == str(direct.value)
+    assert f"{root / '3.png'} cannot be decoded" in str(direct.value) and "\n" not in str(direct.value)
+    for workers in (0, 1):
+        with pytest.raises(UserError) as batched:
+            list(small(images).batches(range(6), 2, workers))
+        assert str(batched.value) == str(direct.value)
 
 
 def test_programming_error_is_not_a_bad_image(folder):
     def load(path):
         raise KeyError(path)
     with pytest.raises(KeyError):
-        small(folder[1], load=load, skip_bad_images=True)[0]
+        small(folder[1], load=load)[0]
 
 
-def kill_this_process(path):
-    os.kill(os.getpid(), signal.SIGKILL)
+def test_load_gets_the_stated_size(folder):
+    asked = []
+
+    def load(*arguments):
+        asked.append(arguments)
+        return noise(40, 50)
+    small([folder[1][0], folder[1][1]._replace(size=(50, 40))], load=load)[1]
+    small(folder[1], load=load)[0]
+    assert asked == [(folder[1][1].path, (50, 40)), (folder[1][0].path,)]
 
 
-def test_killed_worker_is_one_line(folder):
-    with pytest.raises(UserError, match="--workers") as error:
-        list(small(folder[1], load=kill_this_process).batches(range(7), 2, 1))
-    assert "\n" not in str(error.value)
+def test_keypoints_outside_of_their_pictures():
+    points, sizes = [(0, 0), (60, 40), (30, 20), (60.5, 5)] * 100, [(60, 40)] * 400
+    with pytest.raises(UserError, match=r"100 of 400 .* \(line 3\) at \(60.5, 5\) of 60 x 40 pixels.*resized, cropped"):
+        count_outside(points, sizes, lambda number: f"line {number}")
+    few = points[2:3] * 297 + [(-1, 0), (0, -0.5), (9, 41)]
+    assert count_outside(few, sizes[:300], str) == 3 and count_outside([], [], str) == 0
+    with pytest.raises(UserError, match=r"3 of 299 .*\(296\) at \(-1, 0\)"):
+        count_outside(few[1:], sizes[1:300], str)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinned_batches(folder):
     dataset = small(folder[1])
-    batches = list(dataset.batches(range(7), 4, 2, pin_memory=True))
+    batches = list(dataset.batches(range(6), 4, 2, pin_memory=True))
     assert all(patches.is_pinned() for patches, _ in batches)
-    assert torch.equal(torch.cat([patches for patches, _ in batches]), collect(dataset, range(7), 13)[1])
+    assert torch.equal(torch.cat([patches for patches, _ in batches]), collect(dataset, range(6), 13)[1])
