@@ -14,7 +14,16 @@ from torchvision.transforms import InterpolationMode
 from datasets.classification import open_classification
 from datasets.imagenet import list_images, load_image_folder
 from datasets.patches import resize_center_crop
-from datasets.sheets import GRID_BOXES, find_query, grid_patches, load_grid, nearest_patches, overlap, query_image
+from datasets.sheets import (
+    GRID_BOXES,
+    find_query,
+    grid_patches,
+    load_grid,
+    nearest_patches,
+    overlap,
+    query_image,
+    write_sheets,
+)
 from utils import UserError
 
 CUB = Path(__file__).parents[2] / "shared/real/CUB_200_2011"
@@ -214,3 +223,21 @@ def test_queries_by_path_and_position():
     for text in ("x.png:3", "z.png:3", "y.png:49", "y.png:-1", "y.png", ":3"):
         with pytest.raises(UserError, match="images match; give PATH:POSITION"):
             find_query(text, paths)
+
+
+@pytest.mark.parametrize("other_images", [False, True])
+def test_a_sheet_for_every_query(root, other_images):
+    dataset = load_grid(root / "val")
+    generator = torch.Generator().manual_seed(0)
+    sources = [{"features": {"cls": torch.randn(dataset.num_patches, 8, generator=generator)}, "paths":
+                [image.path for image in dataset.images], "line": {"name": name, "weights": name}}
+               for name in ("official", "random")]
+    options = {"top": 6, "columns": 3, "seed": 3, "other_images": other_images, "folder": root, "device": "cpu"}
+    assert write_sheets(sources, ["a.JPEG:7", "y.png:48"], 5, **options) == ["sheet_000_a_7.png", "sheet_001_y_48.png"]
+    drawn = write_sheets(sources, [], 5, **options)
+    assert len(set(drawn)) == 5 and drawn == write_sheets(sources, [], 5, **options)
+    assert all(Image.open(root / name).width > 452 + 3 * 100 for name in drawn)
+    if other_images:
+        lonely = [sources[0] | {"paths": sources[0]["paths"][:1]}]
+        with pytest.raises(UserError, match="two images"):
+            write_sheets(lonely, [], 5, **options)
