@@ -15,10 +15,11 @@ from .storage import atomic_write
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 # A paper's column and its whole width, in inches; dots per inch of a PNG.
 COLUMN, PAGE, DPI = 3.2, 6.9, 300
-# Type 42: fonts in a PDF stay text, as publishers ask.
+# Text is literal, as names may hold "$". Type 42: fonts in a PDF stay text, as publishers ask.
 STYLE = {"font.size": 7, "axes.titlesize": 7, "axes.titlelocation": "left", "axes.axisbelow": True,
          "axes.linewidth": 0.5, "xtick.labelsize": 6, "ytick.labelsize": 6, "grid.color": "#dddddd",
-         "grid.linewidth": 0.5, "lines.linewidth": 1, "legend.fontsize": 6, "legend.frameon": False, "pdf.fonttype": 42}
+         "grid.linewidth": 0.5, "lines.linewidth": 1, "legend.fontsize": 6, "legend.frameon": False,
+         "text.parse_math": False, "pdf.fonttype": 42}
 
 
 def require_matplotlib() -> None:
@@ -32,26 +33,27 @@ def require_matplotlib() -> None:
 @contextmanager
 def plot(path: Path, width: float, height: float) -> Iterator:
     """The body draws on a matplotlib Figure of these inches; then path is written, PNG or PDF by its suffix, with no
-    display and no global state. Raises UserError for another suffix, without matplotlib, and if it cannot write."""
+    display, no global state and nothing of the user's matplotlibrc. Raises UserError for another suffix and without
+    matplotlib."""
     if path.suffix not in (".png", ".pdf"):
         raise UserError(f"{path} cannot be written as a plot; use a name that ends in .png or .pdf")
     require_matplotlib()
-    from matplotlib import rc_context
+    from matplotlib import rc_context, rcdefaults, rcParams
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
+    with rc_context():
+        rcdefaults()
+        rcParams.update(STYLE)
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         yield figure
-        try:
-            atomic_write(path, partial(figure.savefig, format=path.suffix[1:]))
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror or error}); name another file") from None
+        atomic_write(path, partial(figure.savefig, format=path.suffix[1:]))
 
 
-def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence], chosen: tuple[str, int] | None = None,
+def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence],
+                chosen: tuple[str, Sequence[int], Sequence[float]] | None = None,
                 first: int = 1, xlabel: str = "epoch", ylabel: str = "accuracy, percent") -> None:
     """Plots curves by name: [epochs], or [seeds, epochs], whose mean is a line in a band from the least to the largest;
-    epochs (or layers) are counted from first. chosen: a curve's name and its epoch."""
+    epochs (or layers) are counted from first. chosen: a curve's name, and the epoch and value of each seed's best."""
     # Room for a legend of any length.
     with plot(path, COLUMN, max(28 / 15, 0.7 + 0.125 * len(curves))) as figure:
         figure.suptitle(textwrap.fill(title, 60), x=0.01, ha="left", fontsize=7)
@@ -66,9 +68,9 @@ def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence], chosen: 
             axes.plot(numbers, values.mean(0), label=name, color=colour, markersize=3,
                       linestyle=("-", "--", ":")[number // 10 % 3], marker="." if len(numbers) < 30 else "")
         if chosen:
-            name, epoch = chosen
-            axes.plot(epoch, np.atleast_2d(curves[name])[:, epoch - first].mean(), "o", markersize=6, fillstyle="none",
-                      color="black", label=f"epoch {epoch}, chosen")
+            name, epochs, values = chosen
+            axes.plot(epochs, values, "o", markersize=4, color=COLOURS[list(curves).index(name) % 10],
+                      markeredgecolor="black", label=f"best of each seed, mean {np.mean(values):.2f}")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -98,8 +100,7 @@ def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[f
     most = max(7, *map(len, panels.values()))
     with plot(path, PAGE * max(1, most / 10), 1.9 * len(panels) + 0.2) as figure:
         for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-            axes.set(title=title, ylabel="percent" if ":" in title else "mIoU, percent", ylim=(0, 100),
-                     xlim=(-0.6, most - 0.4))
+            axes.set(title=title, ylabel="mIoU, percent", ylim=(0, 100), xlim=(-0.6, most - 0.4))
             axes.grid(axis="y")
             for kind, (label, colour) in enumerate(kinds.items()):
                 heights = np.array([values[kind] for _, values in rows], dtype=float)
