@@ -34,17 +34,18 @@ class SumOverProcesses(torch.autograd.Function):
 class BatchNorm(nn.Module):
     """nn.BatchNorm1d without affine parameters, of K heads, with the statistics of all processes' rows.
 
-    [K, B, D] -> [K, B, D]; an input [1, B, D] is shared by all heads.
+    [K, B, D] -> [K, B, D]; an input [1, B, D] is shared by all heads. fixed: running_mean and running_var are given
+    once, and no batch moves them.
     """
 
     def __init__(self, count: int, width: int, eps: float, momentum: float = 0.1):
         super().__init__()
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum, self.fixed = eps, momentum, False
         self.register_buffer("running_mean", torch.zeros(count, width))
         self.register_buffer("running_var", torch.ones(count, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
+        if self.fixed or not self.training:
             return (x - self.running_mean[:, None]) * (self.running_var[:, None] + self.eps).rsqrt()
         count = SumOverProcesses.apply(torch.full((), x.shape[1], dtype=x.dtype, device=x.device))
         mean = SumOverProcesses.apply(x.sum(1)) / count
@@ -98,6 +99,8 @@ class AttentiveHeads(nn.Module):
     """
 
     kind, all_tokens = "attentive", True
+    # What attention scores are made of.
+    attention = ("query", "norm_q_weight", "norm_q_bias", "norm_k_weight", "q_weight", "q_bias", "k_weight")
 
     def __init__(self, count: int, width: int, num_classes: int, num_heads: int):
         super().__init__()
@@ -209,25 +212,26 @@ class HeadSGD:
     """SGD with momentum, without weight decay, for K heads at once, each with its learning rate.
 
     trust_coefficient: makes it LARS (You et al. 2017, as in MAE's linear probing): a head's gradient of a matrix is
-    first scaled by coefficient * |parameter| / |gradient|.
+    first scaled by coefficient * |parameter| / |gradient|. factors: of the learning rate, by parameter (default 1).
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], momentum: float = 0.9,
-                 trust_coefficient: float | None = None):
+                 trust_coefficient: float | None = None, factors: Sequence[float] | None = None):
         self.parameters, self.momentum, self.trust_coefficient = list(parameters), momentum, trust_coefficient
+        self.factors = factors or [1.0] * len(self.parameters)
         self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
 
     @torch.no_grad()
     def step(self, lr: torch.Tensor) -> None:
         """lr: [K]. Takes the parameters' gradients and clears them."""
-        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
+        for parameter, buffer, factor in zip(self.parameters, self.buffers, self.factors, strict=True):
             gradient, shape = parameter.grad, (-1, *[1] * (parameter.ndim - 1))
             if self.trust_coefficient is not None and parameter.ndim > 2:
                 size, change = parameter.flatten(1).norm(dim=1), gradient.flatten(1).norm(dim=1)
                 ratio = self.trust_coefficient * size / change
                 gradient = gradient * torch.where((size > 0) & (change > 0), ratio, 1.0).view(shape)
             buffer.mul_(self.momentum).add_(gradient)
-            parameter.sub_(lr.view(shape) * buffer)
+            parameter.sub_((factor * lr).view(shape) * buffer)
             parameter.grad = None
 
 
@@ -242,8 +246,9 @@ def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, n
                 ks: Sequence[int] = NEIGHBOURS, temperature: float = 0.07) -> dict[int, torch.Tensor]:
     """Nearest neighbours by cosine similarity s, with votes exp(s / temperature) (facebookresearch/dino, eval_knn.py).
 
-    train [N, D] with labels [N], test [M, D] -> {k: predicted classes [M]}; a k above N counts all N.
+    train [N, D] with labels [N], test [M, D], tensors or arrays -> {k: predicted classes [M]}; a k above N counts all.
     """
+    train, labels, test = map(torch.as_tensor, (train, labels, test))
     train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
     predictions = {k: [] for k in ks}
     for part in test.split(max(1, (1 << 27) // max(1, len(train)))):
@@ -257,27 +262,23 @@ def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, n
 
 
 def build_heads(kind: str, count: int, width: int, num_classes: int, num_heads: int, batch_norm: bool) -> nn.Module:
+    """batch_norm: before the linear heads; attentive ones have their own."""
     if kind == "attentive":
         return AttentiveHeads(count, width, num_classes, num_heads)
     return HEADS[kind](count, width, num_classes, batch_norm)
 
 
-def load_head(path: str | Path) -> nn.Module:
-    """The head in a file that classify.py saved, in evaluation mode: tokens [B, 1 + N, D] -> logits [1, B, classes].
-
-    Its attribute info holds what else the file says: classes, model, weights, dataset, accuracy. Raises ValueError.
-    """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, Mapping) or "head" not in content or content.get("kind") not in HEADS:
-        raise ValueError("it holds no head")
-    return head_of(content)
-
-
 def head_of(content: Mapping) -> nn.Module:
-    """load_head of a file's content."""
+    """The head in a file that classify.py saved (its content), in evaluation mode: tokens [B, 1 + N, D] -> logits
+    [1, B, classes]. Its attribute info holds what else the file says: classes, model, weights, dataset, accuracy."""
     state = content["head"]
     _, num_classes, width = state["weight"].shape
     heads = build_heads(content["kind"], 1, width, num_classes, content["num_heads"], "norm.running_mean" in state)
     heads.load_state_dict(state)
     heads.info = {key: value for key, value in content.items() if key != "head"}
     return heads.eval().requires_grad_(False)
+
+
+def load_head(path: str | Path) -> nn.Module:
+    """head_of the file at path."""
+    return head_of(torch.load(path, map_location="cpu", weights_only=True))

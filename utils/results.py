@@ -7,7 +7,7 @@ import re
 import secrets
 import subprocess
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cache
@@ -18,6 +18,7 @@ import torch
 
 from . import UserError
 from .distributed import is_main, world_size
+from .storage import load
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 # Arguments of all scripts that no figure depends on: where things lie, what is written, where it runs. A run may be
@@ -103,6 +104,17 @@ def check_same(path: Path, saved: Mapping, current: Mapping, option: str = "--re
                                f"{name} differs from when {path} was written")
     if differences:
         raise UserError(f"{option}: {'; '.join(differences)}; {mend}")
+
+
+def resume_from(path: Path, settings: Mapping, keys: Sequence[str], log: Callable[[str], None]) -> dict:
+    """The content of the checkpoint at path: its "settings" and these keys; {} where there is none. Raises UserError
+    for a file that is no checkpoint, and for one of other settings."""
+    if not path.exists():
+        log(f"{path} does not exist: starting from the beginning")
+        return {}
+    saved = load(path, "a checkpoint", ("settings", *keys), "--resume: ")
+    check_same(path, saved["settings"], settings)
+    return saved
 
 
 def start_line(task: str, args: Namespace, encoder: object) -> dict:
