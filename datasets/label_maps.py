@@ -114,8 +114,9 @@ def check_labels(train_split, test_split, workers: int, log: Callable[[str], Non
     last = test_split.num_classes
     if test_split.background or not total[0] or total[last]:
         return
+    used = int(np.flatnonzero(total[1:last])[-1]) + 1
     line = (f"label 0 occurs in the label maps, and label {last}, {test_split.names[-1]}, never: if label 0 is a "
-            'class, begin names.txt with a line "0 NAME"; if it is none, take out the last name')
+            f'class, begin names.txt with a line "0 NAME"; if it is none, take out the names after the first {used}')
     if train_split is None or train_split.sampled or test_split.sampled:
         log(line)
     else:

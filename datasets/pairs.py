@@ -175,7 +175,7 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
             raise UserError(f"pair {name}: its annotation {path} does not exist; unpack the data set again")
         try:
             pair, sizes = read_spair(name, path, root / "JPEGImages")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"pair {name}: {path} is not a pair's annotation ({type(error).__name__}: {error}); "
                             "unpack the data set again") from None
         pairs.append(pair)
@@ -184,8 +184,8 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
 
 
 def read_spair(name: str, path: Path, images: Path) -> tuple[Pair, dict[str, tuple[int, int]]]:
-    """A pair from its annotation, and by path the (width, height) that it states. Raises ValueError, KeyError or
-    TypeError for a file that is none."""
+    """A pair from its annotation, and by path the (width, height) that it states. Raises ValueError, KeyError,
+    TypeError or OverflowError for a file that is none."""
     found = json.loads(path.read_text(encoding="utf-8"))
     folder = path_below(images, found["category"], str(path))
     source, target = (path_below(folder, found[key], str(path)) for key in ("src_imname", "trg_imname"))
