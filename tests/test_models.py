@@ -1,22 +1,24 @@
 """Encoders against the official ones: golden files hold a small checkpoint of each official form, inputs, and what the
 official encoder computed (tests/golden). Relative errors in the 2-norm: 1e-5 at the native size, 1e-4 interpolated."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.interpolate
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
-from models import METHODS, CheckpointError, build_model
-from models.beit import cubic_spline, resize_relative_table
+from models import METHODS, WITH_PROJECTOR, build_model, choose_layers, encoder_signature, load_encoder
+from models.beit import resize_relative_table
 from models.mocov3 import build_projector
+from utils import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMS = [(path.parent.name, path.stem) for path in sorted(GOLDEN.glob("*/checkpoint*.pth"))]
+assert len(FORMS) == 14 and {method for method, _ in FORMS} == set(METHODS)
 
 
 def golden(method):
@@ -30,10 +32,6 @@ def build(method, form="checkpoint", **options):
 def error(ours, official):
     assert ours.shape == official.shape
     return float((ours.double() - official.double()).norm() / official.double().norm())
-
-
-def test_every_official_form_is_covered():
-    assert len(FORMS) == 14 and {method for method, _ in FORMS} == set(METHODS)
 
 
 @pytest.mark.parametrize("method, form", FORMS)
@@ -82,8 +80,6 @@ def test_mae_decoder():
     assert error(latent, reference["latent"]) < 1e-5
     assert torch.equal(mask, reference["mask"]) and torch.equal(ids_restore, reference["ids_restore"])
     assert error(encoder.decode(latent, ids_restore), reference["decoder_pred"]) < 1e-5
-    with pytest.raises(CheckpointError, match="mae_pretrain_vit_base_full.pth"):
-        build("mae", decoder=True)
 
 
 @pytest.mark.parametrize("method", ["deit", "mocov3", "mae"])
@@ -191,49 +187,6 @@ def test_beit_at_a_rectangle():
     assert error(encoder(images), slow_beit(state, images, 3, bias)) < 1e-4
 
 
-def test_cubic_spline_is_scipys():
-    known = np.array([-7.0, -3.5, -1, 0, 1, 3.5, 7])
-    wanted = np.linspace(-7, 7, 29)
-    values = np.random.default_rng(0).standard_normal((7, 5))
-    expected = scipy.interpolate.CubicSpline(known, values, bc_type="not-a-knot")(wanted)
-    np.testing.assert_allclose(cubic_spline(known, wanted) @ values, expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_nothing_loaded_is_random(method):
-    image = golden(method)["image"]
-    outputs = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        outputs.append(build(method).extract(image))
-    assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_frozen(method):
-    encoder = build(method)
-    torch.nn.Sequential(encoder).train()
-    assert not any(module.training for module in encoder.modules())
-    assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    assert (encoder.embed_dim, encoder.depth, encoder.patch_size, encoder.num_heads) == (48, 4, 16, 3)
-    assert encoder.has_projector == (method in ("mocov3", "dino", "ibot"))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_random_control_is_complete(method):
-    encoder = build_model(method, "random")
-    assert (encoder.weights, encoder.sha256) == ("random", None)
-    assert (encoder.embed_dim, encoder.depth, encoder.num_heads, encoder.patch_size) == (768, 12, 12, 16)
-    assert encoder.has_projector == (method in ("mocov3", "dino", "ibot"))
-
-
-def test_random_control_is_seeded():
-    first, again, other = (build_model("beit", "random", seed=seed) for seed in (3, 3, 4))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    weight = "patch_embed.proj.weight"
-    assert not torch.equal(first.vit.get_parameter(weight), other.vit.get_parameter(weight))
-
-
 def test_block_features_have_the_promised_shape_and_order():
     encoder, image = build("dino"), golden("dino")["image_rect"]
     layers = encoder.get_intermediate_layers(image, n=[3, 0])
@@ -248,29 +201,6 @@ def test_block_features_have_the_promised_shape_and_order():
         encoder(torch.zeros(1, 3, 60, 64))
 
 
-def test_timm_models():
-    torch.manual_seed(0)
-    encoder = build_model("timm/vit_tiny_patch16_224", "random", seed=1)
-    images = torch.randn(1, 3, 224, 224)
-    with torch.inference_mode():
-        assert torch.equal(encoder(images), encoder.vit.forward_features(images))
-    registers = build_model("timm/vit_small_patch14_reg4_dinov2", "random")
-    assert registers(torch.randn(1, 3, 28, 42)).shape == (1, 7, 384)
-    assert registers.get_intermediate_layers(torch.randn(1, 3, 28, 42), n=[11, 3])[0].shape == (1, 384, 2, 3)
-    with pytest.raises(CheckpointError, match="timm has no model 'vit_nonsense'"):
-        build_model("timm/vit_nonsense", "random")
-    with pytest.raises(CheckpointError, match="not a plain ViT|class token"):
-        build_model("timm/resnet18", "random")
-
-
-def test_timm_weights_from_a_file(tmp_path):
-    vit = timm.create_model("vit_tiny_patch16_224")
-    torch.save(vit.state_dict(), tmp_path / "tiny.pth")
-    encoder = build_model("timm/vit_tiny_patch16_224", str(tmp_path / "tiny.pth"))
-    images = torch.randn(1, 3, 224, 224)
-    assert error(encoder(images), vit.eval().forward_features(images).detach()) < 1e-6
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_reach_the_image_after_inference(method):
     encoder, image = build(method), golden(method)["image"].clone()
@@ -279,20 +209,6 @@ def test_gradients_reach_the_image_after_inference(method):
     features = encoder.extract(image.requires_grad_(), isometric=True)
     sum(rows.sum() for rows in features.values()).backward()
     assert image.grad.abs().sum() > 0
-
-
-def test_heads_of_mocov3_by_arch(tmp_path):
-    """Official ViT-S files have 12 heads, not 384 / 64; timm's network with 12 heads is the reference."""
-    vit = VisionTransformer(embed_dim=384, depth=2, num_heads=12, num_classes=0, img_size=32).eval()
-    state = {f"module.base_encoder.{key}": value for key, value in vit.state_dict().items()}
-    for key, value in build_projector(384, 8, 4).state_dict().items():
-        state[f"module.base_encoder.head.{key}"] = value
-    torch.save({"arch": "vit_small", "state_dict": state}, tmp_path / "small.pth.tar")
-    torch.save({"arch": "vit_other", "state_dict": state}, tmp_path / "other.pth.tar")
-    encoder, images = build_model("mocov3", str(tmp_path / "small.pth.tar")), torch.randn(2, 3, 32, 32)
-    assert error(encoder(images), vit.forward_features(images).detach()) < 1e-5
-    assert build_model("mocov3", str(tmp_path / "small.pth.tar"), num_heads=6).num_heads == 6
-    assert build_model("mocov3", str(tmp_path / "other.pth.tar")).num_heads == 6
 
 
 def test_mae_shuffle_is_the_defect_and_only_it():
@@ -304,10 +220,109 @@ def test_mae_shuffle_is_the_defect_and_only_it():
     assert torch.allclose(patches.sum(1), shuffled.sum(1), atol=1e-4)
 
 
-def test_reduced_precision_runs_and_stays_near():
-    for method in METHODS:
-        encoder, image = build(method), golden(method)["image"]
-        with torch.autocast("cpu", torch.bfloat16):
-            features = encoder.extract(image)
-        assert features["cls"].dtype == torch.float32
-        assert error(features["cls"], encoder.extract(image)["cls"]) < 0.05
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_whole_and_equal_for_any_seed(method):
+    image, outputs = golden(method)["image"], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        encoder = build(method)
+        outputs.append(encoder.extract(image))
+    assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
+    torch.nn.Sequential(encoder).train()
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert (encoder.embed_dim, encoder.depth, encoder.patch_size, encoder.num_heads) == (48, 4, 16, 3)
+    assert encoder.has_projector == (method in WITH_PROJECTOR)
+    with pytest.raises(TypeError, match="preprocess takes uint8 images with values from 0 to 255, not torch.float32"):
+        encoder.preprocess(image)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_random_control(method):
+    encoder = build_model(method, "random", seed=3)
+    assert (encoder.weights, encoder.sha256) == ("random", None)
+    assert (encoder.embed_dim, encoder.depth, encoder.num_heads, encoder.patch_size) == (768, 12, 12, 16)
+    assert encoder.has_projector == (method in WITH_PROJECTOR)
+    if method == "beit":
+        again, other = (build_model(method, "random", seed=seed) for seed in (3, 4))
+        signature = encoder_signature(encoder)
+        assert torch.equal(encoder_signature(again), signature) and differs(encoder_signature(other), signature)
+
+
+def test_heads_of_mocov3(tmp_path):
+    """Official ViT-S files have 12 heads, not 384 / 64; timm's network with 12 heads is the reference."""
+    vit = VisionTransformer(embed_dim=384, depth=2, num_heads=12, num_classes=0, img_size=32).eval()
+    state = {f"module.base_encoder.{key}": value for key, value in vit.state_dict().items()}
+    for key, value in build_projector(384, 8, 4).state_dict().items():
+        state[f"module.base_encoder.head.{key}"] = value
+    for arch, given, heads in (("vit_small", None, 12), ("vit_small", 6, 6), ("vit_other", None, 6)):
+        torch.save({"arch": arch, "state_dict": state}, tmp_path / "file.pth.tar")
+        encoder = build_model("mocov3", str(tmp_path / "file.pth.tar"), given)
+        assert encoder.num_heads == heads
+        images = torch.randn(2, 3, 32, 32)
+        assert (error(encoder(images), vit.forward_features(images).detach()) < 1e-5) == (heads == 12)
+
+
+def differs(one, other):
+    """As utils.results.check_same sees it."""
+    return float((one - other).abs().max()) > 1e-3 * float(other.abs().max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_signature_sees_what_makes_the_tokens_and_changes_nothing(method):
+    options = {"shuffle_patches": True} if method == "mae" else {}
+    encoder, untouched, image = build(method, **options), build(method, **options), golden(method)["image"]
+    signature = encoder_signature(encoder)
+    assert signature.shape == (256,) and signature.dtype == torch.float32
+    assert torch.equal(encoder_signature(encoder), signature)
+    assert torch.equal(encoder(image), untouched(image))
+    assert encoder(image.clone().requires_grad_()).requires_grad
+
+    mean, weights, order = (build(method, **options) for _ in range(3))
+    mean.mean += 0.02
+    weights.vit.blocks[3].mlp.fc2.weight *= 1.1
+    order.vit.patch_embed.register_forward_hook(lambda module, images, patches: patches.flip(1))
+    others = [mean, weights, order]
+    if method != "beit":  # whose bias has a column for each head
+        others.append(build_model(method, str(GOLDEN / method / "checkpoint.pth"), num_heads=6, **options))
+    assert all(differs(encoder_signature(other), signature) for other in others)
+
+
+def run_arguments(method, precision, **others):
+    values = {"model": method, "weights": str(GOLDEN / method / "checkpoint.pth"), "num_heads": 3, "seed": 0,
+              "weights_key": None, "precision": precision, "compile": False}
+    return argparse.Namespace(**(values | others))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_converted_once_give_what_autocast_gives(method):
+    lines = []
+    encoder = load_encoder(run_arguments(method, "bf16"), torch.device("cpu"), lines.append)
+    whole, image = build(method), golden(method)["image"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = encoder.extract(image), whole.extract(image)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found["cls"].dtype == torch.float32 and error(found["cls"], whole.extract(image)["cls"]) < 0.05
+    assert torch.equal(encoder.signature, encoder_signature(whole))
+    dtypes = {name: parameter.dtype for name, parameter in encoder.named_parameters()}
+    assert dtypes["vit.blocks.0.attn.qkv.weight"] == dtypes["vit.patch_embed.proj.weight"] == torch.bfloat16
+    assert dtypes["vit.norm.weight"] == torch.float32
+    assert all(dtype == torch.float32 for name, dtype in dtypes.items() if not name.startswith("vit."))
+    assert f"SHA-256 {encoder.sha256}: 4 blocks, width 48, 3 heads, patch 16, class token, " in lines[0]
+    assert "mean 0.485 0.456 0.406, std 0.229 0.224 0.225" in lines[0]
+
+
+def test_what_load_encoder_refuses():
+    for changes, words in (({"image_size": 100}, "not divisible by the patch size 16; use 96"),
+                           ({"weights": "absent.pth"}, "there is no weights file absent.pth")):
+        with pytest.raises(UserError, match=words):
+            load_encoder(run_arguments("mae", "fp32", **changes), torch.device("cpu"), print)
+
+
+def test_layers():
+    for words, depth, blocks in ((None, 12, [3, 5, 7, 11]), (None, 1, [0]), (["last"], 1, [0]),
+                                 (["last4"], 3, [0, 1, 2]), (["1", "0"], 2, [1, 0])):
+        assert choose_layers(words, depth) == blocks
+    for word in ("2", "first"):
+        with pytest.raises(UserError, match="blocks 0 to 1"):
+            choose_layers([word], 2)
