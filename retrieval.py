@@ -14,62 +14,44 @@ transfer and principal components are not in the paper: models/transfer.py and m
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from datasets.imagenet import GRID_BOXES, overlap, query_image, shown_patch
 from datasets.pairs import PAIR_DATASETS, load_pairs
 from datasets.patches import PatchDataset
 from datasets.retrieval import RETRIEVAL_DATASETS, open_images, open_retrieval
+from datasets.sheets import write_sheets
 from models import METHODS, WITH_PROJECTOR, Encoder, choose_layers, load_encoder
-from models.features import encoder_identity, require_batch_room
 from models.pca import pca_run
 from models.transfer import ALPHAS, draw_pairs, transfer_run
 from models.transfer import transfer_keypoints as transfer_keypoints
-from utils import UserError
-from utils.distributed import all_reduce, any_process, gather_rows, is_main, shard, world_size
-from utils.drawing import draw_curves, draw_sheet, require_matplotlib
-from utils.ending import exit_with_one_line_errors
-from utils.provenance import check_same, this_run
-from utils.results import append_result, args_to_json, run_slug, run_title, start_line
-from utils.run import (
-    Log,
-    OneLineParser,
-    Progress,
-    add_common_arguments,
-    add_patch_arguments,
-    autocast,
-    log_waiting,
-    non_negative_int,
-    positive_int,
-    setup,
-)
-from utils.storage import atomic_write, free_memory, load_checked, require_room, save_checked
+from utils import UserError, results, run
+from utils.distributed import all_reduce, gather_rows, is_main, shard, world_size
+from utils.drawing import draw_curves, require_matplotlib
+from utils.storage import atomic_write, free_memory, load, save
 from utils.tables import paper_tables
 
 # What made the features, as keys of a results line of their own; and what a file of features holds.
 PROTOCOL = ("crop_scale", "image_size", "keypoints", "authors_defects")
-FEATURE_FILE = ("features", "ids", "labels", "classes", "paths", "encoder", "data", "line")
-# Arguments of the ranking, whatever made the features.
-RANKING = ("exclude_query", "num_queries")
-# What --load-features takes from the file, or does not need.
+FEATURE_FILE = ("features", "labels", "classes", "paths", "data", "line")
+# Options that --load-features takes from the file, or does not need.
 MAKE_FEATURES = (*PROTOCOL, "name", "model", "dataset", "precision", "weights", "weights_key", "num_heads", "data_path",
-                 "batch_size", "compile", "features", "num_images", "save_features", "skip_bad_images", "annotations",
-                 "images", "category")
+                 "batch_size", "compile", "features", "num_images", "save_features", "annotations", "images", "category")
 
 
 def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: torch.Tensor | None = None,
                       exclude_query: bool = False, device: torch.device | None = None) -> torch.Tensor:
     """Average precision of rows as queries, by cosine similarity in float32 against all rows.
 
-    features [N, D], any float type, on any device; labels [N], integers: rows of the query's class are positives.
+    features [N, D], any float type, on any device, or an array; labels [N], integers: rows of the query's class are
+    positives.
     queries: row numbers [Q], all N rows by default. exclude_query: leave a query out of its own ranking (the published
     code counts it, as a positive). device: where to compute, by default where the features are; what does not fit
     there goes through in blocks of columns. N x N is never held.
@@ -77,8 +59,8 @@ def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: 
     Returns AP [Q], float64 on the CPU, in the sense of scikit-learn's average_precision_score: equal similarities share
     a threshold. NaN where a query has no positive left. Raises ValueError for features that are not finite.
     """
+    features, labels = torch.as_tensor(features), torch.as_tensor(labels).cpu()
     device = torch.device(device or features.device)
-    labels = labels.cpu()
     queries = torch.arange(len(features)) if queries is None else queries.cpu()
     result = torch.full((len(queries),), float("nan"), dtype=torch.float64)
     if len(queries) == 0:
@@ -195,133 +177,108 @@ def mean_average_precision(ap: torch.Tensor, labels: torch.Tensor) -> tuple[floa
 
 
 def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[str], batch_size: int, workers: int,
-                   precision: str, device: torch.device,
-                   log: Callable[[str], None] = print) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+                   precision: str, log: Callable[[str], None] = print) -> dict[str, torch.Tensor]:
     """Encodes this process's share of the images, each decoded once.
 
     features: of "cls", "avg", "projected". batch_size: patches, over all processes. Returns {feature: [n, D]}, float32
-    on the device, and the ids [n] of the patches, ascending; patches of skipped images are absent.
-    Raises UserError, on all processes, for features that are not finite.
+    on the encoder's device, in the order of the patches. Raises UserError for features that are not finite.
     """
-    share = shard(len(dataset))
-    total = int(dataset.first_id[share.stop] - dataset.first_id[share.start])
-    progress = Progress(total * world_size(), "encoding", "patches")
-    rows, ids = {name: [] for name in features}, []
-    per_process = max(1, batch_size // world_size())
-    batches = dataset.batches(share, per_process, workers, pin_memory=device.type == "cuda")
-    for patches, batch_ids in log_waiting(batches, "encoding", log):
-        with torch.inference_mode(), autocast(device, precision):
+    device, rows = encoder.mean.device, {name: [] for name in features}
+    progress = run.Progress(dataset.num_patches, "encoding", "patches")
+    batches = dataset.batches(shard(len(dataset)), max(1, batch_size // world_size()), workers,
+                              pin_memory=device.type == "cuda")
+    # The first, without images, gives a process that has none rows of the right width.
+    nothing = torch.zeros(0, 3, encoder.patch_size, encoder.patch_size, dtype=torch.uint8)
+    for patches in chain([nothing], (patches for patches, _ in run.log_waiting(batches, "encoding", log))):
+        with torch.inference_mode(), run.autocast(device, precision):
             extracted = encoder.extract(encoder.preprocess(patches.to(device, non_blocking=True)), isometric=True)
         for name in features:
             rows[name].append(extracted[name])
-        ids.append(batch_ids)
-        progress.update(len(batch_ids) * world_size())
-    if ids:
-        found, ids = {name: torch.cat(rows[name]) for name in features}, torch.cat(ids)
-    else:
-        # More processes than images: a share of none has the width of any.
-        nothing = torch.zeros(1, 3, encoder.patch_size, encoder.patch_size, device=device)
-        with torch.inference_mode():
-            extracted = encoder.extract(nothing, isometric=True)
-        found, ids = {name: extracted[name][:0] for name in features}, torch.empty(0, dtype=torch.int64)
-    if any_process(not all(part.isfinite().all() for part in found.values())):
+        progress.update(len(patches) * world_size())
+    found = {name: torch.cat(parts) for name, parts in rows.items()}
+    if all_reduce(torch.tensor(sum(int((~part.isfinite()).sum()) for part in found.values()))):
         raise UserError(f"the encoder gave features that are not finite at --precision {precision}; "
                         "use --precision fp32, or other weights")
-    return found, ids
+    return found
 
 
-def save_features(path: Path, source: dict, device: torch.device) -> None:
-    """Writes a source whose rows all processes share: tensors and plain values only. Raises UserError."""
-    whole = {name: gather_rows(rows).cpu() for name, rows in source["features"].items()}
-    content = {**source, "features": whole, "ids": gather_rows(source["ids"].to(device)).cpu()}
-    save_checked(path, content)
-
-
-def load_features(paths: Sequence[Path], log: Callable[[str], None]) -> list[dict]:
-    """Reads what save_features wrote; of the rows, this process's share. Raises UserError, also for files of different
-    data."""
-    sources = [load_checked(path, "a whole feature file", FEATURE_FILE, option="--load-features ") for path in paths]
-    for path, source in zip(paths, sources, strict=True):
-        # Not the transform: encoders of other patch sizes see other image sizes.
-        this, first = ({name: value for name, value in one["data"].items() if not name.startswith("the transform")}
-                       for one in (source, sources[0]))
-        check_same(path, this, first, "--load-features", "name files of one data set", f"in {paths[0]}")
-        share = slice(shard(len(source["ids"])).start, shard(len(source["ids"])).stop)
-        source["features"] = {name: rows[share] for name, rows in source["features"].items()}
-        source["ids"] = source["ids"][share]
-        line = source["line"]
-        log(f"features of {run_title(line)}: weights {line['weights']}, SHA-256 {line['sha256']}; made by "
-            + re.sub(r"[{}']", "", str(line["features_made_by"])))
-    return sources
-
-
-def encode_source(args: argparse.Namespace, device: torch.device, log: Log) -> dict:
+def encode_source(args: argparse.Namespace, device: torch.device, log: run.Log) -> dict:
     """Features of a data set's patches, with what a file of them holds and a results line says of them."""
     dataset = open_retrieval(args.dataset, args.data_path, args.keypoints, args.crop_scale, args.num_images, args.seed,
-                             args.skip_bad_images, args.image_size, (args.annotations, args.images, args.category))
+                             args.image_size, (args.annotations, args.images, args.category))
+    for note in dataset.notes:
+        log(note)
+    log(f"{args.dataset}: {len(dataset)} images, {dataset.num_patches} patches")
     # The paper's table has a projected column wherever the official full file has a projector.
     official = args.weights == "official" and args.model in WITH_PROJECTOR
     projector = "projected" in args.features if args.features else official or None
     options = defect_options(args.model, args.weights) if args.authors_defects else {}
     encoder = load_encoder(args, device, log, projector=projector, **options)
-    names = args.features or ["cls", "avg"] + ["projected"] * encoder.has_projector
-    count, need = dataset.num_patches, 4 * dataset.num_patches * encoder.embed_dim * len(names)
-    log(f"{args.dataset}: {len(dataset)} images, {count} patches, features of {need / 1e9:.2f} GB")
-    require_room(need, device, f"features of {count} patches", lambda share: "fewer --features or --num-images")
-    require_batch_room(encoder, args.image_size, min(args.batch_size, count))
-    identity = encoder_identity(encoder)  # before it runs: a timm model fits its tables to the images
-    features, ids = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, device, log)
-    if left_out := count - int(all_reduce(torch.tensor(len(ids)))):
-        log(f"{left_out} patches of images that could not be decoded were left out")
-    line = start_line("retrieval", args, encoder) | {name: vars(args)[name] for name in PROTOCOL}
-    return {"features": features, "ids": ids, "labels": dataset.labels, "classes": dataset.classes,
+    # Where the first token is the mean of the others, there is one feature, not two.
+    tokens = ["avg"] if encoder.cls_from == "mean" else ["cls", "avg"]
+    names = args.features or tokens + ["projected"] * encoder.has_projector
+    features = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, log)
+    line = results.start_line("retrieval", args, encoder) | {name: vars(args)[name] for name in PROTOCOL}
+    return {"features": features, "labels": dataset.labels, "classes": dataset.classes,
             "paths": [image.path for image in dataset.images] if args.dataset == "imagenet" else [],
-            "encoder": identity, "data": dataset.identity("data set"), "line": line | {"features_made_by": this_run()}}
+            "data": dataset.identity("data set"),
+            "line": line | {"num_outside": dataset.num_outside, "features_made_by": results.this_run()}}
+
+
+def save_features(path: Path, source: dict) -> None:
+    """Writes a source whose rows all processes share: tensors and plain values only."""
+    save(path, source | {"features": {name: gather_rows(rows).cpu() for name, rows in source["features"].items()}})
+
+
+def load_features(paths: Sequence[Path], log: Callable[[str], None]) -> list[dict]:
+    """Reads what save_features wrote; of the rows, this process's share of the images. Raises UserError, also for files
+    of different data."""
+    sources = [load(path, "a whole feature file", FEATURE_FILE, "--load-features ") for path in paths]
+    for path, source in zip(paths, sources, strict=True):
+        results.check_same(path, source["data"], sources[0]["data"], "--load-features", "name files of one data set")
+        mine = shard(len(source["labels"]))
+        source["features"] = {name: rows[mine.start:mine.stop] for name, rows in source["features"].items()}
+        line = source["line"]
+        log(f"features of {results.run_title(line)}: weights {line['weights']}, SHA-256 {line['sha256']}; made by run "
+            f"{line['features_made_by']['run']}, {line['features_made_by']['date']}")
+    return sources
+
+
+def source_line(made: dict, args: argparse.Namespace) -> dict:
+    """The start of a results line, of features that may come from a file. made: that of the run that made them."""
+    given = results.args_to_json(args)
+    kept = [name for name in made["args"]["changed"] if name != "exclude_query"]
+    return made | {"world_size": world_size(), "seed": args.seed, "args": {
+        **made["args"], **{name: given[name] for name in ("exclude_query", *given["changed"])},
+        "changed": list(dict.fromkeys(kept + given["changed"]))}}
 
 
 def defect_options(model: str, weights: str) -> dict:
     """Options of build_model that bring back a defect of the authors' code. Raises UserError where none is known."""
     defects = {"mae": {"shuffle_patches": True}, "dino": {"branch": "student"}}
-    if model not in defects:
-        raise UserError(f"--authors-defects: none is known for {model} in retrieval, only for mae and dino")
-    if model == "dino" and weights == "random":
-        raise UserError("--authors-defects: a random control has no student; give a full checkpoint of DINO")
+    if model not in defects or model == "dino" and weights == "random":
+        raise UserError("--authors-defects: they are known for mae, and for full checkpoints of dino, alone")
     return defects[model]
 
 
-def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None, seed: int, device: torch.device,
-                      log: Log) -> dict:
-    """AP and mAP of every feature of a source, all processes together; returns the metrics of a results line."""
-    line = source["line"]
-    log(f"{run_title(line)}, {line['precision']}")
-    ids = gather_rows(source["ids"].to(device)).cpu()
-    labels = source["labels"][ids]
-    if len(ids) == 0:
-        raise UserError("no patch could be read, so there is nothing to retrieve")
-    queries = torch.arange(len(ids))
-    if num_queries and num_queries < len(ids):
-        queries = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:num_queries].sort().values
-    mine = queries[shard(len(queries)).start:shard(len(queries)).stop]
+def retrieval_metrics(source: dict, exclude_query: bool, device: torch.device, log: Callable[[str], None]) -> dict:
+    """AP and mAP of every feature of a source, all processes together; returns the metrics of a results line. Raises
+    UserError where no query has a positive."""
+    line, labels = source["line"], source["labels"]
+    log(f"{results.run_title(line)}, {line['precision']}")
     counts = labels.bincount(minlength=len(source["classes"])).tolist()
-    metrics = {"num_patches": len(ids), "skipped_patches": len(source["labels"]) - len(ids),
-               "patches_per_class": dict(zip(source["classes"], counts, strict=True)), "num_queries": len(queries)}
-    chance = torch.tensor([random_ranking_ap(len(ids), count, exclude_query) for count in counts])
-    metrics["ap_chance"] = mean_average_precision(chance[labels[queries]], labels[queries])[0]
+    if exclude_query and max(counts) < 2:
+        raise UserError("--exclude-query: every class has one patch, so no query has a positive left; leave it out, or "
+                        "use more images")
+    metrics = {"num_patches": len(labels), "patches_per_class": dict(zip(source["classes"], counts, strict=True))}
+    chance = torch.tensor([random_ranking_ap(len(labels), count, exclude_query) for count in counts])
+    metrics["ap_chance"] = mean_average_precision(chance[labels], labels)[0]
+    share = shard(len(labels))
     for name, rows in source["features"].items():
-        try:
-            ap = average_precision(gather_rows(rows.to(device)), labels, queries=mine, exclude_query=exclude_query)
-        except ValueError as error:
-            raise UserError(f"{line['model']} at {line['precision']}, {name}: {error}; use --precision fp32") from None
-        ap = gather_rows(ap.to(device) if device.type == "cuda" else ap).cpu()
-        metrics[f"ap_{name}"], metrics[f"map_{name}"] = mean_average_precision(ap, labels[queries])
-        text = f"{name:>10}  AP {metrics[f'ap_{name}']:6.2f}  mAP {metrics[f'map_{name}']:6.2f}"
-        known = ap[~ap.isnan()]
-        if len(queries) < len(ids) and len(known) > 1:
-            # Queries drawn without replacement: the share of the patches that was asked takes from the error.
-            error = 100 * float(known.std()) * ((1 - len(queries) / len(ids)) / len(known)) ** 0.5
-            metrics[f"ap_{name}_standard_error"] = error
-            text += f"  (standard error of AP {error:.2f}, {len(queries)} queries)"
-        log(text)
+        ap = gather_rows(average_precision(gather_rows(rows.to(device)), labels, exclude_query=exclude_query,
+                                           queries=torch.arange(share.start, share.stop)))
+        metrics[f"ap_{name}"], metrics[f"map_{name}"] = mean_average_precision(ap, labels)
+        log(f"{name:>10}  AP {metrics[f'ap_{name}']:6.2f}  mAP {metrics[f'map_{name}']:6.2f}")
     encoded = [name for name in ("cls", "avg") if f"ap_{name}" in metrics]
     if encoded:
         metrics["best"] = max(encoded, key=lambda name: metrics[f"ap_{name}"])
@@ -331,138 +288,75 @@ def retrieval_metrics(source: dict, exclude_query: bool, num_queries: int | None
     return metrics
 
 
-def nearest_patches(features: torch.Tensor, ids: torch.Tensor, queries: torch.Tensor, top: int,
-                    leave_out: int = 1) -> torch.Tensor:
-    """Ids of the `top` patches most similar to each query, most similar first: [Q, top], fewer where there are fewer.
-
-    features [n, D] and ids [n] are this process's share; queries [Q] are ids, each in one process's share. leave_out:
-    1 leaves the query itself out, the number of patches in an image all that are of its image.
-    """
-    normalized = torch.nn.functional.normalize(features, dim=1)
-    ids, queries = ids.to(features.device), queries.to(features.device)
-    mine = ids[None] == queries[:, None]
-    # Every query's row stands in one process: zeros elsewhere, so the sum is that row.
-    own = normalized[mine.int().argmax(1)] if len(ids) else features.new_zeros(len(queries), features.shape[1])
-    wanted = all_reduce(torch.where(mine.any(1, keepdim=True), own, 0.0))
-    left_out = ids[None] // leave_out == queries[:, None] // leave_out
-    best = (wanted @ normalized.T).masked_fill_(left_out, float("-inf")).topk(min(top, len(ids)), dim=1)
-    values = gather_rows(best.values.T.contiguous()).T
-    candidates = gather_rows(ids[best.indices].T.contiguous()).T
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    # Every query leaves out as many.
-    return candidates.gather(1, order)[:, :min(top, int((values[0] > float("-inf")).sum()))]
+def retrieve(args: argparse.Namespace, device: torch.device, log: run.Log, write: Callable[..., None]) -> None:
+    """Part retrieval, or picture sheets of a folder of images. Features of several models may come from files."""
+    sources = load_features(args.load_features, log) if args.load_features else [encode_source(args, device, log)]
+    if args.save_features:
+        save_features(args.save_features, sources[0])
+    lines = [source_line(source["line"], args) for source in sources]
+    if not sources[0]["paths"]:
+        write(*(line | retrieval_metrics(source, args.exclude_query, device, log)
+                for line, source in zip(lines, sources, strict=True)))
+        return
+    files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed, args.other_images,
+                         args.output_dir, device)
+    log(f"{len(files)} sheets in {args.output_dir}")
+    write(lines[0] | {"task": "retrieval-sheets", "sheets": files, "models": [line["model"] for line in lines]})
 
 
-def find_query(text: str, paths: Sequence[str]) -> int:
-    """PATH:POSITION -> the patch's id. Raises UserError."""
-    path, _, position = text.rpartition(":")
-    matches = [index for index, candidate in enumerate(paths) if path and Path(candidate).match(path)]
-    if len(matches) != 1 or not position.isdecimal() or int(position) >= len(GRID_BOXES):
-        raise UserError(f"--query {text}: {len(matches)} images match; give PATH:POSITION, PATH the end of one image's "
-                        f"path and POSITION 0 to {len(GRID_BOXES) - 1}, row by row")
-    return matches[0] * len(GRID_BOXES) + int(position)
-
-
-def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: int, top: int, columns: int, seed: int,
-                 other_images: bool, folder: Path, device: torch.device) -> list[str]:
-    """Writes a sheet per query, a row of blocks for each source in it; returns the files' names.
-
-    chosen: queries as PATH:POSITION, PATH the end of an image's path, POSITION 0 to 48 in the 7 x 7 grid, row by row.
-    other_images: patches of the query's own image are left out; else those that overlap the query are marked.
-    """
-    paths = sources[0]["paths"]
-    per_image = len(GRID_BOXES)
-    ids = gather_rows(sources[0]["ids"].to(device)).cpu()
-    num_images = len((ids // per_image).unique())
-    if num_images < (2 if other_images else 1):
-        raise UserError(f"{num_images} images could be read, too few to find patches in others; use more")
-    queries = [find_query(text, paths) for text in chosen]
-    if not queries:
-        drawn = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:num_queries]
-        queries = ids[drawn].tolist()
-    if absent := [query for query in queries if query not in set(ids.tolist())]:
-        raise UserError(f"{paths[absent[0] // per_image]} could not be decoded, so it cannot be a query")
-    leave_out = per_image if other_images else 1
-    found = [{name: nearest_patches(rows.to(device), source["ids"], torch.tensor(queries), top, leave_out).tolist()
-              for name, rows in source["features"].items()} for source in sources]
-    files = []
-    for number, query in enumerate(queries if is_main() else []):
-        path, position = paths[query // per_image], query % per_image
-        rows = []
-        for source, features in zip(sources, found, strict=True):
-            mark = " (random weights)" if source["line"]["weights"] == "random" else ""
-            blocks = []
-            for name, nearest in features.items():
-                blocks.append((name, [(shown_patch(paths[patch // per_image], patch % per_image), overlap(patch, query))
-                                      for patch in nearest[number]]))
-            rows.append((source["line"]["name"] + mark, blocks))
-        files.append(f"sheet_{number:03}_{Path(path).stem}_{position}.png")
-        draw_sheet(folder / files[-1], query_image(path, position), rows, columns)
-    return files
-
-
-def transfer(args: argparse.Namespace, device: torch.device, log: Log) -> dict:
-    """Keypoint transfer (models/transfer.py): the results line. Writes the list of pairs, a sheet of some of them and,
-    for all layers, PCK by layer."""
+def transfer(args: argparse.Namespace, device: torch.device, log: run.Log, write: Callable[..., None]) -> None:
+    """Keypoint transfer (models/transfer.py), with the list of pairs, a sheet of some and, for all layers, a plot."""
     pairs = load_pairs(args.dataset, args.data_path, args.image_size, args.split, args.num_pairs, args.seed,
                        args.num_images)
     encoder = load_encoder(args, device, log, projector=False)
-    line, layers = start_line("transfer", args, encoder), choose_layers(args.layers, encoder.depth)
-    log(run_title(line))
+    line, layers = results.start_line("transfer", args, encoder), choose_layers(args.layers, encoder.depth)
+    title, prefix = results.run_title(line), f"{args.output_dir}/{results.run_slug(args.name)}_{args.dataset}"
+    log(title)
     metrics, predicted = transfer_run(encoder, pairs, layers, args.norm, args.match, args.batch_size, args.workers,
                                       args.precision, log)
-    if is_main():
-        prefix = args.output_dir / f"{run_slug(args.name)}_{args.dataset}"
-        rows = json.dumps(pairs.rows())
-        atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(rows))
-        if args.pictures:
-            sheet = draw_pairs(pairs, predicted, args.pictures)
-            atomic_write(Path(f"{prefix}_pairs.png"), lambda path: sheet.save(path, format="PNG"))
-        if len(layers) == encoder.depth > 1:
-            curves = {f"PCK@{alpha}": [found["pck_image"][str(alpha)] for found in metrics["by_layer"].values()]
-                      for alpha in ALPHAS}
-            draw_curves(Path(f"{prefix}_layers.png"), prefix.name, curves, first=0, xlabel="block",
-                        ylabel="PCK per image, percent")
-    return line | metrics
+    write(line | metrics)
+    if not is_main():
+        return
+    rows = json.dumps(pairs.rows())
+    atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(rows))
+    if args.pictures:
+        sheet = draw_pairs(pairs, predicted, args.pictures, title)
+        atomic_write(Path(f"{prefix}_pairs.{args.plot_format}"), lambda path: sheet.save(path, format=args.plot_format))
+    if len(layers) == encoder.depth > 1:
+        curves = {f"PCK@{alpha}": [found["pck_image"][str(alpha)] for found in metrics["by_layer"].values()]
+                  for alpha in ALPHAS}
+        draw_curves(Path(f"{prefix}_layers.{args.plot_format}"), title, curves, first=0, xlabel="block",
+                    ylabel="PCK per image, percent")
 
 
-def principal_components(args: argparse.Namespace, device: torch.device, log: Log) -> dict:
-    """Principal components as colours (models/pca.py): the results line. Writes a sheet."""
-    images = open_images(args.dataset, args.data_path, args.num_images or 6, args.seed, args.image_size,
-                         args.skip_bad_images)
+def principal_components(args: argparse.Namespace, device: torch.device, log: run.Log,
+                         write: Callable[..., None]) -> None:
+    """Principal components as colours (models/pca.py), on a sheet."""
+    images = open_images(args.dataset, args.data_path, args.num_images or 6, args.seed, args.image_size)
     encoder = load_encoder(args, device, log, projector=False)
-    path, found = pca_run(encoder, images, run_slug(args.name), args.pca, args.precision, args.output_dir)
-    log(f"principal components of {found['num_images']} of {len(images)} images in {path}")
-    return start_line("pca", args, encoder) | found
-
-
-def source_line(made: dict, args: argparse.Namespace) -> dict:
-    """The start of a results line, of features that may come from a file. made: that of the run that made them."""
-    given, kept = args_to_json(args), [name for name in made["args"]["changed"] if name not in RANKING]
-    return made | {"world_size": world_size(), "seed": args.seed, "args": {
-        **made["args"], **{name: given[name] for name in (*RANKING, *given["changed"])},
-        "changed": list(dict.fromkeys(kept + given["changed"]))}}
+    path, found = pca_run(encoder, images, results.run_slug(args.name), args.pca, args.precision, args.output_dir)
+    log(f"principal components of {found['num_images']} images in {path}")
+    write(results.start_line("pca", args, encoder) | found)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises UserError for values that cannot be."""
-    parser = OneLineParser(__doc__)
-    add_common_arguments(parser, METHODS, RETRIEVAL_DATASETS + PAIR_DATASETS, batch_size=256)
+    parser = run.OneLineParser(__doc__)
+    run.add_common_arguments(parser, METHODS, RETRIEVAL_DATASETS + PAIR_DATASETS, batch_size=256)
     group = parser.add_argument_group("retrieval")
     group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
                        help="(default: cls and avg, and projected where the checkpoint has a projector)")
     group.add_argument("--exclude-query", action="store_true", help="leave the query out of its own ranking")
-    group.add_argument("--num-queries", type=positive_int, metavar="N", help="a seeded sample, with its standard error")
     group.add_argument("--save-features", type=Path, metavar="FILE")
     group.add_argument("--load-features", type=Path, nargs="+", metavar="FILE",
                        help="of one or several models, in place of encoding")
-    group.add_argument("--num-images", type=positive_int, metavar="N",
-                       help="of imagenet (drawn by the seed; default: all) or synthetic (default: 30)")
+    group.add_argument("--num-images", type=run.positive_int, metavar="N",
+                       help="a sample drawn by the seed (default: all; of synthetic, pictures drawn: 30)")
     group.add_argument("--authors-defects", action="store_true", help="MAE: shuffled tokens; DINO: the student")
-    add_patch_arguments(parser, "one FILE")
+    run.add_patch_arguments(parser, "one FILE")
     group = parser.add_argument_group(f"keypoint transfer (--dataset {', '.join(PAIR_DATASETS)})")
     group.add_argument("--split", choices=("trn", "val", "test"), default="test", help="of spair (default: test)")
-    group.add_argument("--num-pairs", type=positive_int, metavar="N",
+    group.add_argument("--num-pairs", type=run.positive_int, metavar="N",
                        help="drawn by the seed (default: all of spair; 10,000 of the others)")
     group.add_argument("--layers", nargs="+", default=["last"], metavar="BLOCK",
                        help="blocks, counted from 0; last, last4 or all (default: last)")
@@ -470,36 +364,36 @@ def parse_arguments() -> argparse.Namespace:
                        help="the encoder's final norm on the tokens (default: yes)")
     group.add_argument("--match", choices=("cell", "soft-argmax"), default="cell",
                        help="the prediction: centre of the most similar cell, or a mean around it (default: cell)")
-    group.add_argument("--pictures", type=non_negative_int, default=0, metavar="N", help="draw N pairs on a sheet")
+    group.add_argument("--pictures", type=run.non_negative_int, default=0, metavar="N", help="draw N pairs on a sheet")
+    group.add_argument("--plot-format", choices=("png", "pdf"), default="png", help="of that sheet and of the plot")
     group = parser.add_argument_group("picture sheets (--dataset imagenet: any folder of images)")
     group.add_argument("--pca", choices=("first", "none"), nargs="?", const="first",
                        help="principal components of patch tokens as colours; the foreground by the first component, "
                             "or none. A row per model, of all runs with the same images in --output-dir")
-    group.add_argument("--queries", type=positive_int, default=10, metavar="N",
+    group.add_argument("--queries", type=run.positive_int, default=10, metavar="N",
                        help="query patches, drawn by the seed (default: %(default)s)")
     group.add_argument("--query", nargs="+", default=[], metavar="PATH:POSITION", help="these instead")
-    group.add_argument("--top", type=positive_int, default=24,
+    group.add_argument("--top", type=run.positive_int, default=24,
                        help="patches shown (paper 24, code 84; default: %(default)s)")
     group.add_argument("--other-images", action="store_true",
                        help="leave out the query's own image (default: patches that overlap the query are marked)")
-    group.add_argument("--columns", type=positive_int, default=6, help="of patches in a block (default: %(default)s)")
+    group.add_argument("--columns", type=run.positive_int, default=6, help="of patches in a block (default: 6)")
     args = parser.parse_args()
     # Options by the modes that read them.
-    pairs = ("split", "num_pairs", "layers", "norm", "match", "pictures")
+    pairs = ("split", "num_pairs", "layers", "norm", "match", "pictures", "plot_format")
     sheets = ("queries", "query", "top", "other_images", "columns")
-    ranking = (*RANKING, "crop_scale", "keypoints")
+    ranking = ("exclude_query", "crop_scale", "keypoints")
     features = ("features", "save_features", "load_features", "authors_defects")
     if args.load_features:
         parser.check_used(args, "--load-features", *pairs, "pca", *MAKE_FEATURES)
     elif args.dataset in PAIR_DATASETS:
-        parser.check_used(args, f"--dataset {args.dataset}", *features, *ranking, *sheets, "skip_bad_images")
+        parser.check_used(args, f"--dataset {args.dataset}", *features, *ranking, *sheets)
     elif args.pca:
         parser.check_used(args, "--pca", *features, *ranking, *sheets, *pairs)
     elif args.dataset == "imagenet":
         parser.check_used(args, "picture sheets (--dataset imagenet)", *ranking, *pairs)
     else:
-        unused = () if args.dataset.startswith("synthetic") else ("num_images",)
-        parser.check_used(args, f"--dataset {args.dataset}", *sheets, *pairs, *unused)
+        parser.check_used(args, f"--dataset {args.dataset}", *sheets, *pairs)
     if args.save_features and not args.save_features.parent.is_dir():
         raise UserError(f"--save-features {args.save_features}: the folder does not exist; make it first")
     if args.dataset in PAIR_DATASETS and args.layers == ["all"]:
@@ -515,31 +409,14 @@ def main() -> None:
     if args.table:
         print(paper_tables(("retrieval", "transfer"), args.output_dir, args.format))
         return
-    device, log = setup(args)
-    if args.dataset in PAIR_DATASETS:
-        lines = [transfer(args, device, log)]
-    elif args.pca:
-        lines = [principal_components(args, device, log)]
-    else:
-        # Features, of several models where they come from files
-        sources = load_features(args.load_features, log) if args.load_features else [encode_source(args, device, log)]
-        if args.save_features:
-            save_features(args.save_features, sources[0], device)
-        lines = [source_line(source["line"], args) for source in sources]
+    device, log = run.setup(args)
 
-        # One sheet for all of them, or the average precision of each
-        if sources[0]["paths"]:
-            files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed,
-                                 args.other_images, args.output_dir, device)
-            log(f"{len(files)} sheets in {args.output_dir}")
-            lines = [lines[0] | {"task": "retrieval-sheets", "sheets": files,
-                                 "models": [line["model"] for line in lines]}]
-        else:
-            lines = [line | retrieval_metrics(source, args.exclude_query, args.num_queries, args.seed, device, log)
-                     for line, source in zip(lines, sources, strict=True)]
-    log.open(args.output_dir)
-    append_result(args.output_dir, *(line | {"seconds": time.monotonic() - started} for line in lines))
+    def write(*lines):
+        results.append_result(args.output_dir, *(line | {"seconds": time.monotonic() - started} for line in lines))
+
+    stage = transfer if args.dataset in PAIR_DATASETS else principal_components if args.pca else retrieve
+    stage(args, device, log, write)
 
 
 if __name__ == "__main__":
-    exit_with_one_line_errors(main)
+    run.run_main(main)
