@@ -8,152 +8,192 @@
 
 The layout is that of the authors' prepared sets: {img,ann}/{train,val} in data/pascal_part, data/pascal_semantic,
 data/ADE20K_Part, data/LIP, and {images,annotations}/{training,validation} in data/ade_59object/ADEChallengeData2016.
-Images are copied; label maps are 8-bit PNGs of the image's size, 0 = other, k = line k of names.txt. After an
-interruption run it again: complete files are kept. Images that fail are listed in failed.txt, with exit status 2.
+Images are copied; label maps are 8-bit PNGs, 0 = other, k = line k of names.txt. The first file that cannot be read
+ends the run; another run keeps what is finished.
 """
 
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import signal
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from utils import UserError
-from utils.ending import exit_with_one_line_errors
-from utils.run import OneLineParser, number
+from utils.run import OneLineParser, Progress, positive_int, run_main
+from utils.storage import atomic_write
 
-from ..files import read_lines
-from ..segmentation import LAYOUTS, LONG_NAMES, OTHER_LAYOUTS
+from ..files import read_lines, read_rgb
+from ..label_maps import pair_files, read_label_map
+from ..segmentation import LAYOUTS, LONG_NAMES, OTHER_LAYOUTS, ROOTS
 from ..segmentation_classes import ADE20K_150, CLASS_NAMES, PASCAL_OBJECT_16, PASCAL_PART_193, read_names
-from .ade20k_part import prepare_ade20k_part
-from .common import first_folder, import_loadmat, pair_by_name, prepare, read_index_map
+from .ade20k_part import find_pairs, list_images, name_pairs, read_index, read_parts
 
-PASCAL_TREE = "DIR/Annotations_Part/*.mat, DIR/JPEGImages/*.jpg, DIR/ImageSets/Main/{train,val}.txt"
-ADE20K_OBJECT_TREE = "DIR/images/{training,validation}/*.jpg, DIR/annotations/{training,validation}/*.png"
-LIP_TREE = ("DIR/TrainVal_images/{train,val}_images/*.jpg, "
-            "DIR/TrainVal_parsing_annotations/{train,val}_segmentations/*.png")
+MAX_CLASSES = 254  # in a label map of 8 bits, where 0 is "other" and 255 is ignored
+PASCAL_PART_LABELS = {name: label for label, name in enumerate(PASCAL_PART_193, 1)}
+PASCAL_OBJECT_LABELS = {name: label for label, name in enumerate(PASCAL_OBJECT_16, 1)}
 # No object of these classes has parts in Pascal-Part; the paper leaves them out.
-PASCAL_WITHOUT_PARTS = ("boat", "chair", "diningtable", "sofa", "table")
+PASCAL_OBJECT_LABELS |= dict.fromkeys(("boat", "chair", "diningtable", "sofa", "table"), 0)
 
 
-def prepare_lip(source: Path, target: Path, workers: int) -> None:
+def open_lip(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
     """LIP, in any of its layouts: the labels stay, only the folders change."""
-    images, labels = (first_folder(source, [folder.format("train") for folder in folders], LIP_TREE).parent
-                      for folders in zip(*OTHER_LAYOUTS["lip"][2:], strict=True))
-    pairs = {split: pair_by_name(images / f"{split}_images", labels / f"{split}_segmentations") for split in LONG_NAMES}
-    unchanged = np.arange(len(CLASS_NAMES["lip"]) + 1, dtype=np.uint8)
-    prepare("lip", target, pairs, CLASS_NAMES["lip"], partial(read_and_renumber, table=unchanged), workers)
+    layouts = OTHER_LAYOUTS["lip"][len(LAYOUTS):]  # not those of prepared sets
+    images, labels = next((pair for pair in layouts if (args.source / pair[0].format("train")).is_dir()), layouts[0])
+    pairs = {split: pair_files(args.source / images.format(split), args.source / labels.format(split))[0]
+             for split in LONG_NAMES}
+    return pairs, CLASS_NAMES["lip"], partial(read_and_renumber, table=np.arange(20, dtype=np.uint8))
 
 
-def prepare_ade20k_object(source: Path, target: Path, workers: int, classes: Path | None) -> None:
-    """Some of the 150 classes of ADEChallengeData2016, renumbered; the others become 0. classes: a file of names (first
-    synonyms of objectInfo150.txt) in label order (default: the paper's 59)."""
-    names = read_names(classes) if classes else CLASS_NAMES["ade20k-object"]
-    unknown = [name for name in names if name not in ADE20K_150]
-    if unknown:
-        raise UserError(f"--classes {classes}: {unknown[0]} is not one of the 150 names of ADE20K "
-                        "(ADE20K_150 in datasets/segmentation_classes.py)")
+def open_ade20k_object(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
+    """Some of the 150 classes of ADEChallengeData2016, renumbered (default: the paper's 59)."""
+    pairs = {split: pair_files(args.source / "images" / folder, args.source / "annotations" / folder)[0]
+             for split, folder in LONG_NAMES.items()}
+    names = choose(args.classes, ADE20K_150, CLASS_NAMES["ade20k-object"])
     table = np.zeros(len(ADE20K_150) + 1, dtype=np.uint8)
     for label, name in enumerate(names, 1):
         table[ADE20K_150.index(name) + 1] = label
-    challenge = first_folder(source, ("annotations/training", "ADEChallengeData2016/annotations/training"),
-                             ADE20K_OBJECT_TREE).parents[1]
-    pairs = {split: pair_by_name(challenge / "images" / folder, challenge / "annotations" / folder)
-             for split, folder in LONG_NAMES.items()}
-    prepare("ade20k-object", target, pairs, names, partial(read_and_renumber, table=table), workers, LAYOUTS[1])
+    return pairs, names, partial(read_and_renumber, table=table)
 
 
 def read_and_renumber(path: Path, table: np.ndarray) -> np.ndarray:
-    """table[labels]. Raises ValueError for a label beyond the table."""
-    labels = read_index_map(path)
-    if labels.max(initial=0) >= len(table):
-        raise ValueError(f"label {labels.max()} is above {len(table) - 1}")
-    return table[labels]
+    """table[labels] of a label map, uint8 [height, width]. Raises UserError for labels beyond the table."""
+    return table[read_label_map(path, len(table) - 1)]
 
 
-def prepare_pascal(source: Path, target: Path, workers: int, lists: Path | None, parts: bool) -> None:
-    """Pascal-Part, unpacked into VOCdevkit/VOC2010, whose 10,103 training and validation images it annotates. lists: a
-    folder with train.txt and val.txt (default: VOC's ImageSets/Main, 4,998 and 5,105 names)."""
-    import_loadmat()
-
-    def find(folder: str) -> Path:
-        return first_folder(source, (folder, f"VOC2010/{folder}", f"VOCdevkit/VOC2010/{folder}"), PASCAL_TREE)
-
-    annotations, images = find("Annotations_Part"), find("JPEGImages")
-    names, pairs = {}, {}
+def open_pascal(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
+    """Pascal-Part, unpacked into VOCdevkit/VOC2010, whose 10,103 training and validation images it annotates."""
+    pairs = {}
     for split in LONG_NAMES:
-        path = (lists or find("ImageSets/Main")) / f"{split}.txt"
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; it is a list of image names of VOC 2010's ImageSets/Main; "
-                            "--lists names another folder")
-        names[split] = {line.split()[0] for line in read_lines(path) if line.strip()}
-        for name in names[split]:
+        path = (args.lists or args.source / "ImageSets" / "Main") / f"{split}.txt"
+        names = sorted({line.split()[0] for line in read_lines(path) if line.strip()})
+        for name in names:
             if "/" in name or "\\" in name:
                 raise UserError(f"{path}: {name!r} is no image name of VOC 2010; correct it")
-        pairs[split] = [(images / f"{name}.jpg", annotations / f"{name}.mat") for name in sorted(names[split])]
-    if names["train"] & names["val"]:
-        raise UserError(f"{min(names['train'] & names['val'])} is in train.txt and in val.txt; remove it from one")
-    unlisted = {path.stem for path in annotations.glob("*.mat")} - names["train"] - names["val"]
-    dataset = "pascal-part" if parts else "pascal-object"
-    prepare(dataset, target, pairs, CLASS_NAMES[dataset], partial(read_pascal, parts=parts), workers,
-            left_out=len(unlisted), left_out_reason="annotated, but neither in train.txt nor in val.txt")
+        pairs[split] = [(args.source / "JPEGImages" / f"{name}.jpg", args.source / "Annotations_Part" / f"{name}.mat")
+                        for name in names]
+    return pairs, CLASS_NAMES[args.dataset], partial(read_pascal, parts=args.dataset == "pascal-part")
 
 
 def read_pascal(path: Path, parts: bool) -> np.ndarray:
-    """The parts or the objects of one Pascal-Part file, uint8 [height, width], labels of PASCAL_PART_193 or _OBJECT_16.
+    """The parts or the objects of one Pascal-Part file, uint8 [height, width]. Raises UserError for an unknown name.
 
     Painted as by the devkit's mat2map.m: objects and their parts in the order of the file, later over earlier. Later
-    objects do not clear parts; objects of a class without parts cover objects with 0. ValueError for an unknown name.
+    objects do not clear parts; objects of a class without parts cover objects with 0.
     """
-    objects = import_loadmat()(path)["anno"][0, 0]["objects"].ravel()
-    labels = np.zeros(objects[0]["mask"].shape, dtype=np.uint8)
-    for item in objects:
-        name = str(item["class"][0])
-        if name not in PASCAL_OBJECT_16 + PASCAL_WITHOUT_PARTS:
-            raise ValueError(f"unknown class {name}")
-        if not parts:
-            labels[item["mask"] > 0] = PASCAL_OBJECT_16.index(name) + 1 if name in PASCAL_OBJECT_16 else 0
-            continue
-        for part in item["parts"].ravel():
-            family = str(part["part_name"][0]).rstrip("0123456789").removesuffix("_")
-            if f"{name} {family}" not in PASCAL_PART_193:
-                raise ValueError(f"unknown part {part['part_name'][0]} of {name}")
-            labels[part["mask"] > 0] = PASCAL_PART_193.index(f"{name} {family}") + 1
-    return labels
+    try:
+        from scipy.io import loadmat
+        objects = loadmat(str(path))["anno"][0, 0]["objects"].ravel()
+        labels = np.zeros(objects[0]["mask"].shape, dtype=np.uint8)
+        for item in objects:
+            name = str(item["class"][0])
+            if not parts:
+                labels[item["mask"] > 0] = PASCAL_OBJECT_LABELS[name]
+                continue
+            for part in item["parts"].ravel():
+                family = str(part["part_name"][0]).rstrip("0123456789").removesuffix("_")
+                labels[part["mask"] > 0] = PASCAL_PART_LABELS[f"{name} {family}"]
+        return labels
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
 
 
-FUNCTIONS: dict[str, Callable] = {
-    "ade20k-object": prepare_ade20k_object,
-    "ade20k-part": prepare_ade20k_part,
-    "pascal-object": partial(prepare_pascal, parts=False),
-    "pascal-part": partial(prepare_pascal, parts=True),
-    "lip": prepare_lip,
-}
+def open_ade20k_part(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
+    """The parts that occur in both splits, with their objects (default: the 254 in most training images). parts.txt
+    lists them all, with their numbers of training and validation images."""
+    class_names = read_index(args.source)
+    pairs, images = {}, {}
+    for split in LONG_NAMES:
+        pairs[split] = list_images(args.source, split)
+        found = run_all(find_pairs, [path for _, path in pairs[split]], args.workers, f"parts of {split}")
+        images[split] = Counter(pair for in_one in found for pair in in_one)
+    parts = name_pairs(images["train"].keys() & images["val"].keys(), class_names)
+    print(f"parts in both splits: {len(parts)} with their objects, {len({part for _, part in parts.values()})} by the "
+          "part's name alone; the paper: 209")
+    text = "".join(f"{name}\t{images['train'][pair]}\t{images['val'][pair]}\n" for name, pair in parts.items())
+    root = args.target / ROOTS[args.dataset][0]
+    root.mkdir(parents=True, exist_ok=True)
+    atomic_write(root / "parts.txt", lambda path: path.write_text(text, encoding="utf-8"))
+    most = sorted(parts, key=lambda name: -images["train"][parts[name]])[:MAX_CLASSES]
+    names = choose(args.classes, parts, sorted(most))
+    return pairs, names, partial(read_parts, labels={parts[name]: label for label, name in enumerate(names, 1)})
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises UserError for a user's mistake and, after the report, if an image could not be prepared."""
+def choose(classes: Path | None, known: Collection[str], default: Sequence[str]) -> Sequence[str]:
+    """The names in the file of --classes, or the default. Raises UserError for one that is not known."""
+    names = read_names(classes) if classes else default
+    for name in names:
+        if name not in known:
+            raise UserError(f"--classes {classes}: {name} is not among the {len(known)} classes of this release")
+    if len(names) > MAX_CLASSES:
+        raise UserError(f"--classes {classes}: {len(names)} names; an 8-bit label map holds {MAX_CLASSES}")
+    return names
+
+
+def run_all(function: Callable, items: Sequence, workers: int, label: str) -> list:
+    """[function(item) for item in items], by that many processes. Raises what the first failure raises."""
+    progress, results = Progress(len(items), label, "images"), []
+    # Ctrl-C reaches all processes; this one alone answers it. With one worker no other is started.
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        for result in pool.map(function, items, chunksize=8) if workers > 1 else map(function, items):
+            results.append(result)
+            progress.update()
+    return results
+
+
+def prepare_one(item: tuple[Path, Path, Path, Path], read_labels: Callable[[Path], np.ndarray]) -> bool:
+    """Writes one image and its label map; False where an earlier run has. Raises UserError for a damaged file."""
+    image_path, annotation, target_image, target_labels = item
+    if target_image.is_file() and target_labels.is_file():
+        return False
+    labels = read_labels(annotation)
+    read_rgb(image_path, labels.shape[::-1])  # raises UserError for a damaged image and for one of another size
+    atomic_write(target_image, lambda path: shutil.copyfile(image_path, path))
+    atomic_write(target_labels, lambda path: Image.fromarray(labels).save(path, format="PNG"))
+    return True
+
+
+OPEN = {"ade20k-object": open_ade20k_object, "ade20k-part": open_ade20k_part, "lip": open_lip,
+        "pascal-object": open_pascal, "pascal-part": open_pascal}
+
+
+def main(words: Sequence[str] | None = None) -> None:
     parser = OneLineParser(__doc__, prog="python -m datasets.prepare")
-    commands = parser.add_subparsers(dest="dataset", required=True, metavar="{" + ",".join(FUNCTIONS) + "}")
-    for name in FUNCTIONS:
-        command = commands.add_parser(name)
-        command.add_argument("--source", type=Path, required=True, metavar="DIR", help="the unpacked release")
-        command.add_argument("--target", type=Path, required=True, metavar="DIR", help="where to make the folder")
-        command.add_argument("--workers", type=number(int, 1, 256), default=min(256, os.cpu_count() or 1),
-                             help="processes (default: %(default)s)")
-        if name.startswith("ade20k"):
-            command.add_argument("--classes", type=Path, metavar="FILE",
-                                 help="names of the classes to keep, one a line, in label order")
-        if name.startswith("pascal"):
-            command.add_argument("--lists", type=Path, metavar="DIR",
-                                 help="folder of train.txt and val.txt (default: the source's ImageSets/Main)")
-    options = vars(parser.parse_args(arguments))
-    if not options["source"].is_dir():
-        raise UserError(f"--source {options['source']} is not a folder; give the unpacked release")
-    options.pop("changed")  # for tables
-    FUNCTIONS[options.pop("dataset")](**options)
+    parser.add_argument("dataset", choices=OPEN)
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="the unpacked release")
+    parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="where to make the folder")
+    parser.add_argument("--workers", type=positive_int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--classes", type=Path, metavar="FILE",
+                        help="ADE20K: names of the classes to keep, one a line, in label order")
+    parser.add_argument("--lists", type=Path, metavar="DIR",
+                        help="Pascal: folder of train.txt and val.txt (default: the source's ImageSets/Main)")
+    args = parser.parse_args(words)
+    if args.classes and not args.dataset.startswith("ade20k") or args.lists and not args.dataset.startswith("pascal"):
+        raise UserError("--classes is for ADE20K, --lists for Pascal; leave it out")
+
+    pairs, names, read_labels = OPEN[args.dataset](args)
+    root, layout = args.target / ROOTS[args.dataset][0], LAYOUTS[args.dataset == "ade20k-object"]
+    items, text = [], "".join(f"{name}\n" for name in names)
+    for split, listed in pairs.items():
+        if not listed:
+            raise UserError(f"--source {args.source}: no images for the split {split}; both splits are needed")
+        images, labels = (root / folder.format(split, LONG_NAMES[split]) for folder in layout)
+        if next(labels.glob("*.png"), None) and "\n".join(read_lines(root / "names.txt")) != text:
+            raise UserError(f"{root} holds maps of another class list; remove that folder or use another --target")
+        images.mkdir(parents=True, exist_ok=True)
+        labels.mkdir(parents=True, exist_ok=True)
+        items += [(*pair, images / pair[0].name, labels / f"{pair[0].stem}.png") for pair in listed]
+    atomic_write(root / "names.txt", lambda path: path.write_text(text, encoding="utf-8"))
+    made = run_all(partial(prepare_one, read_labels=read_labels), items, args.workers, root.name)
+    print(f"{root}: {len(names)} classes, {len(pairs['train'])} images for training, {len(pairs['val'])} for "
+          f"validation, {made.count(False)} of them finished earlier")
 
 
 if __name__ == "__main__":
-    exit_with_one_line_errors(main)
+    run_main(main)
