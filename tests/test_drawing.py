@@ -1,103 +1,20 @@
-"""Pictures: the palette against Pillow's CIELAB, pictures of label maps, and the accuracy curves."""
+"""Plots: curves, confusion matrices and figure 6."""
 
+import sys
 from contextlib import contextmanager
 
+import matplotlib
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageCms, ImageFont
+from PIL import Image
 
-from datasets.segmentation_pictures import UNLABELLED, class_colours, save_picture
-from datasets.sheets import MARK, draw_sheet
-from utils import drawing
-from utils.drawing import draw_curves
+from utils import UserError, drawing
+from utils.drawing import draw_confusion, draw_curves, draw_figure6, require_matplotlib
 
 
-def lightness_and_distances(count):
-    """By LittleCMS, to whole numbers: lightness [n] and CIELAB distances [n, n] of the palette."""
-    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-    pixels = np.asarray(ImageCms.applyTransform(Image.fromarray(class_colours(count)[None]), to_lab))[0]
-    lab = np.column_stack([pixels[:, 0] * (100 / 255), pixels[:, 1:].view(np.int8)]).astype(float)
-    return lab[:, 0], np.linalg.norm(lab[:, None] - lab, axis=2)
-
-
-@pytest.mark.parametrize(("count", "of_all", "of_near"), [(19, 30, 30), (59, 10, 20), (150, 9, 18), (193, 9, 18)])
-def test_classes_near_in_number_differ_most(count, of_all, of_near):
-    lightness, distances = lightness_and_distances(count)
-    apart = np.subtract.outer(np.arange(count), np.arange(count))
-    assert distances[apart > 0].min() >= of_all
-    assert distances[(apart > 0) & (apart <= 40)].min() >= of_near
-    # Lighter than these is what is pale: a fifth of a colour, the rest white.
-    assert lightness.max() < 81
-
-
-def picture(folder, names, first_label):
-    truth = np.full((40, 60), 255, np.uint8)
-    truth[:, :30] = 1
-    pred = np.zeros((40, 60), np.int64)
-    pred[:, 20:40] = 2
-    save_picture(folder / "a.png", np.zeros((40, 60, 3), np.uint8), truth, pred, names, first_label)
-    with Image.open(folder / "a.png") as sheet, Image.open(folder / "a_labels.png") as labels:
-        assert labels.mode == "P"
-        return np.asarray(sheet), np.asarray(labels), np.asarray(labels.convert("RGB")), pred
-
-
-@pytest.mark.parametrize("first_label", [0, 1])
-def test_the_predicted_label_map_has_the_labels_of_the_data_set(tmp_path, first_label):
-    _, labels, shown, pred = picture(tmp_path, ["head", "torso", "tail"], first_label)
-    assert (labels == pred + first_label).all()
-    assert (shown == class_colours(3)[pred]).all()
-
-
-def test_predictions_where_nothing_is_labelled_are_pale(tmp_path):
-    sheet, *_ = picture(tmp_path, ["head", "torso", "tail"], 1)
-    colours = class_colours(3).astype(int)
-    # 512 pixels to 60: panels of 512 x 341 from row 24 on, 522 apart.
-    row, scale = sheet[200].astype(int), 512 / 60
-    assert (row[522 + int(10 * scale)] == colours[1]).all() and (row[522 + int(50 * scale)] == UNLABELLED).all()
-    assert (row[1044 + int(10 * scale)] == colours[0]).all()
-    for column, label in ((35, 2), (50, 0)):
-        pale = row[1044 + int(column * scale)]
-        assert abs(pale - (0.2 * colours[label] + 204)).max() <= 1
-
-
-def test_no_legend_is_cut(tmp_path):
-    """The ink of the longest name is as long as the font makes it, and the right margin is white."""
-    name = "a class whose name is longer than all three panels together, " * 5
-    sheet, *_ = picture(tmp_path, ["head", name, "tail"], 1)
-    legend = sheet[24 + 341 + 2:]
-    ink = np.flatnonzero((legend[:, 20:] < 200).any((0, 2)))
-    assert ink[-1] - ink[0] > ImageFont.load_default(13).getlength(name) - 16 > 1600
-    assert (legend[:, -3:] == 255).all()
-
-
-def test_a_sheet_marks_the_patches_that_overlap_the_query(tmp_path):
-    patches = [(Image.new("RGB", (112, 112), (20 * number + 9, 0, 9)), number == 4) for number in range(6)]
-    draw_sheet(tmp_path / "sheet.png", Image.new("RGB", (452, 224), "blue"), [("m", [("cls", patches)])], columns=3)
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    for number in range(6):
-        cell = (sheet == (20 * number + 9, 0, 9)).all(2)
-        assert cell.sum() == (88 * 88 if number == 4 else 96 * 96)
-    # The border, and what it means in words, in the same colour.
-    marked = (sheet == MARK).all(2)
-    assert marked[:, 16 + 452:].sum() == 96 * 96 - 88 * 88 and marked[:, :16 + 452].any()
-    draw_sheet(tmp_path / "sheet.png", Image.new("RGB", (452, 224)), [("m", [("cls", patches[:2])])])
-    assert not (np.asarray(Image.open(tmp_path / "sheet.png")) == MARK).all(2).any()
-
-
-def test_the_title_of_a_block_is_not_cut(tmp_path):
-    """Ink up to the end of the longest title, in the last of the blocks, and the right margin is white."""
-    patches = [(Image.new("RGB", (112, 112), "white"), False)]
-    name = "timm/vit_base_patch16_clip_224.laion2b_ft_in12k_in1k (random weights)"
-    draw_sheet(tmp_path / "sheet.png", Image.new("RGB", (452, 224), "white"),
-               [(name, [("cls", patches), ("projected", patches)])], columns=1)
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    ink = np.flatnonzero((sheet < 128).any((0, 2)))
-    font = ImageFont.load_default(14)
-    assert ink[-1] - (16 + 452 + 32) > font.getlength(f"{name}: projected") * 2 and (sheet[:, -8:] == 255).all()
-
-
-def test_accuracy_curves_are_a_colour_for_each_rate_and_a_band_over_seeds(monkeypatch, tmp_path):
+def test_accuracy_curves_are_a_colour_for_each_rate_a_band_over_seeds_and_each_seeds_best(monkeypatch, tmp_path):
     figures = []
 
     @contextmanager
@@ -107,16 +24,67 @@ def test_accuracy_curves_are_a_colour_for_each_rate_and_a_band_over_seeds(monkey
 
     monkeypatch.setattr(drawing, "plot", kept)
     seeds = np.random.default_rng(0).uniform(61, 68, (2, 3, 90))
-    draw_curves(tmp_path / "a.png", "title", {"lr 0.1": seeds[0], "lr 0.2": seeds[1].tolist()}, ("lr 0.2", 7))
+    epochs, best = seeds[1].argmax(1) + 1, seeds[1].max(1)
+    draw_curves(tmp_path / "a.png", "title", {"lr 0.1": seeds[0], "lr 0.2": seeds[1].tolist()},
+                ("lr 0.2", epochs.tolist(), best.tolist()))
     axes, = figures[0].axes
-    *lines, mark = axes.lines
+    *lines, marks = axes.lines
     assert len({line.get_color() for line in lines}) == 2
     for line, band, values in zip(lines, axes.collections, seeds, strict=True):
         assert np.allclose(line.get_ydata(), values.mean(0)) and list(line.get_xdata()) == list(range(1, 91))
         low, high = band.get_paths()[0].get_extents().intervaly
         assert np.allclose((low, high), (values.min(), values.max()))
-    assert np.allclose([mark.get_xdata()[0], mark.get_ydata()[0]], (7, seeds[1, :, 6].mean()))
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["lr 0.1", "lr 0.2", "epoch 7, chosen"]
+    assert np.allclose(marks.get_xydata(), np.column_stack([epochs, best])) and len(set(epochs)) == 3
+    assert marks.get_color() == lines[1].get_color()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "lr 0.1", "lr 0.2", f"best of each seed,\nmean {best.mean():.2f}"]
     for ticks in (axes.get_xticks(), axes.get_yticks()):
         step = np.diff(ticks)[0]
         assert round(step / 10 ** np.floor(np.log10(step)), 6) in (1, 2, 5)
+
+
+def test_plots_are_png_or_pdf_by_their_suffix(tmp_path):
+    curves = {"lr 0.1": [50.0, 60.0, 55.0], "lr 0.2": [40.0, 70.0, 65.0]}
+    for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF")):
+        draw_curves(tmp_path / f"curves{suffix}", "title", curves, ("lr 0.2", [2], [70.0]))
+        assert (tmp_path / f"curves{suffix}").read_bytes().startswith(start)
+    with pytest.raises(UserError, match=r"curves.txt cannot be written as a plot; use .* ends in .png or .pdf"):
+        draw_curves(tmp_path / "curves.txt", "title", curves)
+    with pytest.raises(OSError, match="No such file.*no/curves.png"):
+        draw_curves(tmp_path / "no" / "curves.png", "title", curves)
+
+
+def test_text_is_literal_and_no_matplotlibrc_matters(tmp_path):
+    """What would be a formula, and one that cannot be set, is drawn as it stands; LaTeX and a colour of the user's are
+    not taken, nor changed."""
+    def drawn(name):
+        draw_confusion(tmp_path / "a.png", "a $\\frac$ of {x_1}^2", torch.eye(2).long(), ["$a_b$ \udc80", name])
+        return (tmp_path / "a.png").read_bytes()
+
+    literal = drawn("$\\frac")
+    assert literal != drawn("frac") and drawn("$\\frac$") not in (literal, drawn("frac"))
+    with matplotlib.rc_context({"text.usetex": True, "figure.facecolor": "red"}):
+        assert drawn("$\\frac") == literal and matplotlib.rcParams["text.usetex"]
+
+
+def test_no_picture_of_a_plot_is_cut(tmp_path):
+    """Long titles, names and legends: the margin all around stays white."""
+    long = "timm/vit_base_patch16_clip_224.laion2b on partimagenet-part (random weights, synthetic data), attentive"
+    draw_curves(tmp_path / "curves.png", f"{long}: test accuracy by epoch",
+                {f"lr {rate}, seed {seed}": [10.0, 20.0] for rate in range(6) for seed in range(5)},
+                ("lr 0, seed 0", [1], [10.0]))
+    names = [f"class {number} of a long name that goes on" for number in range(30)]
+    draw_confusion(tmp_path / "confusion.png", long, torch.eye(30).long(), names)
+    rows = [(f"timm/vit_base_patch16_clip_224.laion2b_{number}\n(epochs 3, lr 0.1)", [None, 50.0, 40.0, None])
+            for number in range(6)]
+    draw_figure6(tmp_path / "figure6.png", {"ade20k": rows, "pascal": rows * 2})
+    for name in ("curves", "confusion", "figure6"):
+        pixels = np.asarray(Image.open(tmp_path / f"{name}.png"))
+        for edge in (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:]):
+            assert (edge == 255).all(), name
+
+
+def test_without_matplotlib_plots_are_refused_at_the_start(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        require_matplotlib()

@@ -69,8 +69,8 @@ def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence],
                       linestyle=("-", "--", ":")[number // 10 % 3], marker="." if len(numbers) < 30 else "")
         if chosen:
             name, epochs, values = chosen
-            axes.plot(epochs, values, "o", markersize=4, color=COLOURS[list(curves).index(name) % 10],
-                      markeredgecolor="black", label=f"best of each seed, mean {np.mean(values):.2f}")
+            axes.plot(epochs, values, "o", markersize=3, color=COLOURS[list(curves).index(name) % 10],
+                      markeredgecolor="black", label=f"best of each seed,\nmean {np.mean(values):.2f}")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -85,7 +85,9 @@ def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequen
         image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
         figure.colorbar(image, shrink=0.6, label="percent of the label's row")
         if len(classes) <= 30:
-            names = [textwrap.shorten(name, 22, placeholder="...") for name in classes]
+            # Names of folders that are no UTF-8 cannot be drawn as they are.
+            names = [name.encode(errors="replace").decode() for name in classes]
+            names = [textwrap.shorten(name, 22, placeholder="...") for name in names]
             axes.set_xticks(range(len(names)), names, rotation=90)
             axes.set_yticks(range(len(names)), names)
             for row, column in np.ndindex(share.shape):
