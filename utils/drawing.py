@@ -55,7 +55,7 @@ def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence],
     """Plots curves by name: [epochs], or [seeds, epochs], whose mean is a line in a band from the least to the largest;
     epochs (or layers) are counted from first. chosen: a curve's name, and the epoch and value of each seed's best."""
     # Room for a legend of any length.
-    with plot(path, COLUMN, max(28 / 15, 0.7 + 0.125 * len(curves))) as figure:
+    with plot(path, COLUMN, max(28 / 15, 0.85 + 0.125 * len(curves))) as figure:
         figure.suptitle(textwrap.fill(title, 60), x=0.01, ha="left", fontsize=7)
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         axes.grid(axis="y")
