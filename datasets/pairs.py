@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -22,7 +21,7 @@ from . import check_data_path
 from .cub import finite, read_cub
 from .files import path_below, picture_size, read_lines, read_rgb
 from .patches import PatchDataset, PatchImage, count_outside
-from .synthetic import OBJECT_NAMES, compose, draw_image, image_seeds
+from .synthetic import OBJECT_NAMES, draw_figure, draw_image, image_seeds
 
 PAIR_DATASETS = ("spair", "cub-pairs", "synthetic-pairs")
 # Drawn where a data set has no list of pairs: about as many as the test split of SPair-71k has.
@@ -213,15 +212,13 @@ def load_cub_pairs(root: str | Path, image_size: int, num_pairs: int, seed: int 
 
 def load_synthetic_pairs(image_size: int, num_pairs: int, seed: int = 0, num_images: int = 60) -> PairDataset:
     """Ordered pairs of synthetic test pictures with one figure each, of one species; the points are the keypoints
-    visible in both, at the centres of their pixels, the box is the figure's extent, hidden pixels included."""
-    scenes = {number: compose(number, num_figures=1) for number in image_seeds("test", num_images, seed)}
-    points = {number: {point.name: (point.x + 0.5, point.y + 0.5) for point in scene.keypoints if point.visible}
-              for number, scene in scenes.items()}
-    species = {number: OBJECT_NAMES[scene.species[0] - 1] for number, scene in scenes.items()}
-    pairs = []
-    for source, target, *matched in draw_matches(points, species, num_pairs, seed):
-        owner, row, begin, end = scenes[target].spans
-        figure = np.array([shape.part > 0 for shape in scenes[target].shapes])[owner]
-        box = (begin[figure].min(), row[figure].min(), end[figure].max(), row[figure].max() + 1)
-        pairs.append(Pair(f"{source} to {target}", species[source], source, target, *matched, tuple(map(int, box)), {}))
-    return PairDataset(pairs, image_size, partial(draw_image, num_figures=1), lambda number: scenes[number].size)
+    visible in both, at the centres of their pixels, the box is that of the figure's visible pixels."""
+    pictures = {number: draw_figure(number, num_figures=1) for number in image_seeds("test", num_images, seed)}
+    points = {number: {point.name: (point.x + 0.5, point.y + 0.5) for point in picture.keypoints if point.visible}
+              for number, picture in pictures.items()}
+    species = {number: OBJECT_NAMES[picture.species[0] - 1] for number, picture in pictures.items()}
+    boxes = {number: Image.fromarray(picture.object_mask).getbbox() for number, picture in pictures.items()}
+    pairs = [Pair(f"{source} to {target}", species[source], source, target, *matched, boxes[target], {})
+             for source, target, *matched in draw_matches(points, species, num_pairs, seed)]
+    return PairDataset(pairs, image_size, partial(draw_image, num_figures=1),
+                       lambda number: pictures[number].object_mask.shape[::-1])

@@ -1,75 +1,95 @@
 """The data set that needs no files: articulated figures drawn by code, with part keypoints and part and object masks.
 
-draw_figure(seed) is one picture: one or two jointed figures of four species, in random pose, build, colour, texture,
-size and place, on a cluttered background. The parts of a figure share its palette, and the clutter is made of the same
-primitive in the same colours, so that a part is told by its shape and its place in the figure, not by its colour.
+A figure is a list of tapered bones in the order of painting. All its parts take their colours from one palette, and
+clutter before and behind it is made of the same shapes in the same colours: a part is told by its shape and its place,
+not by its colour. A seed gives the same picture on one machine with one version of Pillow.
 
-The same on every machine for a seed: random numbers come from Python's random.Random alone, vertices are rounded to 1/8
-pixel, and shapes are filled here in integers, because Pillow fills polygons with sharp corners differently from version
-11 on. Geometry is separate from painting, and cheap: the keypoints of a whole split are known without painting it.
-Points are complex numbers, x + 1j * y in pixels, with y pointing down.
+Bodies are built of complex numbers, x + 1j * y; y points down; angles are in degrees, 0 to the right and 90 down.
 """
 
 import cmath
 import math
+import random
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 
 from .patches import PatchDataset, PatchImage, Transform, choose_keypoints, keypoint_patches
-from .synthetic_figures import PART_NAMES, SPECIES, Dice, Shape, fan, limb, oval, squared, step, tube
 
-OBJECT_NAMES = tuple(SPECIES)
-KEYPOINT_NAMES = ("eye", "hand", "foot", "tail", "mouth", "ear", "knee")
+PART_NAMES = ("head", "eye", "ear", "mouth", "neck", "torso", "arm", "hand", "wing", "leg", "foot", "tail")
+OBJECT_NAMES = ("biped", "quadruped", "bird")
+KEYPOINT_NAMES = ("eye", "hand", "foot", "tail", "mouth", "ear", "knee")  # the tip of a wing is a "hand"
 DEFAULT_KEYPOINTS = KEYPOINT_NAMES[:4]
-# The keypoints that do not have the name of their part.
-RENAMED = {"leg": "knee", "wing": "hand", "fin": "hand"}
 NUM_IMAGES = {"train": 400, "test": 200, "val": 200}
-SIDES = (256, 288, 320, 352, 384)
-SUBPIXELS = 8
-BANDS = {"belly": ((0.15, 1),), "lines": ((-0.7, -0.3), (0.2, 0.6))}  # where across the width they begin and end
-STYLES = ("plain", "belly", "lines", "stripes", "stripes", "spots", "spots")
-CIRCLE = (1, 0.7 + 0.7j, 1j, -0.7 + 0.7j, -1, -0.7 - 0.7j, -1j, 0.7 - 0.7j)
+
+
+class Shape(NamedTuple):
+    part: str  # one of PART_NAMES, "" for clutter
+    outline: np.ndarray  # complex [n], the corners of its polygon
+    tip: complex  # where its keypoint is
+    keypoint: str = ""  # one of KEYPOINT_NAMES, or ""; of those of a figure with one name the last painted counts
+    dark: bool = False  # painted darker: the far side of the body, and pupils
+    owner: int = 0  # number of its figure; pieces of clutter are counted on from the figures
 
 
 class Keypoint(NamedTuple):
-    name: str  # one of KEYPOINT_NAMES; "hand" is also the tip of a wing or of a breast fin
+    name: str  # one of KEYPOINT_NAMES; a figure has each at most once
     x: int  # column and row of its pixel, perhaps outside the image
     y: int
     visible: bool  # inside the image and not covered by what is painted later
-    part: int  # its label in part_mask
-    figure: int  # which figure of the picture, counted from 0
 
 
-class Picture(NamedTuple):
-    image: Image.Image  # RGB
+@dataclass
+class Picture:
+    seed: int
+    species: list[int]  # of each figure: its label in object_mask
+    shapes: list[Shape]  # in the order of painting
+    shape_map: np.ndarray  # uint8 [H, W]: i + 1 where shapes[i] is seen, 0 for the background
     keypoints: list[Keypoint]
     part_mask: np.ndarray  # uint8 [H, W]: 0 = other, i + 1 = PART_NAMES[i]
     object_mask: np.ndarray  # uint8 [H, W]: 0 = other, i + 1 = OBJECT_NAMES[i]
 
-
-class Scene(NamedTuple):
-    size: tuple[int, int]  # width, height
-    species: list[int]  # of each figure: its label in object_mask
-    shapes: list[Shape]  # in pixels, in the order of painting
-    spans: np.ndarray  # scan() of the shapes
-    keypoints: list[Keypoint]
+    @cached_property
+    def image(self) -> Image.Image:
+        """RGB; painted when first asked for, since lists of patches and pairs need the keypoints alone."""
+        return paint(self)
 
 
 def draw_figure(seed: int, size: tuple[int, int] | None = None, num_figures: int | None = None) -> Picture:
     """One picture with its masks and keypoints.
 
-    size: (width, height), or None to draw each from SIDES. num_figures: 1, 2, or None to draw one of them.
+    size: (width, height), or None to draw sides of 256 to 384. num_figures: 1, 2, or None to draw one of them.
     """
-    scene = compose(seed, size, num_figures)
-    # i + 1 where shapes[i] is seen, 0 for the background.
-    shape_map = fill(scene.size, scene.spans, range(1, len(scene.shapes) + 1))
-    labels = [(shape.part, scene.species[shape.figure] if shape.part else 0) for shape in scene.shapes]
-    masks = np.take(np.array([(0, 0), *labels], np.uint8).T, shape_map, axis=1)
-    return Picture(paint(seed, scene, shape_map), scene.keypoints, *masks)
+    dice = random.Random(2 * seed)
+    size = size or (dice.randrange(256, 385, 32), dice.randrange(256, 385, 32))
+    num_figures = num_figures or dice.choice((1, 1, 1, 2, 2))
+    species = [dice.randint(1, len(OBJECT_NAMES)) for _ in range(num_figures)]
+    bodies = [(biped, quadruped, bird)[label - 1](dice) for label in species]
+    things = [place(dice, body, size, number, num_figures) for number, body in enumerate(bodies)]
+    things += [clutter(dice, size) for _ in range(dice.randint(5, 15))]
+    shapes = [shape._replace(owner=owner) for owner, thing in enumerate(things) for shape in thing]
+    # All but the last pieces of clutter lie behind the figures.
+    behind = range(num_figures, len(things) - dice.choice((0, 0, 1, 2)))
+    shapes.sort(key=lambda shape: shape.owner not in behind)
+
+    canvas = Image.new("L", size)
+    parts, objects = np.zeros((2, len(shapes) + 1), np.uint8)
+    for label, shape in enumerate(shapes, 1):
+        ImageDraw.Draw(canvas).polygon(shape.outline.view(float).round().tolist(), fill=label)
+        if shape.part:
+            parts[label], objects[label] = PART_NAMES.index(shape.part) + 1, species[shape.owner]
+    shape_map = np.asarray(canvas)
+    keypoints = []
+    named = {(shape.owner, shape.keypoint): label for label, shape in enumerate(shapes, 1) if shape.keypoint}
+    for (_, name), label in named.items():
+        x, y = round(shapes[label - 1].tip.real), round(shapes[label - 1].tip.imag)
+        visible = 0 <= x < size[0] and 0 <= y < size[1] and bool(shape_map[y, x] == label)
+        keypoints.append(Keypoint(name, x, y, visible))
+    return Picture(seed, species, shapes, shape_map, keypoints, parts[shape_map], objects[shape_map])
 
 
 def draw_image(seed: int, num_figures: int | None = None) -> Image.Image:
@@ -77,207 +97,159 @@ def draw_image(seed: int, num_figures: int | None = None) -> Image.Image:
     return draw_figure(seed, num_figures=num_figures).image
 
 
-def compose(seed: int, size: tuple[int, int] | None = None, num_figures: int | None = None) -> Scene:
-    """The geometry of draw_figure's picture: what is where, and where the keypoints are. Nothing is painted."""
-    dice = Dice(2 * seed)
-    size = size or (dice.pick(SIDES), dice.pick(SIDES))
-    count = num_figures or (2 if dice.random() < 0.4 else 1)
-    shapes = [shape for _ in range(dice.whole(5, 14)) for shape in clutter(dice, size)]
-    species = [dice.whole(1, len(SPECIES)) for _ in range(count)]
-    for figure in range(count):
-        shapes += place(dice, size, species, figure)
-    if dice.random() < 0.5:  # something in front of the figures
-        shapes += [shape for _ in range(dice.whole(1, 2)) for shape in clutter(dice, size)]
-    owner, row, begin, end = spans = scan(size, [outline(shape) for shape in shapes])
-    keypoints = []
-    for number, shape in enumerate(shapes):
-        if shape.at is not None:
-            name, where = PART_NAMES[shape.part - 1], point(shape, shape.at, 0)
-            x, y = math.floor(where.real), math.floor(where.imag)
-            painted = owner[(row == y) & (begin <= x) & (x < end)]
-            visible = painted[-1:].tolist() == [number]  # the last shape painted there, if there is one
-            keypoints.append(Keypoint(RENAMED.get(name, name), x, y, visible, shape.part, shape.figure))
-    return Scene(size, species, shapes, spans, keypoints)
+def walk(start, angle, lengths, bends):
+    """The joints of a chain of bones, start included. Each bone is bent from the one before, the first from angle."""
+    joints = [start]
+    for length, bend in zip(lengths, bends, strict=True):
+        angle += bend
+        joints.append(joints[-1] + cmath.rect(length, math.radians(angle)))
+    return joints
 
 
-def place(dice, size, species, figure):
-    """The shapes of one figure in pixels: built, turned, squeezed, perhaps mirrored, enlarged and moved to its place.
-    Two figures are smaller than one and side by side."""
-    alone = len(species) == 1
-    extent = min(size) * (dice(0.7, 1.0) if alone else dice(0.6, 0.8))  # the longer side of its bounding box
-    column = 0.5 if alone else 0.3 + 0.4 * figure
-    centre = complex(size[0] * (column + dice(-0.1, 0.1)), size[1] * dice(0.4, 0.6))
-    body = SPECIES[OBJECT_NAMES[species[figure] - 1]](dice)
-    angle, squeeze, mirror = math.radians(dice(-22, 22)), dice(0.8, 1.1), dice.pick((-1, 1))
-    right, down = cmath.rect(mirror * squeeze, angle), cmath.rect(1, angle) * 1j
-    turned = [[[v.real * right + v.imag * down for v in section] for section in shape.sections] for shape in body]
-    xs, ys = zip(*[(c.real, c.imag) for sections in turned for c, _ in sections], strict=True)
-    scale = extent / max(max(xs) - min(xs), max(ys) - min(ys))
-    shift = centre - scale * complex(max(xs) + min(xs), max(ys) + min(ys)) / 2
-    # At least 1.3 pixels to each side: no part of a tube may fall between the pixels.
-    moved = [[(shift + scale * c, max(scale, 1.3 / math.sqrt(squared(n))) * n) for c, n in sections]
-             for sections in turned]
-    return [shape._replace(sections=sections, figure=figure) for shape, sections in zip(body, moved, strict=True)]
+def bone(part, start, end, start_radius, end_radius, keypoint=""):
+    """The shape from start to end with these half widths, round at both ends."""
+    ahead = (end - start) / abs(end - start)
+    arc = ahead * np.exp(1j * np.linspace(-math.pi / 2, math.pi / 2, 7))
+    return Shape(part, np.concatenate([end + end_radius * arc, start - start_radius * arc]), end, keypoint)
+
+
+def limb(joints, width, *bones):
+    """The bones (part, half width where it begins, where it ends, keypoint) between joints, width times as wide. The
+    first is painted last: the end of a bone, where its keypoint is (the knee of a thigh), covers the next one's."""
+    return [bone(part, joints[i], joints[i + 1], width * start_radius, width * end_radius, *keypoint)
+            for i, (part, start_radius, end_radius, *keypoint) in enumerate(bones)][::-1]
+
+
+def fan(part, base, tip, spread, count, radius, keypoint=""):
+    """Feathers, toes or fingers: count bones from -spread to spread degrees around the way from base to tip."""
+    ways = (tip - base) * np.exp(1j * np.radians(np.linspace(-spread, spread, count)))
+    return [bone(part, base, base + way, 0.7 * radius, radius, keypoint) for way in ways]
+
+
+def dark(shapes):
+    return [shape._replace(dark=True) for shape in shapes]
+
+
+def head(neck, face, size, snout, root, tip):
+    """Mouth, head and eye. face: where it looks; size: half its height; snout, root, tip: the mouth's measures."""
+    centre, lip, end = walk(neck, face, (0.3 * size, 0.7 * size, 0.3 * size + snout), (-90, 120, -25))[1:]
+    brow, eye = walk(centre, face, (0.4 * size, 0.25 * size), (0, -90))[1:]
+    return [bone("mouth", lip, end, root, tip, "mouth"), bone("head", centre, brow, size, 0.8 * size),
+            *limb([brow, eye], size, ("eye", 0.2, 0.3)), *dark(limb([brow, eye], size, ("eye", 0.06, 0.14, "eye")))]
+
+
+def biped(dice):
+    """Like a person: upright, two arms with fingers, two legs, a round head with an ear and lips."""
+    u = dice.uniform
+    up, tilt, build, size = u(245, 300), u(-25, 25), u(0.75, 1.35), u(0.065, 0.085)
+    spine = walk(0, up, (0.15, 0.17, 0.11), (0, u(-15, 15), tilt))
+    ear = walk(spine[3], up + tilt, (0.5 * size, 0.5 * size), (-30, u(-30, 30)))
+    arms, legs = [], []
+    for side in (0.03, -0.03):
+        arm = walk(spine[2] + side, up - 180, (0.17, 0.15, 0.03, 0.07), (u(-150, 60), u(-125, 0), u(-20, 20), 0))
+        leg = walk(spine[0] + side, 90, (0.23, 0.22, 0.1), (u(-65, 35), u(0, 85), -u(75, 105)))
+        arms.append(fan("hand", *arm[3:], u(25, 50), dice.randint(3, 4), 0.014) + limb(
+            arm, build, ("arm", 0.04, 0.032), ("arm", 0.032, 0.024), ("hand", 0.024, 0.03, "hand")))
+        legs.append(limb(leg, build, ("leg", 0.055, 0.04, "knee"), ("leg", 0.04, 0.026), ("foot", 0.026, 0.02, "foot")))
+    return [*dark(arms[0] + legs[0]),
+            *limb(spine, build, ("torso", 0.07, 0.065), ("torso", 0.065, 0.085), ("neck", 0.04, 0.035)), *legs[1],
+            *head(spine[3], up + tilt + 90, size, u(0.01, 0.03), 0.025, 0.018),
+            bone("ear", *ear[1:], 0.015, 0.02, "ear"), *arms[1]]
+
+
+def quadruped(dice):
+    """Like a dog: level body, four legs, neck, snout, two ears, tail."""
+    u = dice.uniform
+    length, tall, build, belly, size = u(0.21, 0.31), u(0.13, 0.24), u(0.75, 1.3), u(0.08, 0.16), u(0.07, 0.09)
+    spine = walk(0, u(-10, 10), (length, length, u(0.16, 0.4)), (0, u(-20, 20), -u(20, 70)))
+    tail = walk(spine[0] - 0.05j, u(130, 230), [u(0.07, 0.13)] * 4, [u(-35, 35)] * 4)
+    ear, legs = walk(spine[3], -u(60, 200), [size + u(0.06, 0.15)], [0]), []
+    for hip, way in ((spine[0] + 0.06, 1), (spine[2], -1), (spine[0], 1), (spine[2] - 0.06, -1)):
+        leg = walk(hip, 90, (tall, tall, 0.07), (way * u(-40, 25), way * u(5, 60), -u(50, 80)))
+        bones = ("leg", 0.055, 0.036, "knee"), ("leg", 0.036, 0.026), ("foot", 0.026, 0.02, "foot")
+        legs.append(limb(leg, build, *bones))
+    return [*dark([*legs[0], *legs[1], bone("ear", ear[0], ear[1] + 0.05, 0.04, 0.012)]),
+            *limb(tail, build, *[("tail", 0.03, 0.03)] * 3, ("tail", 0.03, u(0.012, 0.05), "tail")),
+            *limb(spine, belly, ("torso", 1, 0.9), ("torso", 0.9, 1.05), ("neck", 0.8, 0.5)), *legs[2], *legs[3],
+            bone("ear", *ear, 0.04, 0.012, "ear"), *head(spine[3], u(-10, 50), size, u(0.05, 0.12), 0.05, 0.03)]
+
+
+def bird(dice):
+    """Raised or folded wings of feathers, two legs with toes, a beak, a fan of tail feathers."""
+    u = dice.uniform
+    tilt, build, length, size, breadth = -u(5, 60), u(0.8, 1.25), u(0.13, 0.18), u(0.06, 0.075), u(0.09, 0.15)
+    spine = walk(0, tilt, (length, length, u(0.08, 0.2)), (0, 0, -u(0, 40)))
+    tail = walk(spine[0], tilt + 180, (0.05, u(0.2, 0.32)), (0, u(-20, 20)))
+    rise, fold, reach = dice.choice(((-u(20, 110), -u(10, 70), u(0.8, 1.2)), (tilt + u(160, 190), u(10, 25), 0.6)))
+    wings, legs = [], []
+    for side in (0.04, 0):
+        wing = walk(spine[1] + side - 0.05j, rise, (0.14 * reach, 0.14 * reach, 0.28 * reach), (0, fold, -u(10, 20)))
+        leg = walk(spine[1] + side, 90, (u(0.15, 0.2), u(0.1, 0.2), 0.085), (u(-15, 45), -u(10, 80), -u(0, 30)))
+        wings.append(fan("wing", *wing[2:], 28, dice.randint(4, 6), 0.03, "hand")
+                     + limb(wing, 1, ("wing", 0.05, 0.04), ("wing", 0.04, 0.03)))
+        legs.append(fan("foot", *leg[2:], 32, 3, 0.016, "foot")
+                    + limb(leg, build, ("leg", 0.05, 0.025, "knee"), ("leg", 0.025, 0.02)))
+    return [*dark(wings[0] + legs[0]), *fan("tail", *tail[1:], u(8, 35), dice.randint(3, 5), 0.034, "tail"),
+            *legs[1], *limb(spine, breadth, ("torso", 0.6, 1), ("torso", 1, 0.7), ("neck", 0.6, 0.4)),
+            *head(spine[3], u(-20, 30), size, u(0.05, 0.14), 0.028, 0.006), *wings[1]]
 
 
 def clutter(dice, size):
-    """One thing that belongs to no figure: a blob, a bar, a cone, a bent branch or a bundle of rays. In pixels."""
-    start = complex(dice(0, size[0]), dice(0, size[1]))
-    angle, length, radius = dice(0, 360), dice(15, 110), dice(2, 16)
-    ends = (start, step(start, angle, length))
-    return dice.pick((
-        lambda: [oval("", start, angle, length, dice(0.2, 0.5) * length)],
-        lambda: [tube("", ends, (radius, dice(0.1, 1) * radius))],
-        lambda: [tube("", ends, (0.4 * length, 1.5))],
-        lambda: limb("", start, angle, (0.6 * length, 0, radius, radius),
-                     (0.5 * length, dice(-120, 120), radius, 2))[0],
-        lambda: fan("", start, angle, (-40, -12, 14, 38), [0.6 * length] * 4, (3, 4, 2)),
-    ))()
+    """One thing that belongs to no figure, in pixels: a bent branch, a blob or cone, a bundle of rays."""
+    u = dice.uniform
+    joints = walk(complex(u(0, size[0]), u(0, size[1])), u(0, 360), (u(10, 60), u(10, 60)), (0, u(-120, 120)))
+    return dice.choice((limb(joints, u(2, 16), ("", 1, 1), ("", 1, 0.5)), limb(joints, 1, ("", u(2, 30), u(2, 30))),
+                        fan("", *joints[:2], u(15, 40), dice.randint(3, 5), u(3, 6))))
 
 
-def point(shape, along, across):
-    """The point at a share `along` (0 to 1) of the cross-sections and `across` (-1 to 1) of the width."""
-    position = along * (len(shape.sections) - 1)
-    i = min(int(position), len(shape.sections) - 2)
-    (c0, n0), (c1, n1) = shape.sections[i:i + 2]
-    return c0 + across * n0 + (position - i) * (c1 - c0 + across * (n1 - n0))
+def place(dice, shapes, size, number, num_figures):
+    """The shapes of a figure in pixels: perhaps mirrored, turned, enlarged and moved to its place."""
+    if dice.random() < 0.5:
+        shapes = [shape._replace(outline=-shape.outline.conj(), tip=-shape.tip.conjugate()) for shape in shapes]
+    turn = cmath.rect(1, math.radians(dice.uniform(-22, 22)))
+    corners = (turn * np.concatenate([shape.outline for shape in shapes])).view(float).reshape(-1, 2)
+    low, high = corners.min(0), corners.max(0)
+    # Two figures are smaller than one and side by side.
+    extent, column = (dice.uniform(0.7, 1), 0.5) if num_figures == 1 else (dice.uniform(0.6, 0.8), 0.3 + 0.4 * number)
+    scale = extent * min(size) / (high - low).max()
+    centre = (column + dice.uniform(-0.1, 0.1), dice.uniform(0.4, 0.6)) * np.array(size)
+    shift = complex(*(centre - scale * (low + high) / 2))
+    return [shape._replace(outline=scale * turn * shape.outline + shift, tip=scale * turn * shape.tip + shift)
+            for shape in shapes]
 
 
-def outline(shape):
-    """The polygon of a shape; three more points at each end make it round."""
-    polygon = []
-    for way in (shape.sections, [(c, -n) for c, n in reversed(shape.sections)]):
-        (before, _), (c, n) = way[-2:]
-        ahead = math.sqrt(squared(n) / squared(c - before)) * (c - before)
-        polygon += [c + n for c, n in way]
-        polygon += [c + 0.7 * n + 0.7 * ahead, c + ahead, c - 0.7 * n + 0.7 * ahead]
-    return polygon
+def paint(picture: Picture) -> Image.Image:
+    """The image of a picture: colours, textures, background, light, grain."""
+    dice = np.random.RandomState(random.Random(2 * picture.seed + 1).getrandbits(32))
+    num_figures, num_things = len(picture.species), max(shape.owner for shape in picture.shapes) + 1
+    owner = np.array([0, *(shape.owner for shape in picture.shapes)])[picture.shape_map]
+    shade = np.array([1, *(0.65 if shape.dark else 1 for shape in picture.shapes)], np.float32)[picture.shape_map]
+    # A palette for each figure and two more; clutter has any of them.
+    palettes = np.array([*range(num_figures), *dice.randint(num_figures + 2, size=num_things - num_figures)])
+    palettes = dice.randint(15, 241, (num_figures + 2, 3, 3))[palettes]
+    # Each part has two colours near those of the palette, the same on both sides of the body.
+    chosen = dice.randint(3, size=(num_things, len(PART_NAMES) + 1, 2))
+    colours = palettes[np.arange(num_things)[:, None, None], chosen] + dice.randint(-25, 26, (*chosen.shape, 3))
 
+    # Textures lie in any direction; position: in periods of 6 to 18 pixels.
+    waves = np.exp(2j * math.pi * dice.rand(num_things)) / dice.uniform(6, 18, num_things)
+    rows, columns = np.indices(owner.shape, np.float32)
+    position = (columns + 1j * rows) * waves.astype(np.complex64)[owner]
+    along, across = position.real % 1 - 0.5, position.imag % 1 - 0.5
+    textures = (False, along > 0, along * across > 0, along ** 2 + across ** 2 < 0.1)
+    second = np.choose(dice.randint(4, size=num_things)[owner], textures).astype(np.uint8)
+    figures = colours[owner, picture.part_mask, second] * shade[..., None]
 
-def scan(size: tuple[int, int], polygons) -> np.ndarray:
-    """Which pixels of a picture (width, height) the polygons, lists of points, cover.
-
-    A pixel is a polygon's where its centre is inside by the non-zero winding rule. Exact: integers only.
-
-    Returns spans, int64 [4, n] (owner, row, begin, end), in the polygons' order: polygon `owner` covers the pixels
-    begin to end - 1 of the row.
-    """
-    width, height = size
-    # Where the edges begin and where they end: x and y are int64 [2, n].
-    edges = np.array([[vertex for polygon in polygons for vertex in polygon],
-                      [vertex for polygon in polygons for vertex in polygon[1:] + polygon[:1]]])
-    x, y = (np.rint(SUBPIXELS * part).astype(np.int64) for part in (edges.real, edges.imag))
-    owner = np.repeat(np.arange(len(polygons)), [len(polygon) for polygon in polygons])
-    # An edge crosses the centre lines of the rows first to last - 1; the line of row r is at SUBPIXELS * r + half.
-    half = SUBPIXELS // 2
-    first, last = np.clip((np.sort(y, axis=0) + half - 1) // SUBPIXELS, 0, height)
-    crossings = last - first
-    row = np.arange(crossings.sum()) - np.repeat(np.cumsum(crossings) - crossings - first, crossings)
-    line = np.repeat(owner, crossings) * height + row
-    (x, x1), (y, y1) = np.repeat(x, crossings, axis=1), np.repeat(y, crossings, axis=1)
-    rise = y1 - y
-    column = np.clip(-(-((x - half) * rise + (SUBPIXELS * row + half - y) * (x1 - x)) // (SUBPIXELS * rise)), 0, width)
-    key = np.sort((line * (width + 1) + column) * 2 + (rise > 0))
-    inside = np.cumsum(key % 2 * 2 - 1) != 0
-    before = np.roll(inside, 1)
-    line, begin = np.divmod(key[inside & ~before] // 2, width + 1)
-    return np.stack([*np.divmod(line, height), begin, key[before & ~inside] // 2 % (width + 1)])
-
-
-def fill(size: tuple[int, int], spans: np.ndarray, values) -> np.ndarray:
-    """Paints the polygons over one another, each with its value: uint8 [H, W], 0 where there is none."""
-    owner, row, begin, end = spans
-    length = end - begin
-    offset = row * size[0] + begin - (np.cumsum(length) - length)
-    canvas = np.zeros(size[0] * size[1], np.uint8)
-    # Where places repeat, numpy keeps the value given last.
-    canvas[np.repeat(offset, length) + np.arange(length.sum())] = np.repeat(np.array(values, np.uint8)[owner], length)
-    return canvas.reshape(size[1], size[0])
-
-
-def texture(shape, style, period, dice):
-    """Polygons of a shape's second colour, which may stick out of it; period: of stripes and spots, in pixels."""
-    sections = shape.sections
-    if style == "pupil":
-        c, n = sections[len(sections) // 2]
-        return [[c + 0.5 * corner * n for corner in CIRCLE]]
-    if style in BANDS:
-        return [[c + low * n for c, n in sections] + [c + high * n for c, n in reversed(sections)]
-                for low, high in BANDS[style]]
-    count = min(12, round(math.sqrt(squared(sections[-1][0] - sections[0][0])) / period))
-    if style == "stripes":
-        return [[point(shape, (i + along) / count, across) for along, across in ((0, -1), (0, 1), (0.5, 1), (0.5, -1))]
-                for i in range(count)]
-    spots = []
-    for i in range(count if style == "spots" else 0):
-        centre = point(shape, (i + dice.random()) / count, dice(-0.8, 0.8))
-        radius = period * dice(0.2, 0.45)
-        spots.append([centre + radius * corner for corner in CIRCLE])
-    return spots
-
-
-def paint(seed: int, scene: Scene, shape_map: np.ndarray) -> Image.Image:
-    """The image of a scene: colours, textures, contours, background, light, grain.
-
-    shape_map: uint8 [H, W], i + 1 where scene.shapes[i] is seen, 0 for the background."""
-    dice = Dice(2 * seed + 1)
-    palettes = [[colour(dice), colour(dice)] for _ in scene.species]
-    palettes = [[first, second, near(dice, first, 50)] for first, second in palettes]
-    manners = [(dice.pick(STYLES), dice(6, 18), dice.random() < 0.5) for _ in palettes]
-    pairs = {}  # the two colours of a part, the same on the left and on the right
-    colours, contour = np.zeros((3, 3, 256), np.uint8), np.zeros(256, bool)
-    polygons, values = [], []
-    for label, shape in enumerate(scene.shapes, 1):
-        if not shape.part:
-            style, period, contour[label] = dice.pick(STYLES), dice(6, 18), dice.random() < 0.5
-            pair = [near(dice, dice.pick(dice.pick(palettes)), 25) if dice.random() < 0.5 else colour(dice)
-                    for _ in range(2)]
-        elif PART_NAMES[shape.part - 1] == "eye":
-            style, period, pair = "pupil", 1, (colour(dice), colour(dice))
-        else:
-            style, period, contour[label] = manners[shape.figure]
-            pair = pairs.get((shape.figure, shape.part)) or [
-                near(dice, dice.pick(palettes[shape.figure]), 25) for _ in range(2)]
-            pairs[shape.figure, shape.part] = pair
-        dark = [channel // 3 for channel in pair[0]]
-        colours[:, :, label] = np.array([*pair, dark]).T * (7 if shape.far else 10) // 10
-        patterns = texture(shape, style, period, dice)
-        polygons += patterns
-        values += [label] * len(patterns)
-    # Which of the three rows of colours a pixel takes: first colour, second colour, contour.
-    kind = (fill(scene.size, scan(scene.size, polygons), values) == shape_map).astype(np.uint16)
-    edge = np.zeros(shape_map.shape, bool)
-    edge[1:] = shape_map[1:] != shape_map[:-1]
-    edge[:, 1:] |= shape_map[:, 1:] != shape_map[:, :-1]
-    kind[edge & contour[shape_map]] = 2
-    planes = np.take(colours.reshape(3, 3 * 256), shape_map + 256 * kind, axis=1)
-    # The background is a gradient, clouds, stripes or squares of random colours.
-    low, grid = dice.whole(0, 110), dice.pick(((2, 2), (2, 2), (1, 3), (5, 5), (9, 9), (30, 30)))
-    resample = dice.pick((Image.BILINEAR, Image.BILINEAR, Image.NEAREST))
-    background = cells(dice, 3, scene.size, grid, low, low + dice.whole(60, 140), resample)
-    np.copyto(planes, background, where=shape_map == 0)
-    light = cells(dice, 1, scene.size, (3, 3), 85, 165, Image.BILINEAR).astype(np.uint16)
-    strength = dice.whole(2, 40)
-    grain = np.frombuffer(dice.randbytes(shape_map.size), np.uint8).reshape(shape_map.shape).astype(np.uint16)
-    planes = (planes * light >> 7) + (grain * strength >> 8)
-    planes = (planes.clip(strength // 2, 255 + strength // 2) - strength // 2).astype(np.uint8)
-    return Image.merge("RGB", [Image.fromarray(plane) for plane in planes])
-
-
-def colour(dice):
-    return [dice.whole(15, 240) for _ in range(3)]
-
-
-def near(dice, base, amount):
-    return [min(255, max(0, channel + dice.whole(-amount, amount))) for channel in base]
-
-
-def cells(dice, planes, size, grid, low, high, resample) -> np.ndarray:
-    """Values from low to high drawn for a grid (columns, rows) and enlarged: uint8 [planes, H, W]."""
-    columns, rows = grid
-    values = np.frombuffer(dice.randbytes(planes * rows * columns), np.uint8).astype(np.uint32)
-    values = (values * (high - low) // 255 + low).astype(np.uint8).reshape(planes, rows, columns)
-    return np.stack([np.asarray(Image.fromarray(plane).resize(size, resample)) for plane in values])
+    # The background is a gradient, stripes, squares or clouds, from a grid of colours that is enlarged.
+    low, grid = dice.randint(0, 110), ((2, 2), (3, 1), (5, 5), (9, 9), (30, 30))[dice.randint(5)]
+    cells = Image.fromarray(dice.randint(low, low + dice.randint(60, 140), (*grid, 3), np.uint8))
+    image = cells.resize(owner.shape[::-1], (Image.BILINEAR, Image.NEAREST)[dice.randint(2)])
+    image.paste(Image.fromarray(figures.clip(0, 255).astype(np.uint8)), mask=Image.fromarray(picture.shape_map > 0))
+    cells = Image.fromarray(dice.randint(85, 166, (3, 3), np.uint8))
+    light = np.asarray(cells.resize(image.size, Image.BILINEAR), np.float32)[..., None] / 128
+    grain = dice.randint(-20, 21, light.shape, np.int8) * np.float32(dice.rand())
+    image = np.asarray(image.filter(ImageFilter.GaussianBlur(0.6))) * light + grain
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
 def image_seeds(split: str, num_images: int | None = None, seed: int = 0) -> range:
@@ -288,33 +260,31 @@ def image_seeds(split: str, num_images: int | None = None, seed: int = 0) -> ran
 
 def load_synthetic_patches(split: str, num_images: int | None = None, seed: int = 0,
                            keypoints: Sequence[int | str] | None = None, crop_scale: float = 0.5,
-                           transform: Transform | None = None, skip_bad_images: bool = False) -> PatchDataset:
+                           transform: Transform | None = None) -> PatchDataset:
     """The part patches of a split's pictures (select_keypoints has the rule; all figures of a picture count together).
 
-    split: "train", "test" or "val" (the same as "test"). num_images: pictures drawn (default NUM_IMAGES); those without
-    a patch are left out. keypoints: numbers from 1 or names of KEYPOINT_NAMES, or ["all"] (default the first four),
-    class k is the k-th. The `path` of an image is its seed. Raises UserError for an unknown keypoint, and where no
-    patch is left.
+    num_images: pictures drawn (default NUM_IMAGES); those without a patch are left out. keypoints: numbers from 1 or
+    names of KEYPOINT_NAMES, or ["all"]; class k is the k-th. The `path` of an image is its seed. Raises UserError for
+    an unknown keypoint, and where no patch is left.
     """
     names = dict(enumerate(KEYPOINT_NAMES, 1))
     chosen = choose_keypoints(keypoints or DEFAULT_KEYPOINTS, names, "keypoint", "the synthetic figures")
     classes = {names[number]: label for label, number in enumerate(chosen)}
-    points = ((number, [(classes[k.name], (k.x, k.y)) for k in compose(number).keypoints
+    points = ((number, [(classes[k.name], (k.x, k.y)) for k in draw_figure(number).keypoints
                         if k.visible and k.name in classes]) for number in image_seeds(split, num_images, seed))
-    return keypoint_patches(points, chosen, names, "keypoint", crop_scale, transform, skip_bad_images, draw_image)
+    return keypoint_patches(points, chosen, names, "keypoint", crop_scale, transform, draw_image)
 
 
-def load_synthetic_species(split: str, num_images: int | None = None, seed: int = 0, transform: Transform | None = None,
-                           skip_bad_images: bool = False) -> PatchDataset:
+def load_synthetic_species(split: str, num_images: int | None = None, seed: int = 0,
+                           transform: Transform | None = None) -> PatchDataset:
     """Whole pictures of one figure each, to be classified by its species (classes: OBJECT_NAMES)."""
-    images = [PatchImage(number, None, [compose(number, num_figures=1).species[0] - 1])
+    images = [PatchImage(number, None, [draw_figure(number, num_figures=1).species[0] - 1])
               for number in image_seeds(split, num_images, seed)]
-    return PatchDataset(images, OBJECT_NAMES, transform, partial(draw_image, num_figures=1), skip_bad_images)
+    return PatchDataset(images, OBJECT_NAMES, transform, partial(draw_image, num_figures=1))
 
 
-def synthetic_segmentation(index: int, split: str, kind: str = "object",
-                           seed: int = 0) -> tuple[Image.Image, np.ndarray]:
+def synthetic_segmentation(index: int, split: str, kind: str = "object") -> tuple[Image.Image, np.ndarray]:
     """The index-th picture of a split and its label map, uint8 [H, W]: 0 = other, i + 1 = OBJECT_NAMES[i] where kind is
     "object", PART_NAMES[i] where it is "part"."""
-    picture = draw_figure(image_seeds(split, index + 1, seed)[index])
+    picture = draw_figure(image_seeds(split, index + 1)[index])
     return picture.image, {"object": picture.object_mask, "part": picture.part_mask}[kind]
