@@ -93,9 +93,9 @@ def open_segmentation(name: str, data_path: Path | None, split: str, num_images:
 def default_iterations(num_images: int, batch_size: int = 16) -> int:
     """Iterations of training on label maps of one's own, of which no recipe knows the number.
 
-    As many passes over the images as the paper makes over ADE20K's 20,210 (127), but no fewer iterations than 2,000:
-    from its random start at the published learning rate, a linear head needs about that many steps, however few images
-    they repeat; and no more than the published 160,000, from some 20,000 images on."""
+    As many passes over the images as the paper makes over ADE20K's 20,210 (127), within 2,000 and the published 160,000
+    iterations. Measured without augmentation on synthetic parts (trained ViT-Ti, test mIoU of its patches): 12 images
+    17.8 after 500 iterations, 18.3 after 2,000; 50 images 27.4 after 2,000, 26.5 after 6,000."""
     return max(2_000, min(160_000, round(127 * num_images / batch_size)))
 
 
