@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
-from utils.distributed import barrier
+from utils.distributed import barrier, is_main
+from utils.results import run_slug
 from utils.run import autocast
-from utils.storage import atomic_write, load_checked, save_checked
+from utils.storage import atomic_write, load, save
 
 from .encoder import Encoder
 
@@ -28,18 +29,18 @@ def principal_components(features: torch.Tensor, count: int) -> tuple[torch.Tens
     features that are not finite, or that vary in fewer than count directions.
     """
     rows, width = features.double(), features.shape[1]
-    too_few = UserError(f"{len(rows)} patches vary in fewer than {count} direction(s), too few for principal "
-                        "components; use more or larger images, or --pca none")
-    if len(rows) <= count or width < count:
-        raise too_few
     if not rows.isfinite().all():
         raise UserError("patch tokens are not finite; use --precision fp32, or check the weights")
-    centred = rows - rows.mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
-    values, vectors = values.flip(0).cpu(), vectors.flip(1)[:, :count]
-    # A variance this small against the mean square of the features is rounding.
-    if values[count - 1] <= width * torch.finfo(torch.float64).eps * rows.square().sum(1).mean().cpu():
-        raise too_few
+    varies = len(rows) > count <= width
+    if varies:
+        centred = rows - rows.mean(0)
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
+        values, vectors = values.flip(0).cpu(), vectors.flip(1)[:, :count]
+        # A variance this small against the mean square of the features is rounding.
+        varies = values[count - 1] > width * torch.finfo(torch.float64).eps * rows.square().sum(1).mean().cpu()
+    if not varies:
+        raise UserError(f"{len(rows)} patches vary in fewer than {count} direction(s), too few for principal "
+                        "components; use more or larger images, or --pca none")
     scores = (centred @ vectors).cpu()
     return scores * torch.where(scores.pow(3).sum(0) < 0, -1.0, 1.0), values[:count] / values.sum()
 
@@ -101,22 +102,21 @@ def draw_sheet(images: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> Image.
 def pca_run(encoder: Encoder, dataset, name: str, foreground: str, precision: str, folder: Path) -> tuple[Path, dict]:
     """Writes the colours of a data set of whole images to folder/pca_NAME.pt, and folder/pca.png with a row for each
     model whose file there is of the same images. Returns its path and what a results line says. Raises UserError."""
-    images, _ = next(dataset.batches(range(len(dataset)), dataset.num_patches, 0), (None, None))
-    if images is None:
-        raise UserError("no image could be decoded; restore the files")
+    images, _ = next(dataset.batches(range(len(dataset)), dataset.num_patches, 0))
     with autocast(encoder.mean.device, precision):
         batch = encoder.preprocess(images.to(encoder.mean.device))
         tokens = torch.cat([encoder(part)[:, 1:] for part in batch.split(16)]).unflatten(1, encoder.grid(batch))
     colours, mask, ratios = token_colours(tokens.float(), foreground)
     key = {"images": [image.path for image in dataset.images], "size": list(images.shape), "foreground": foreground}
-    save_checked(folder / f"pca_{name}.pt", {**key, "colours": colours})
+    save(folder / f"pca_{run_slug(name)}.pt", {**key, "name": name, "colours": colours})
     barrier()  # the others read it
     rows = {}
     for path in sorted(folder.glob("pca_*.pt")):
-        content = load_checked(path, "a row of principal components", ("images", "size", "foreground", "colours"))
+        content = load(path, "a row of principal components", ("images", "size", "foreground", "name", "colours"))
         if {part: content[part] for part in key} == key:
-            rows[path.stem.removeprefix("pca_")] = content["colours"]
+            rows[content["name"]] = content["colours"]
     sheet, path = draw_sheet(images, rows), folder / "pca.png"
-    atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    if is_main():
+        atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
     return path, {"num_images": len(images), "foreground": foreground, "explained_variance": ratios,
                   "foreground_share": mask.double().mean().item(), "rows": list(rows)}

@@ -6,21 +6,20 @@ SPair-71k, Min et al. 2019). Images are squashed to a square, as in DIFT (arXiv:
 the original pixels.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
 from utils.distributed import gather_rows, shard, world_size
 from utils.run import Progress, autocast, log_waiting
-from utils.storage import has_room
+from utils.storage import free_on_all
 
 from .encoder import Encoder
-from .features import DTYPES, require_batch_room
+from .features import DTYPES
 
 ALPHAS = (0.05, 0.1, 0.15, 0.2)
 # Of the windowed soft-argmax: GeoAware-SC's values (arXiv:2311.17034).
@@ -29,86 +28,69 @@ TEMPERATURE, WINDOW = 0.02, 15
 
 def transfer_keypoints(source: torch.Tensor, target: torch.Tensor, points: torch.Tensor,
                        match: str = "cell") -> torch.Tensor:
-    """Where the keypoints of one image are in another, by cosine similarity of tokens in float64.
+    """Where the keypoints of one image are in another, by cosine similarity of features.
 
-    source [D, h, w] and target [D, H, W]: tokens that cover the whole image. points [n, 2]: (x, y) in the source, from
-    0 to 1; beyond the outermost centres of cells tokens are constant. match: "cell", the centre of the most similar
-    cell, or "soft-argmax", the mean of the centres around it, weighted by softmax(similarity / temperature).
-    Returns [n, 2], from 0 to 1 in the target. Raises ValueError for another match.
+    source [D, h, w] and target [D, H, W], arrays or tensors: features that cover the whole image. points [n, 2]:
+    (x, y) in the source, from 0 to 1; beyond the outermost centres of cells features are constant. match: "cell", the
+    centre of the most similar cell, or "soft-argmax", the mean of the centres around it, weighted by
+    softmax(similarity / temperature). Returns [n, 2], from 0 to 1 in the target, NaN where a feature is. Raises
+    ValueError for another match.
     """
-    first = torch.zeros(len(points), dtype=torch.int64, device=points.device)
-    queries = sample_tokens(source.permute(1, 2, 0)[None, None], first, points)
-    return locate(queries, target.permute(1, 2, 0)[None], match)[0].to(points.dtype)
+    source, target, points = map(torch.as_tensor, (source, target, points))
+    return locate(sample(source[None], points), target[None], match)[0].to(points.dtype)
 
 
-def sample_tokens(tokens: torch.Tensor, images: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Tokens [L, n, h, w, D] as unit vectors at points [m, 2] (x, y, 0 to 1) of images [m] -> [L, m, D], float64."""
-    corners = []
-    for size, place in zip(tokens.shape[2:4], (points[:, 1], points[:, 0]), strict=True):
-        place = (place.double() * size - 0.5).clamp(0, size - 1)
-        low = place.long()
-        corners.append(((low, 1 - (place - low)), ((low + 1).clamp(max=size - 1), place - low)))
-    return F.normalize(sum(F.normalize(tokens[:, images, row, column].double(), dim=-1) * (share_y * share_x)[:, None]
-                           for row, share_y in corners[0] for column, share_x in corners[1]), dim=-1)
+def sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Features [L, D, h, w] of an image at points [n, 2], as unit vectors, float32 [L, n, D]."""
+    maps = F.normalize(maps.float(), dim=1)
+    places = (2 * points - 1).to(maps).expand(len(maps), 1, -1, 2)
+    found = F.grid_sample(maps, places, padding_mode="border", align_corners=False)
+    return F.normalize(found[:, :, 0], dim=1).mT
 
 
 def locate(queries: torch.Tensor, target: torch.Tensor, match: str) -> torch.Tensor:
-    """Unit vectors float64 [L, m, D] in the tokens [L, h, w, D] of an image -> [L, m, 2], (x, y) from 0 to 1, float64;
-    NaN where a token is NaN. match: as in transfer_keypoints."""
+    """Unit vectors [L, n, D] in the features [L, D, h, w] of an image -> [L, n, 2], (x, y) from 0 to 1, float64. The
+    product is in float32 on a CPU, on CUDA in the features' type."""
     if match not in ("cell", "soft-argmax"):
         raise ValueError(f"match {match!r} is neither 'cell' nor 'soft-argmax'")
-    (height, width), window = target.shape[1:3], 1 if match == "cell" else WINDOW
-    # In float64: the last digit of a float32 product depends on how many rows it is made with, and softmax multiplies
-    # its error by 50.
-    similarity = queries @ F.normalize(target.double(), dim=-1).flatten(1, 2).mT
+    (height, width), window = target.shape[2:], 1 if match == "cell" else WINDOW
+    dtype = target.dtype if target.is_cuda else torch.float32
+    similarity = queries.to(dtype) @ F.normalize(target.float(), dim=1).flatten(2).to(dtype)
     best = similarity.argmax(-1)[..., None, None]
     offsets = torch.arange(window, device=best.device) - window // 2
     row, column = best // width + offsets[:, None], best % width + offsets
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     cells = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-    logits = similarity.gather(-1, cells.flatten(-2)) / TEMPERATURE
+    logits = similarity.gather(-1, cells.flatten(-2)).double() / TEMPERATURE
     weights = logits.masked_fill(~inside.flatten(-2), -torch.inf).softmax(-1).view(cells.shape)
-    return torch.stack([(weights * ((place.double() + 0.5) / size)).sum((-2, -1))
+    return torch.stack([(weights * ((place + 0.5) / size)).sum((-2, -1))
                         for place, size in ((column, width), (row, height))], dim=-1)
 
 
 def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tensor, points: torch.Tensor,
                  match: str) -> torch.Tensor:
-    """transfer_keypoints for many pairs and layers: one product for each target image, whose tokens are read once.
+    """transfer_keypoints for many pairs and layers, each image once as a source and once as a target.
 
-    tokens [L, n, h, w, D]: of n images. source, target [m], on the CPU: rows of tokens, by point; points [m, 2]: from 0
-    to 1 in the source. Returns [L, m, 2], float64, on the tokens' device.
+    tokens [L, n, D, h, w]: of n images. source, target [m]: their numbers, by point; points [m, 2]: from 0 to 1 in the
+    source. Returns [L, m, 2], float64, on the tokens' device.
     """
-    device, order = tokens.device, target.argsort(stable=True)
-    images, counts = target[order].unique_consecutive(return_counts=True)
-    source, points = source[order].to(device), points[order].to(device)
-    found = torch.empty(len(tokens), len(points), 2, dtype=torch.float64, device=device)
-    parts = (rows.split(counts.tolist(), dim) for rows, dim in ((source, 0), (points, 0), (found, 1)))
-    for image, source_part, points_part, found_part in zip(images.tolist(), *parts, strict=True):
-        found_part.copy_(locate(sample_tokens(tokens, source_part, points_part), tokens[:, image], match))
-    return found[:, order.argsort().to(device)]
+    queries = torch.empty(len(tokens), len(points), tokens.shape[2], device=tokens.device)
+    for image in source.unique().tolist():
+        here = (source == image).nonzero()[:, 0]
+        queries[:, here] = sample(tokens[:, image], points[here])
+    found = torch.empty(len(tokens), len(points), 2, dtype=torch.float64, device=tokens.device)
+    for image in target.unique().tolist():
+        here = (target == image).nonzero()[:, 0]
+        found[:, here] = locate(queries[:, here], tokens[:, image], match)
+    return found
 
 
-def encode(encoder: Encoder, pairs, numbers: Sequence[int], layers: Sequence[int], norm: bool, batch_size: int,
-           workers: int, precision: str, log: Callable[[str], None]) -> Iterator[torch.Tensor]:
-    """The L2-normalised patch tokens of each image of these numbers after the 0-based blocks layers, [L, h, w, D], on
-    the encoder's device, in the type of the precision."""
-    device, progress = encoder.mean.device, Progress(len(numbers) * world_size(), "encoding", "images")
-    batches = pairs.images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda")
-    for images, _ in log_waiting(batches, "encoding and matching", log):
-        with autocast(device, precision):
-            maps = encoder.get_intermediate_layers(encoder.preprocess(images.to(device, non_blocking=True)), n=layers,
-                                                   norm=norm)
-        progress.update(len(images) * world_size())
-        yield from torch.stack([F.normalize(tokens.float(), dim=1).permute(0, 2, 3, 1).to(DTYPES[precision])
-                                for tokens in maps], dim=1)
-
-
-def within(predicted: torch.Tensor, points: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
-    """Whether predicted [..., n, 2] is right for points [n, 2] by boxes of side [n]: bool [..., n, A], A = ALPHAS. All
-    in pixels, float64; a distance exactly at the threshold is right, as in DIFT."""
+def within(predicted: torch.Tensor, points: torch.Tensor, side: torch.Tensor,
+           alphas: Sequence[float] = ALPHAS) -> torch.Tensor:
+    """Whether predicted [..., n, 2] is right for points [n, 2] by boxes of side [n]: bool [..., n, A]. All in pixels,
+    float64; a distance exactly at the threshold is right, as in DIFT."""
     distance = torch.hypot(*(predicted - points).unbind(-1))
-    return distance[..., None] <= side[:, None] * torch.tensor(ALPHAS, dtype=torch.float64, device=side.device)
+    return distance[..., None] <= side[:, None] * torch.tensor(alphas, dtype=torch.float64, device=side.device)
 
 
 def chance(points: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
@@ -123,11 +105,12 @@ def chance(points: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, grid: 
 def pck(right: torch.Tensor, pair: torch.Tensor, groups: Mapping[str, Sequence[str]]) -> dict:
     """PCK in percent, by alpha, from right [n, A], 1 where a point is right, and pair [n], the pair it belongs to.
 
-    groups: of every pair its "category", and its level of other attributes. pck_image is the mean over pairs of the
-    pair's PCK, pck_point the mean over points, pck_category the mean over categories of their pck_image; by_NAME has
-    the first two for every level of each of groups.
+    groups: of every pair its "category", its level of other attributes, or neither. pck_image is the mean over pairs of
+    the pair's PCK, pck_point the mean over points, pck_category the mean over categories of their pck_image; by_NAME
+    has the first two for every level of each of groups.
     """
-    right, counts = right.double(), pair.bincount().double()
+    right, pair = torch.as_tensor(right).double(), torch.as_tensor(pair)
+    counts = pair.bincount().double()
     per_pair = right.new_zeros(len(counts), right.shape[1]).index_add_(0, pair, right)
 
     def named(values):
@@ -143,9 +126,68 @@ def pck(right: torch.Tensor, pair: torch.Tensor, groups: Mapping[str, Sequence[s
         known, level_of = np.unique(levels, return_inverse=True)
         result[f"by_{name}"] = {level: figures(torch.from_numpy(np.flatnonzero(level_of == number)))
                                 for number, level in enumerate(known.tolist())}
-    categories = [list(row["pck_image"].values()) for row in result["by_category"].values()]
-    result["pck_category"] = named(torch.tensor(categories, dtype=torch.float64).mean(0) / 100)
+    if "category" in groups:
+        categories = [list(row["pck_image"].values()) for row in result["by_category"].values()]
+        result["pck_category"] = named(torch.tensor(categories, dtype=torch.float64).mean(0) / 100)
     return result
+
+
+def pck_of_features(source_maps: Sequence, target_maps: Sequence, source_points: Sequence, target_points: Sequence,
+                    box_sides: Sequence[float], target_sizes: Sequence | None = None, alpha: float = 0.1,
+                    match: str = "cell") -> torch.Tensor:
+    """PCK of one's own features, in percent, of every pair of images [P], float64; its mean is PCK per image.
+
+    By pair: source_maps and target_maps [D, h, w], arrays or tensors; source_points and target_points [n, 2], (x, y)
+    from 0 to 1 of the image's width and height; box_sides: max(w, h) of the target's box, in the unit of target_sizes,
+    the target's (width, height), without which images are squares of side 1. match: as in transfer_keypoints.
+    """
+    percent = []
+    for pair, (source, target) in enumerate(zip(source_maps, target_maps, strict=True)):
+        size = torch.as_tensor(target_sizes[pair] if target_sizes is not None else (1, 1)).double()
+        start, end = (torch.as_tensor(points[pair]).double() for points in (source_points, target_points))
+        found = transfer_keypoints(source, target, start, match).cpu()
+        side = torch.as_tensor(box_sides[pair]).double().expand(len(end))
+        percent.append(100 * within(found * size, end.cpu() * size, side, (alpha,)).double().mean())
+    return torch.stack(percent)
+
+
+def encode(encoder: Encoder, images, numbers: Sequence[int], layers: Sequence[int], norm: bool, batch_size: int,
+           workers: int, precision: str, log: Callable[[str], None]) -> torch.Tensor:
+    """The patch tokens after the 0-based blocks layers of the images of a data set with these numbers, [L, n, D, h, w],
+    on the encoder's device, in the type of the precision. batch_size: of this process."""
+    device, progress = encoder.mean.device, Progress(len(numbers) * world_size(), "encoding", "images")
+    batches = images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda")
+    tokens, done = None, 0
+    for pixels, _ in log_waiting(batches, "encoding", log):
+        with autocast(device, precision):
+            maps = encoder.get_intermediate_layers(encoder.preprocess(pixels.to(device, non_blocking=True)), n=layers,
+                                                   norm=norm)
+        if tokens is None:
+            shape = (len(layers), len(numbers), *maps[0].shape[1:])
+            tokens = torch.empty(shape, dtype=DTYPES[precision], device=device)
+        for layer, found in zip(tokens, maps, strict=True):
+            layer[done:done + len(pixels)] = found
+        done += len(pixels)
+        progress.update(len(pixels) * world_size())
+    return tokens
+
+
+def measure(pairs, predicted: torch.Tensor, layers: Sequence[int], grid: Sequence[int]) -> dict:
+    """The metrics of predictions [L, n, 2] in pixels: pck's of the last layer; by_layer of several; chance, of a random
+    cell of grid (h, w); and same_place, of the source's own coordinates."""
+    source, target, side = pairs.source[pairs.pair], pairs.target[pairs.pair], pairs.box_side[pairs.pair]
+    levels = {"category": [pair.category for pair in pairs.pairs]}
+    for name in pairs.pairs[0].attributes:
+        levels[name] = [pair.attributes.get(name, "unknown") for pair in pairs.pairs]
+    by_layer = {str(layer): pck(right, pairs.pair, levels) for layer, right in
+                zip(layers, within(predicted, pairs.target_points, side), strict=True)}
+    metrics = dict(by_layer[str(layers[-1])])
+    same_place = pairs.source_points / pairs.sizes[source] * pairs.sizes[target]
+    for name, right in (("chance", chance(pairs.target_points, pairs.sizes[target], side, grid)),
+                        ("same_place", within(same_place, pairs.target_points, side))):
+        found = pck(right, pairs.pair, levels)
+        metrics[name] = {key: value for key, value in found.items() if key.startswith("pck")}
+    return metrics | ({"by_layer": by_layer} if len(layers) > 1 else {})
 
 
 @torch.inference_mode()
@@ -153,106 +195,94 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
                  precision: str, log: Callable[[str], None]) -> tuple[dict, torch.Tensor]:
     """Transfers the keypoints of all pairs (a datasets.pairs.PairDataset) and measures PCK, all processes together.
 
-    Each process encodes the images of its contiguous share of the pairs, each image once, and holds the tokens of one
-    category; where those of all layers do not fit on the encoder's device, it makes several passes. layers: 0-based
-    blocks. norm: apply the encoder's final norm. batch_size: over all processes, in images of 224 x 224.
+    Each process encodes the images of its contiguous share of the pairs, each once; in several passes where the tokens
+    of all layers take more than half of what is free on the encoder's device. layers: 0-based blocks. norm: apply the
+    encoder's final norm. batch_size: over all processes, in images of 224 x 224.
 
-    Returns the metrics of a results line (pck's of the last layer; by_layer of several; chance, of a random cell;
-    same_place, of the source's own coordinates) and the last layer's predictions, float64 [n, 2] in pixels. Raises
-    UserError.
+    Returns the metrics of a results line (see measure) and the last layer's predictions, float64 [n, 2] in pixels.
+    Raises UserError for tokens that are not finite.
     """
-    device, size, patch = encoder.mean.device, pairs.image_size, encoder.patch_size
-    layers, grid = sorted(set(layers)), (size // patch, size // patch)
-    source, target, side = pairs.source[pairs.pair], pairs.target[pairs.pair], pairs.box_side[pairs.pair]
-    units, sizes = pairs.source_points / pairs.sizes[source], pairs.sizes[target]
-    # Points are in the order of the pairs, and these are sorted by category.
-    share = shard(len(pairs.pairs))
-    mine = slice(*torch.searchsorted(pairs.pair, torch.tensor([share.start, share.stop])).tolist())
-    counts = pairs.category[pairs.pair[mine]].unique_consecutive(return_counts=True)[1].tolist()
-    points = list(zip(*(rows[mine].split(counts) for rows in (source, target, units)), strict=True))
-    groups = [torch.cat(ends).unique() for *ends, _ in points]
+    device, size, layers = encoder.mean.device, pairs.image_size, sorted(set(layers))
+    grid = (size // encoder.patch_size,) * 2
+    source, target = pairs.source[pairs.pair], pairs.target[pairs.pair]
+    units, share = pairs.source_points / pairs.sizes[source], shard(len(pairs.pairs))
+    mine = (pairs.pair >= share.start) & (pairs.pair < share.stop)
+    images = torch.cat([source[mine], target[mine]]).unique()
+    ends = [torch.searchsorted(images, end[mine]) for end in (source, target)]
 
-    # Of the process with the most images of a category, so that all decide alike.
-    most = int(gather_rows(torch.tensor([max(map(len, groups), default=0)])).max())
-    need = most * grid[0] * grid[1] * encoder.embed_dim * DTYPES[precision].itemsize
-    free = has_room(need, device)[1] / 2
-    if need > free:
-        raise UserError(f"the tokens of a category need {need / 1e9:.1f} GB at --image-size {size}, half of the memory "
-                        f"that is free on {device} is {free / 1e9:.1f} GB; use a smaller one")
-    per_pass = min(len(layers), int(free / need))
-    passes = [slice(first, first + per_pass) for first in range(0, len(layers), per_pass)]
+    need = max(1, len(images) * grid[0] * grid[1] * encoder.embed_dim * DTYPES[precision].itemsize)
+    per_pass = max(1, min(len(layers), free_on_all(device) // 2 // need))
     log(f"{len(pairs.pairs)} pairs of {len(pairs.images)} images, {len(pairs.pair)} points ({pairs.num_outside} out of "
-        f"their image); {need * per_pass / 1e9:.2f} GB of tokens on {device}, {len(passes)} pass(es)")
-
-    per_batch = max(1, batch_size * 224**2 // (size**2 * world_size()))
-    require_batch_room(encoder, size, min(per_batch * world_size(), len(pairs.images)))
-    found = torch.empty(mine.stop - mine.start, len(layers), 2, dtype=torch.float64, device=device)
-    numbers = [number for group in groups for number in group.tolist()]
-    for columns in passes:
-        # One loader serves all categories.
-        images = encode(encoder, pairs, numbers, layers[columns], norm, per_batch, workers, precision, log)
-        for (*ends, at), group, part in zip(points, groups, found.split(counts), strict=True):
-            tokens = torch.empty(len(layers[columns]), len(group), *grid, encoder.embed_dim, dtype=DTYPES[precision],
-                                 device=device)
-            for place, image in enumerate(islice(images, len(group))):
-                tokens[:, place] = image
-            rows = (torch.searchsorted(group, end) for end in ends)
-            part[:, columns] = match_points(tokens, *rows, at, match).transpose(0, 1)
-    by_chance = chance(*(rows[mine].to(device) for rows in (pairs.target_points, sizes, side)), grid)
-    predicted, by_chance = gather_rows(found).cpu() * sizes[:, None], gather_rows(by_chance).cpu()
+        f"their image); {need * per_pass / 1e9:.2f} GB of tokens, {-(-len(layers) // per_pass)} pass(es)")
+    found = torch.empty(len(layers), len(ends[0]), 2, dtype=torch.float64, device=device)
+    for first in range(0, len(layers) if len(images) else 0, per_pass):
+        part = slice(first, first + per_pass)
+        tokens = encode(encoder, pairs.images, images.tolist(), layers[part], norm,
+                        max(1, batch_size * 224**2 // (size**2 * world_size())), workers, precision, log)
+        found[part] = match_points(tokens, *ends, units[mine], match)
+        del tokens
+    predicted = gather_rows(found.transpose(0, 1)).transpose(0, 1).cpu()
     if not predicted.isfinite().all():
         raise UserError(f"tokens are not finite at {precision}; use --precision fp32, or check the weights")
 
-    levels = {"category": [pair.category for pair in pairs.pairs]} | {
-        name: [pair.attributes.get(name, "unknown") for pair in pairs.pairs] for name in pairs.pairs[0].attributes}
-    by_layer = {str(layer): pck(within(predicted[:, column], pairs.target_points, side), pairs.pair, levels)
-                for column, layer in enumerate(layers)}
-    same_place = within(units * sizes, pairs.target_points, side)
-    expected, same = ({key: value for key, value in pck(right, pairs.pair, levels).items() if key.startswith("pck")}
-                      for right in (by_chance, same_place))
-    metrics = {**by_layer[str(layers[-1])], "num_outside": pairs.num_outside, "chance": expected, "same_place": same,
-               "protocol": f"images squashed to {size} x {size}, {grid[0]} x {grid[1]} cells, patch tokens "
+    predicted = predicted * pairs.sizes[target]
+    metrics = measure(pairs, predicted, layers, grid)
+    metrics["num_outside"] = pairs.num_outside
+    metrics["protocol"] = (f"images squashed to {size} x {size}, {grid[0]} x {grid[1]} cells, patch tokens "
                            f"{'with' if norm else 'without'} final norm, bilinear source token, cosine similarity, "
                            f"{'centre of the best cell' if match == 'cell' else 'windowed soft-argmax'}; "
-                           "distance <= alpha * max(w, h) of the target's box, in original pixels"}
-    for layer, figures in by_layer.items():
-        log(f"block {layer:>2}  PCK@0.1 per image {figures['pck_image']['0.1']:6.2f}  per point "
-            f"{figures['pck_point']['0.1']:6.2f}  category mean {figures['pck_category']['0.1']:6.2f}")
-    log(f"compare PCK@0.1 per image of a random cell, {expected['pck_image']['0.1']:.2f}, and of the same place as "
-        f"in the source, {same['pck_image']['0.1']:.2f}")
+                           "distance <= alpha * max(w, h) of the target's box, in original pixels")
+    report(metrics, layers, log)
+    return metrics, predicted[-1]
+
+
+def report(metrics: dict, layers: Sequence[int], log: Callable[[str], None]) -> None:
+    for layer, found in metrics.get("by_layer", {str(layers[-1]): metrics}).items():
+        log(f"block {layer:>2}  PCK@0.1 per image {found['pck_image']['0.1']:6.2f}  per point "
+            f"{found['pck_point']['0.1']:6.2f}  category mean {found['pck_category']['0.1']:6.2f}")
+    chance_level, same_place = (metrics[name]["pck_image"]["0.1"] for name in ("chance", "same_place"))
+    log(f"compare PCK@0.1 per image of a random cell, {chance_level:.2f}, and of the same place as in the source, "
+        f"{same_place:.2f}")
     log(f"protocol: {metrics['protocol']}")
-    return metrics | ({"by_layer": by_layer} if len(layers) > 1 else {}), predicted[:, -1]
 
 
 def draw_transfer(source: Image.Image, target: Image.Image, source_points: torch.Tensor, predicted: torch.Tensor,
-                  points: torch.Tensor, right: torch.Tensor, side: int = 320) -> Image.Image:
-    """Two images in squares side by side, a line from every keypoint to its prediction: green where right [n], red
-    where wrong, with a white disc at the true place. Points [n, 2] in pixels of their own image."""
-    canvas = Image.new("RGB", (2 * side, side), "white")
-    places = []
-    for left, image, marks in ((0, source, [source_points]), (side, target, [predicted, points])):
-        scale = (side - 8) / max(image.size)
-        canvas.paste(image.resize([max(1, round(scale * length)) for length in image.size]), (left + 4, 4))
-        places += [(scale * mark + torch.tensor([left + 4, 4])).tolist() for mark in marks]
-    draw = ImageDraw.Draw(canvas)
+                  points: torch.Tensor, right: torch.Tensor, width: int = 960) -> Image.Image:
+    """Two images of one height that fill this width, a line from every keypoint to its prediction: green where right
+    [n], red where wrong, with a white disc at the true place. Points [n, 2] in pixels of their own image."""
+    shapes = [image.width / image.height for image in (source, target)]
+    middle, height = round(width * shapes[0] / sum(shapes)), round(width / sum(shapes))
+    picture, places = Image.new("RGB", (width, height)), []
+    for left, right_edge, image, marks in ((0, middle, source, [source_points]),
+                                           (middle, width, target, [predicted, points])):
+        picture.paste(image.resize((right_edge - left, height)), (left, 0))
+        scale = torch.tensor([(right_edge - left) / image.width, height / image.height])
+        places += [(scale * mark + torch.tensor([left, 0])).tolist() for mark in marks]
+    draw = ImageDraw.Draw(picture)
     for start, end, true, good in zip(*places, right.tolist(), strict=True):
         if not good:
-            draw.line((*end, *true), fill="white")
-            draw.ellipse([true[0] - 4, true[1] - 4, true[0] + 4, true[1] + 4], fill="white", outline="black")
-        draw.line((*start, *end), fill="lime" if good else "red", width=2)
-        draw.ellipse([start[0] - 3, start[1] - 3, start[0] + 3, start[1] + 3], fill="yellow", outline="black")
-    return canvas
+            draw.line((*end, *true), fill="white", width=2)
+            draw.ellipse((true[0] - 5, true[1] - 5, true[0] + 5, true[1] + 5), fill="white", outline="black")
+        draw.line((*start, *end), fill="lime" if good else "red", width=3)
+        draw.ellipse((start[0] - 5, start[1] - 5, start[0] + 5, start[1] + 5), fill="yellow", outline="black")
+    return picture
 
 
-def draw_pairs(pairs, predicted: torch.Tensor, count: int, columns: int = 2) -> Image.Image:
-    """A sheet of count pairs, evenly spaced in the list of all, each by draw_transfer; right is what is right at alpha
-    0.1. predicted [n, 2]: as transfer_run returns it."""
-    numbers = torch.linspace(0, len(pairs.pairs) - 1, min(count, len(pairs.pairs))).round().long().tolist()
+def draw_pairs(pairs, predicted: torch.Tensor, count: int, title: str = "keypoint transfer") -> Image.Image:
+    """A sheet of count pairs, evenly spaced in the list of all, each by draw_transfer, one below another, under a title
+    and a legend; right is what is right at alpha 0.1. predicted [n, 2]: as transfer_run returns it."""
     right = within(predicted, pairs.target_points, pairs.box_side[pairs.pair])[:, ALPHAS.index(0.1)]
-    sheet = Image.new("RGB", (columns * 640, -(-len(numbers) // columns) * 320), "white")
-    for place, number in enumerate(numbers):
+    pictures = []
+    for number in torch.linspace(0, len(pairs.pairs) - 1, min(count, len(pairs.pairs))).round().long().tolist():
         pair, at = pairs.pairs[number], pairs.pair == number
-        picture = draw_transfer(pairs.images.load(pair.source), pairs.images.load(pair.target), pairs.source_points[at],
-                                predicted[at], pairs.target_points[at], right[at])
-        sheet.paste(picture, (place % columns * 640, place // columns * 320))
+        pictures.append(draw_transfer(pairs.images.load(pair.source), pairs.images.load(pair.target),
+                                      pairs.source_points[at], predicted[at], pairs.target_points[at], right[at]))
+    top, gap = 56, 8
+    sheet = Image.new("RGB", (pictures[0].width, top + sum(picture.height + gap for picture in pictures)), "white")
+    text = (f"{title}\nyellow: keypoint in the source; green line: right, within 0.1 of the longer side of the "
+            "target's box; red line: wrong; white: true place")
+    ImageDraw.Draw(sheet).text((gap, gap), text, fill="black", font=ImageFont.load_default(14), spacing=6)
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height + gap
     return sheet

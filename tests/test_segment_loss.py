@@ -1,7 +1,6 @@
 """The head and its loss against the reference pipeline's values and against float64 autograd."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses import FakeTensorMode
 
-from models import fused_cross_entropy, segmentation_head
+from models import segmentation_head
 from models.segmentation_head import LinearHead, strip_loss_and_gradient, upsampled_cross_entropy
 
 GOLDEN = Path(__file__).parent / "golden" / "segmentation"
@@ -52,17 +50,44 @@ def example(batch=2, classes=209, height=2, width=3, scale=16):
     return logits, label
 
 
+def loss_and_gradient(logits, label, **options):
+    """Of the sum over pixels."""
+    logits = logits.clone().requires_grad_()
+    loss = upsampled_cross_entropy(logits, label, total_pixels=1, **options)
+    loss.backward()
+    return loss.detach(), logits.grad
+
+
 def test_against_float64():
     logits, label = example()
-    loss, gradient = strip_loss_and_gradient(logits, label, 255)
+    loss, gradient = loss_and_gradient(logits, label)
     expected_loss, expected_gradient = reference(logits, label)
     assert torch.allclose(loss.double(), expected_loss, rtol=1e-6)
     assert torch.allclose(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype,loss_error,gradient_error", [(torch.bfloat16, 2e-3, 2e-2), (torch.float16, 2e-4, 4e-3)])
+def test_strips_in_half_precision_sum_in_float32(dtype, loss_error, gradient_error):
+    logits, label = example(height=6, width=8)
+    loss, gradient = loss_and_gradient(logits, label, dtype=dtype)
+    expected_loss, expected_gradient = reference(logits, label)
+    assert loss.dtype == gradient.dtype == torch.float32
+    assert (loss / expected_loss - 1).abs() < loss_error
+    assert (gradient - expected_gradient).norm() < gradient_error * expected_gradient.norm()
+
+
+def test_compiled_strips_equal_plain_ones():
+    """By dynamo and without its code generator, which takes half a minute here."""
+    logits, label = example(classes=7)
+    compiled = torch.compile(strip_loss_and_gradient, fullgraph=True, backend="aot_eager")
+    for one, other in zip(loss_and_gradient(logits, label, strip=compiled), loss_and_gradient(logits, label),
+                          strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
 def test_large_logits_do_not_overflow():
     logits, label = example(classes=7)
-    loss, gradient = strip_loss_and_gradient(300 * logits, label, 255)
+    loss, gradient = loss_and_gradient(300 * logits, label)
     expected_loss, _ = reference(300 * logits, label)
     assert torch.allclose(loss.double(), expected_loss, rtol=1e-6)
     assert gradient.isfinite().all()
@@ -92,7 +117,7 @@ def test_memory_is_bounded_by_the_strips(monkeypatch):
             return result
 
     with Largest() as largest:
-        strip_loss_and_gradient(logits, label, 255)
+        upsampled_cross_entropy(logits, label)
     # The strip, and one image's logits after the interpolation across.
     assert largest.bytes <= max(4 * 64 * 128 * 4, 64 * 8 * 128 * 4)
     assert 4 * label.numel() * 64 >= 32 * largest.bytes
@@ -103,127 +128,28 @@ import sys
 import torch
 import torch.nn.functional as F
 from segmentation_head import LinearHead, upsampled_cross_entropy
-from torch._subclasses import FakeTensorMode
 torch.manual_seed(0)
 logits = LinearHead(6, 5)([10 * torch.randn(2, 3, 4, 6), 10 * torch.randn(2, 3, 4, 6)])
 label = torch.randint(0, 5, (2, 16, 24), dtype=torch.uint8)
 expected = F.cross_entropy(F.interpolate(logits, scale_factor=4, mode="bilinear"), label.long())
 torch.testing.assert_close(upsampled_cross_entropy(logits, label), expected)
-with FakeTensorMode():
-    logits, label = torch.empty(2, 5, 4, 6, device="cuda"), torch.empty(2, 16, 24, dtype=torch.uint8, device="cuda")
-    assert upsampled_cross_entropy(logits, label).device.type == "cuda"
 assert not any(name.startswith(("models", "utils")) for name in sys.modules)
 """
 
 
-without_data = pytest.mark.skipif(torch.__version__.startswith("2.6."),
-                                  reason="CUDA tensors without data abort torch 2.6")
-
-
-@without_data
 def test_the_head_copies_out_alone(tmp_path):
-    """segmentation_head.py in an empty folder computes its loss, and on CUDA tensors does not miss the kernel."""
     shutil.copy(segmentation_head.__file__, tmp_path)
     run = subprocess.run([sys.executable, "-c", COPIED], capture_output=True, text=True, cwd=tmp_path,
                          env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
     assert run.returncode == 0, run.stderr
 
 
-@without_data
-@pytest.mark.parametrize("usable", [True, False])
-def test_cuda_logits_go_to_the_kernel_where_it_can_be_used(monkeypatch, usable):
-    monkeypatch.setattr(fused_cross_entropy, "can_fuse", lambda logits, label: usable)
-    monkeypatch.setattr(fused_cross_entropy, "fused_loss_and_gradient",
-                        lambda logits, label, ignore_index: (logits.new_zeros(()), logits.new_zeros(7)))
-    with FakeTensorMode():
-        logits = torch.empty(2, 5, 4, 6, device="cuda", requires_grad=True)
-        loss = upsampled_cross_entropy(logits, torch.empty(2, 16, 24, dtype=torch.uint8, device="cuda"))
-        assert loss.grad_fn.saved_tensors[0].shape == ((7,) if usable else logits.shape)
-
-
-INTERPRETED = """
-import torch
-from models.fused_cross_entropy import fused_loss_and_gradient
-from models.segmentation_head import strip_loss_and_gradient
-from test_segment_loss import example
-for size in (dict(classes=21, scale=4), dict(batch=1, classes=209, height=1, width=2, scale=6)):
-    logits, label = example(**size)
-    fused, strips = (function(logits, label, 255) for function in (fused_loss_and_gradient, strip_loss_and_gradient))
-    assert torch.allclose(fused[0], strips[0], rtol=1e-5), (fused[0], strips[0])
-    assert torch.allclose(fused[1], strips[1], rtol=1e-5, atol=1e-5)
-"""
-
-
-@pytest.mark.skipif(fused_cross_entropy.triton is None, reason="Triton is not installed")
-def test_fused_kernel_in_tritons_interpreter():
-    """The kernel's arithmetic, run without a GPU; its speed and its compilation are not tested here."""
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
-    run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True,
-                         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths})
-    assert run.returncode == 0, run.stderr
-
-
-COMPILED = """
-import subprocess, sys
-from pathlib import Path
-import torch, triton, triton.backends.nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from models import fused_cross_entropy
-kernel, given = fused_cross_entropy._cell_kernel, {}
-types = dict.fromkeys(("height", "width", "classes", "ignore_index"), "i32")
-types |= {"logits": "*fp32", "labels": "*u8", "losses": "*fp32", "corners": "*fp32"}
-class Recorder:
-    def __getitem__(self, grid):
-        return lambda *args, **options: given.update(options)
-fused_cross_entropy._cell_kernel = Recorder()
-for classes in (209, 512):
-    label = torch.zeros(1, 32, 32, dtype=torch.uint8)
-    fused_cross_entropy.fused_loss_and_gradient(torch.zeros(1, classes, 2, 2), label, 255)
-    warps = given.pop("num_warps")
-    source = ASTSource(kernel, types | dict.fromkeys(given, "constexpr"), given)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    Path(sys.argv[1]).write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    print(subprocess.run([tool, "-res-usage", sys.argv[1]], capture_output=True, text=True, check=True).stdout)
-"""
-
-
-@pytest.mark.skipif(fused_cross_entropy.triton is None or not hasattr(fused_cross_entropy.triton.backends, "nvidia"),
-                    reason="Triton for NVIDIA is not installed")
-def test_the_kernel_compiles_for_hopper_without_spilling(tmp_path):
-    run = subprocess.run([sys.executable, "-c", COMPILED, str(tmp_path / "kernel.cubin")], capture_output=True,
-                         text=True, cwd=Path(__file__).parents[1])
-    if "has no attribute" in run.stderr or "unexpected keyword" in run.stderr:
-        pytest.skip("this Triton compiles in another way")
-    usage = re.findall(r"REG:(\d+) STACK:(\d+)", run.stdout)
-    assert len(usage) == 2, run.stderr
-    assert all(int(stack) == 0 and int(registers) <= 168 for registers, stack in usage)
-
-
-@pytest.mark.parametrize("fault", ["raises", "is wrong"])
-def test_a_kernel_that_does_not_work_is_not_used(monkeypatch, fault):
-    def broken(logits, label, ignore_index):
-        if fault == "raises":
-            raise RuntimeError("no such architecture")
-        return logits.sum(), logits
-
-    fused_cross_entropy.kernel_is_right.cache_clear()
-    monkeypatch.setattr(fused_cross_entropy, "fused_loss_and_gradient", broken)
-    with pytest.warns(UserWarning, match="no such architecture" if fault == "raises" else "disagrees"):
-        assert not fused_cross_entropy.kernel_is_right(torch.device("cpu"))
-    fused_cross_entropy.kernel_is_right.cache_clear()
-    monkeypatch.setattr(fused_cross_entropy, "fused_loss_and_gradient", strip_loss_and_gradient)
-    assert fused_cross_entropy.kernel_is_right(torch.device("cpu"))
-    fused_cross_entropy.kernel_is_right.cache_clear()
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_fused_kernel_on_a_gpu():
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_on_a_gpu(dtype, tolerance):
     for size in ({}, {"classes": 150, "height": 5, "width": 7}, {"classes": 19, "height": 20, "width": 20}):
-        logits, label = (tensor.cuda() for tensor in example(**size))
-        logits.requires_grad_()
-        upsampled_cross_entropy(logits, label).backward()
-        _, expected = reference(logits.detach().cpu(), label.cpu())
-        assert torch.allclose(logits.grad.cpu().double() * label.numel(), expected, rtol=1e-4, atol=1e-4)
+        logits, label = example(**size)
+        _, gradient = loss_and_gradient(logits.cuda(), label.cuda(), dtype=dtype)
+        _, expected = reference(logits, label)
+        assert (gradient.cpu() - expected).norm() < tolerance * expected.norm()
