@@ -124,8 +124,8 @@ def load_fitting(checkpoint: dict, load: Callable[[dict], None]) -> None:
     """Calls load with each state dictionary in the checkpoint. load raises CheckpointError for one that does not fit;
     so does this function unless exactly one fits."""
     states, fitting, errors = state_dicts(checkpoint), [], []
-    # What the largest one lacks is what the user wants to know.
-    for where in sorted(states, key=lambda where: -len(states[where])):
+    # What the innermost and largest one lacks is what the user wants to know.
+    for where in sorted(states, key=lambda where: (where.count("/"), len(states[where])), reverse=True):
         try:
             load(states[where])
             fitting.append(where)
