@@ -18,7 +18,7 @@ from .segmentation_head import PatchSegmenter
 
 NEIGHBOURS, TEMPERATURE = 30, 0.02
 # Queries and rows of the memory in one matrix product.
-CHUNK = {"cuda": (16384, 16384), "cpu": (1024, 16384)}
+CHUNK = {"cuda": (16384, 16384), "cpu": (256, 16384)}
 # Keeps the random numbers of this choice apart from others drawn from the same seed.
 CHOICE = 0x6B6E6E
 

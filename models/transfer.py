@@ -274,9 +274,12 @@ def draw_pairs(pairs, predicted: torch.Tensor, count: int, title: str = "keypoin
     right = within(predicted, pairs.target_points, pairs.box_side[pairs.pair])[:, ALPHAS.index(0.1)]
     pictures = []
     for number in torch.linspace(0, len(pairs.pairs) - 1, min(count, len(pairs.pairs))).round().long().tolist():
-        pair, at = pairs.pairs[number], pairs.pair == number
-        pictures.append(draw_transfer(pairs.images.load(pair.source), pairs.images.load(pair.target),
-                                      pairs.source_points[at], predicted[at], pairs.target_points[at], right[at]))
+        entries = [pairs.images.images[images[number]] for images in (pairs.source, pairs.target)]
+        # A stated size says whether a picture is turned as its EXIF orientation says.
+        both = [pairs.images.load(entry.path, *[entry.size] * (entry.size is not None)) for entry in entries]
+        at = pairs.pair == number
+        pictures.append(draw_transfer(*both, pairs.source_points[at], predicted[at], pairs.target_points[at],
+                                      right[at]))
     top, gap = 56, 8
     sheet = Image.new("RGB", (pictures[0].width, top + sum(picture.height + gap for picture in pictures)), "white")
     text = (f"{title}\nyellow: keypoint in the source; green line: right, within 0.1 of the longer side of the "

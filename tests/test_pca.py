@@ -7,7 +7,9 @@ from PIL import Image
 from scipy.stats import skew
 from sklearn.decomposition import PCA
 
-from models.pca import draw_sheet, foreground_mask, principal_components, token_colours
+from datasets.retrieval import open_images
+from models import build_model
+from models.pca import draw_sheet, foreground_mask, pca_run, principal_components, token_colours
 from utils import UserError
 
 
@@ -173,3 +175,12 @@ def test_sheet():
     assert not ink[:36].any() and ink[40:72].any() and ink[76:108].any()
     assert (sheet[:, :4] == 255).all() and (sheet[:, margin - 4:margin] == 255).all()
     assert isinstance(draw_sheet(images, rows), Image.Image)
+
+
+def test_a_run_adds_a_row_to_those_of_the_same_images(tmp_path):
+    images = open_images("synthetic", None, 3, 0, 64)
+    encoder = build_model("timm/vit_tiny_patch16_224", "random")
+    for name, dataset in (("one", images), ("other", open_images("synthetic", None, 4, 0, 64)), ("a/b", images)):
+        path, found = pca_run(encoder, dataset, name, "none", "fp32", tmp_path)
+    assert path == tmp_path / "pca.png" and Image.open(path).height > 3 * 64
+    assert found["num_images"] == 3 and found["rows"] == ["a/b", "one"] and found["foreground_share"] == 1
