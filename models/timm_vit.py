@@ -9,6 +9,8 @@ import timm
 import torch
 import torch.nn as nn
 
+from utils import UserError
+
 from .checkpoints import load_fitting, one_line
 from .encoder import CheckpointError, Encoder, drop_keys, load_exactly
 
@@ -39,11 +41,14 @@ class TimmEncoder(Encoder):
         self.size = self.native_size
 
     def fit(self, images: torch.Tensor) -> None:
-        """Prepares a model that has one input size at a time for these images."""
+        """Prepares a model that has one input size at a time for these images. Raises UserError where an older timm
+        cannot."""
         self.grid(images)  # raises ValueError
         size = tuple(images.shape[-2:])
         if self.dynamic or size == self.size:
             return
+        if not hasattr(self.vit, "set_input_size"):
+            raise UserError(f"timm {timm.__version__} gives this model one input size, {self.native_size}; update timm")
         with torch.inference_mode(False), torch.no_grad():
             # From the native tables each time: resampling a resampled table would lose more with every size.
             self.vit.set_input_size(img_size=self.native_size)

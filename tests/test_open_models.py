@@ -43,6 +43,8 @@ def test_families_of_timm_from_a_file(tmp_path, name, cls_from):
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     encoder = build_model(f"timm/{name}", str(tmp_path / "model.safetensors"))
     assert encoder.cls_from == cls_from
+    if not encoder.dynamic and not hasattr(model, "set_input_size"):
+        pytest.skip(f"timm {timm.__version__} gives {name} one input size")
     patch, width = encoder.patch_size, encoder.embed_dim
     rectangle = (4 * patch, 7 * patch)
     references = [(rectangle, timm_at(name, model, rectangle))]
@@ -72,6 +74,8 @@ def test_families_of_timm_from_a_file(tmp_path, name, cls_from):
     ("dinov2", "did you mean .*_dinov2"), ("vit_smal_patch16_224", "did you mean vit_small_patch16_224"),
 ])
 def test_refused_with_the_reason(name, reason):
+    if "one row" in reason and not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
     with pytest.raises(CheckpointError, match=reason):
         build_model(f"timm/{name}", "random")
 
