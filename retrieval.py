@@ -43,7 +43,8 @@ PROTOCOL = ("crop_scale", "image_size", "keypoints", "authors_defects")
 FEATURE_FILE = ("features", "labels", "classes", "paths", "data", "line")
 # Options that --load-features takes from the file, or does not need.
 MAKE_FEATURES = (*PROTOCOL, "name", "model", "dataset", "precision", "weights", "weights_key", "num_heads", "data_path",
-                 "batch_size", "compile", "features", "num_images", "save_features", "annotations", "images", "category")
+                 "batch_size", "compile", "features", "num_images", "save_features", "annotations", "images",
+                 "category")
 
 
 def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: torch.Tensor | None = None,
@@ -183,18 +184,17 @@ def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[s
     features: of "cls", "avg", "projected". batch_size: patches, over all processes. Returns {feature: [n, D]}, float32
     on the encoder's device, in the order of the patches. Raises UserError for features that are not finite.
     """
-    device, rows = encoder.mean.device, {name: [] for name in features}
+    device, rows, share = encoder.mean.device, {name: [] for name in features}, shard(len(dataset))
     progress = run.Progress(dataset.num_patches, "encoding", "patches")
-    batches = dataset.batches(shard(len(dataset)), max(1, batch_size // world_size()), workers,
-                              pin_memory=device.type == "cuda")
-    # The first, without images, gives a process that has none rows of the right width.
-    nothing = torch.zeros(0, 3, encoder.patch_size, encoder.patch_size, dtype=torch.uint8)
-    for patches in chain([nothing], (patches for patches, _ in run.log_waiting(batches, "encoding", log))):
+    batches = dataset.batches(share, max(1, batch_size // world_size()), workers, pin_memory=device.type == "cuda")
+    # A process without images has no rows, of the width of any.
+    black = [] if share else [(torch.zeros(1, 3, *encoder.native_size, dtype=torch.uint8), ())]
+    for patches, ids in chain(black, run.log_waiting(batches, "encoding", log)):
         with torch.inference_mode(), run.autocast(device, precision):
             extracted = encoder.extract(encoder.preprocess(patches.to(device, non_blocking=True)), isometric=True)
         for name in features:
-            rows[name].append(extracted[name])
-        progress.update(len(patches) * world_size())
+            rows[name].append(extracted[name][:len(ids)])
+        progress.update(len(ids) * world_size())
     found = {name: torch.cat(parts) for name, parts in rows.items()}
     if all_reduce(torch.tensor(sum(int((~part.isfinite()).sum()) for part in found.values()))):
         raise UserError(f"the encoder gave features that are not finite at --precision {precision}; "

@@ -75,6 +75,19 @@ PARTIMAGENET_NOTE = ("all images of PartImageNet are ImageNet training images: a
 LONG_NAMES = {"train": "training", "val": "validation"}
 
 
+def fit_windows(crop_size: int | None, stride: int | None, protocol: Protocol, patch: int) -> tuple[int, int]:
+    """Crop size and stride: those given, else the data set's, or where the patch does not divide its crop the nearest
+    multiples of the patch. Raises UserError for a given crop size that is none."""
+    def nearest(size):
+        return max(1, round(size / patch)) * patch
+    if crop_size and crop_size % patch:
+        raise UserError(f"--crop-size {crop_size} is not divisible by the patch size {patch}; "
+                        f"use --crop-size {nearest(crop_size)}")
+    fits = protocol.crop_size % patch == 0
+    return (crop_size or (protocol.crop_size if fits else nearest(protocol.crop_size)),
+            stride or (protocol.stride if fits else nearest(protocol.stride)))
+
+
 def open_segmentation(name: str, data_path: Path | None, split: str, num_images: int | None = None,
                       seed: int = 0) -> "FolderSplit | SyntheticSplit":
     """The split "train" or "val" of one of PROTOCOLS. num_images: that many, drawn by the seed, in the order of their
@@ -214,6 +227,14 @@ def shared_images(train_split: "FolderSplit | SyntheticSplit", test_split: "Fold
     """How many images of the test split are images of the training split too: the same file, or, by_content, a copy of
     one. Synthetic splits share none."""
     return shared_files(*([image for image, _ in split.pairs] for split in (train_split, test_split)), by_content)
+
+
+def hold_out(split: "FolderSplit | SyntheticSplit", seed: int) -> tuple:
+    """(the split without a tenth of its images, that tenth), drawn by the seed. Raises UserError for a single image."""
+    if len(split) < 2:
+        raise UserError("--select held-out needs two training images at least")
+    held = draw_numbers(len(split), max(1, len(split) // 10), seed)
+    return split.subset(sorted({*range(len(split))} - {*held})), split.subset(held)
 
 
 def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:

@@ -43,17 +43,17 @@ RECIPES = {
     "images": {"linear": Recipe((6.4,), 16384, 1 / 9, 0.0, 0.001, True, True),
                "attentive": Recipe((0.4,), 8192, 1 / 9, 1e-6, every_step=True)},
     "ours": {"linear": Recipe(half_decades(-4, 0), 1024, batch_norm=True, every_step=True, ours=True),
-             "attentive": Recipe(half_decades(-5, -1)[1:-1], 1024, every_step=True, ours=True, attention_factor=30.0)},
+             "attentive": Recipe(half_decades(-4, -1)[:-1], 1024, every_step=True, ours=True, attention_factor=30.0)},
 }
 PUBLISHED_EPOCHS = 90
 # Of our recipe: epochs, and bounds on the steps, of which a smaller training set makes more epochs.
-EPOCHS, LEAST_STEPS, MOST_STEPS = 20, 320, 12_500
+EPOCHS, LEAST_STEPS, MOST_STEPS = 30, 480, 12_500
 
 
 def batch_and_epochs(recipe: Recipe, num_train: int, batch_size: int | None = None) -> tuple[int, int]:
     """Batch size (unless it is given) and epochs of a recipe for that many training patches. Published: the whole set
     where the batch is larger. Ours: a sixteenth of the set, up to 1,024, but 8 where there are as many, which batch
-    normalisation needs; 20 epochs, more where these are fewer than 320 steps, fewer where they are more than 12,500."""
+    normalisation needs; 30 epochs, more where these are fewer than 480 steps, fewer where they are more than 12,500."""
     if not recipe.ours:
         return min(batch_size or recipe.batch_size, num_train), PUBLISHED_EPOCHS
     size = min(batch_size or min(recipe.batch_size, max(num_train // 16, 8)), num_train)

@@ -1,36 +1,29 @@
-"""The linear probe of segmentation: encoder and head, training, checkpoints, the choice among several heads.
+"""The linear probe of segmentation: encoder and head, a step of training, the choice among several heads.
 
 Protocol: paper, sections 4.1 and 4.2, appendix A.4, numbers as in its authors' configurations.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 
-from utils import UserError
 from utils.distributed import all_reduce
-from utils.ending import Checkpoint, ending, uninterrupted
-from utils.provenance import check_same
-from utils.run import Progress, autocast
-from utils.storage import load_checked
+from utils.formats import text_table
+from utils.results import check_same
+from utils.run import autocast
+from utils.storage import load
 
 from .encoder import Encoder
-from .features import encoder_identity
+from .features import DTYPES
 from .probes import BatchNorm
-from .segmentation_head import LinearHead, PatchSegmenter, upsampled_cross_entropy
+from .segmentation_head import LinearHead, PatchSegmenter, strip_loss_and_gradient, upsampled_cross_entropy
 
-# The study decays the bias too, but not in its configurations of these methods.
-NO_BIAS_DECAY = ("mae", "beit", "cae")
-CHECKPOINT, KEYS = "a checkpoint of segment.py", ("head", "heads", "optimizer", "batch_norm", "class_names")
 # Heads in one pass over the test images, whose logits at full resolution exist together.
 HEADS_TOGETHER = 8
-HEAD_INPUT = ("layers", "norm", "batch_norm")
-CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the training images"}
 
 
 class Segmenter(PatchSegmenter):
@@ -61,10 +54,107 @@ class Segmenter(PatchSegmenter):
         return self.head(self.features(images))
 
 
-def linear_learning_rate(iteration: int, lr: float, total: int, warmup: int, warmup_ratio: float = 1e-6) -> float:
+class LinearProbe:
+    """A head for every pair of a learning rate and a weight decay, trained on the same features from the same weights.
+
+    segmenter: whose head is the chosen one, until one is chosen the first. decay_bias: whether weight decay takes the
+    biases too. compiled: compile the loss.
+    """
+
+    def __init__(self, segmenter: Segmenter, rates: Sequence[float], decays: Sequence[float], decay_bias: bool,
+                 seed: int, compiled: bool = False):
+        self.segmenter, self.pairs = segmenter, list(itertools.product(rates, decays))
+        self.names = [f"lr {lr:g}, weight decay {decay:g}, seed {seed}" for lr, decay in self.pairs]
+        first, device, groups = segmenter.head, segmenter.encoder.mean.device, []
+        self.heads = nn.ModuleList(
+            LinearHead(first.in_channels, first.out_channels, torch.Generator().manual_seed(seed))
+            for _ in self.pairs).to(device)
+        for head, (lr, decay) in zip(self.heads, self.pairs, strict=True):
+            for parameter, amount in ((head.weight, decay), (head.bias, decay * decay_bias)):
+                groups.append({"params": [parameter], "lr": lr, "initial_lr": lr, "weight_decay": amount})
+        self.optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+        segmenter.head = self.heads[0]
+        self.loss_dtype = DTYPES[segmenter.precision] if device.type == "cuda" else torch.float32
+        self.strip = torch.compile(strip_loss_and_gradient, dynamic=True) if compiled else strip_loss_and_gradient
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, batch_size: int,
+             schedule: Callable[[float], float]) -> torch.Tensor:
+        """One update of all heads from this process's part of a global batch of batch_size crops. schedule: a head's
+        learning rate -> the one of this step. Returns this part's share of the losses, [heads]."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule(group["initial_lr"])
+        self.optimizer.zero_grad()
+        features, losses = self.segmenter.features(images), []
+        # Divided by the pixels of the global batch, so that the processes' losses and gradients add up.
+        pixels = batch_size * labels.shape[1] * labels.shape[2]
+        for head in self.heads:
+            loss = upsampled_cross_entropy(head(features), labels, total_pixels=pixels, dtype=self.loss_dtype,
+                                           strip=self.strip)
+            loss.backward()
+            losses.append(loss.detach())
+            for parameter in head.parameters():
+                all_reduce(parameter.grad)
+        self.optimizer.step()
+        return torch.stack(losses)
+
+    def measure(self, test: Callable[..., list[dict]]) -> list[dict]:
+        """The metrics of each head, HEADS_TOGETHER in one pass of the encoder. test: of a segmenter and num_heads."""
+        found, one = [], self.segmenter
+        for first in range(0, len(self.heads), HEADS_TOGETHER):
+            some = self.heads[first:first + HEADS_TOGETHER]
+            joint = LinearHead(some[0].in_channels, sum(head.out_channels for head in some))
+            joint.weight.data = torch.cat([head.weight.data for head in some])
+            joint.bias.data = torch.cat([head.bias.data for head in some])
+            together = Segmenter(one.encoder, joint, one.layers, one.precision, one.norm)
+            together.batch_norm = one.batch_norm
+            found += test(together, num_heads=len(some))
+        return found
+
+    def choose(self, metrics: Sequence[dict]) -> dict:
+        """Gives the segmenter the head of the best mIoU. Returns its rate and decay and the mIoU of each, for the
+        results line. metrics: of each head."""
+        grid = [{"lr": lr, "weight_decay": decay} for lr, decay in self.pairs]
+        for entry, found in zip(grid, metrics, strict=True):
+            entry["mIoU"] = found["mIoU"]
+        best = max(range(len(grid)), key=lambda number: grid[number]["mIoU"])
+        self.segmenter.head = self.heads[best]
+        return {"lr": grid[best]["lr"], "weight_decay": grid[best]["weight_decay"], "heads": grid}
+
+    def state(self) -> dict:
+        """What a checkpoint holds: "head" is the segmenter's."""
+        norm = self.segmenter.batch_norm
+        return {"head": self.segmenter.head.state_dict(), "heads": self.heads.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "batch_norm": norm and norm.state_dict()}
+
+    def load_state(self, state: Mapping) -> None:
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.segmenter.batch_norm is not None:
+            self.segmenter.batch_norm.load_state_dict(state["batch_norm"])
+
+
+def linear_learning_rate(iteration: int, total: int, warmup: int, lr: float, warmup_ratio: float = 1e-6) -> float:
     """Linear to 0 over total iterations, times a linear rise from warmup_ratio over the first warmup ones."""
     regular = lr * (1 - iteration / total)
     return regular * (1 - (1 - iteration / warmup) * (1 - warmup_ratio)) if iteration < warmup else regular
+
+
+def load_segmenter(path: Path, encoder: Encoder, names: Sequence[str], precision: str) -> tuple[Segmenter, dict]:
+    """(segmenter with the head of a checkpoint of segment.py, what a results line says of it). names: of the classes.
+    Raises UserError for the head of another encoder or of other classes."""
+    keys = ("head", "batch_norm", "class_names", "settings", "iteration")
+    checkpoint = load(path, "a checkpoint of segment.py", keys, "--evaluate ")
+    settings = checkpoint["settings"]
+    check_same(path, {"the encoder": settings["the encoder"], "the list of classes": checkpoint["class_names"]},
+               {"the encoder": encoder.signature, "the list of classes": list(names)}, "--evaluate",
+               f"use the encoder and the classes it was trained on, {settings['model']} and {settings['dataset']}")
+    head = LinearHead(len(settings["layers"]) * encoder.embed_dim, len(names))
+    segmenter = Segmenter(encoder, head, settings["layers"], precision, settings["norm"], settings["batch_norm"])
+    head.load_state_dict(checkpoint["head"])
+    if segmenter.batch_norm is not None:
+        segmenter.batch_norm.load_state_dict(checkpoint["batch_norm"])
+    about = {name: settings[name] for name in ("layers", "norm", "batch_norm")}
+    return segmenter.to(encoder.mean.device), about | {"iterations": checkpoint["iteration"]}
 
 
 def summary(metrics: dict) -> str:
@@ -72,158 +162,22 @@ def summary(metrics: dict) -> str:
             f"({metrics['num_images']} images)")
 
 
-def train(segmenter: Segmenter, heads: Sequence[LinearHead], names: Sequence[str],
-          optimizer: torch.optim.Optimizer, batches: Iterator, iterations: range, batch_size: int, warmup: int,
-          save: Callable[[int], None], save_every: int, test: Callable[[], list[dict]], test_every: int | None,
-          log: Callable[[str], None]) -> None:
-    """Trains all heads on the same features, from iterations.start to the end of the schedule, iterations.stop.
-
-    names: of the heads, for the log. The optimiser's groups hold their base rate as initial_lr. save(iterations done)
-    is called every save_every iterations, at the end and when a signal stops the run, test() of every head every
-    test_every before the end. Raises UserError when a loss is not finite.
-    """
-    progress, losses = Progress(len(iterations), "training", "iterations"), []
-    segmenter.train()
-    for iteration, (images, labels) in zip(iterations, batches, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = linear_learning_rate(iteration, group["initial_lr"], iterations.stop, warmup)
-        with uninterrupted():
-            optimizer.zero_grad()
-            features, pixels = segmenter.features(images), batch_size * labels.shape[1] * labels.shape[2]
-            for head in heads:
-                loss = upsampled_cross_entropy(head(features), labels, total_pixels=pixels)
-                loss.backward()
-                losses.append(loss.detach())
-            # The loss is divided by the pixels of the global batch, so that the processes' gradients add up.
-            for head in heads:
-                for parameter in head.parameters():
-                    all_reduce(parameter.grad)
-            optimizer.step()
-            done = iteration + 1
-            ending.save = partial(save, done)
-        if len(losses) == 50 * len(heads) or done == iterations.stop:
-            means = all_reduce(torch.stack(losses).view(-1, len(heads)).mean(0)).tolist()
-            shown = [f"{mean:.4f} ({name})" for mean, name in zip(means, names, strict=True)]
-            log(f"iteration {done}/{iterations.stop}: loss {', '.join(shown)}; learning rates at "
-                f"{optimizer.param_groups[0]['lr'] / optimizer.param_groups[0]['initial_lr']:.3g} of these")
-            if not np.isfinite(means).all():
-                raise UserError(f"the loss is {shown[int(np.isfinite(means).argmin())]} near iteration {done}; "
-                                "lower --lr, or use --precision fp32")
-            losses = []
-        progress.update()
-        if done % save_every == 0 or done == iterations.stop:
-            save(done)
-        if test_every and done % test_every == 0 and done < iterations.stop:
-            for name, metrics in zip(names, test(), strict=True):
-                log(f"after iteration {done}: {summary(metrics)}, {name}")
-            segmenter.train()
-    ending.save = None
+def class_table(metrics: dict, names: Sequence[str], count: int = 5) -> str:
+    """mIoU, mAcc and aAcc, and the classes of the largest and the smallest IoU, padded for a terminal."""
+    iou, acc = metrics["iou_per_class"], metrics["acc_per_class"]
+    known = [index for index in iou.argsort(descending=True).tolist() if not iou[index].isnan()]
+    rows = [["mean of the classes", f"{metrics['mIoU']:.2f}", f"{metrics['mAcc']:.2f}"],
+            ["all pixels", "", f"{metrics['aAcc']:.2f}"]]
+    for title, chosen in (("best", known[:count]), ("worst", known[count:][-count:])):
+        rows += [[f"{title}: {names[index]}", f"{iou[index]:.2f}", f"{acc[index]:.2f}"] for index in chosen]
+    return text_table(["percent", "IoU", "accuracy"], rows)
 
 
-def make_heads(width: int, num_classes: int, rates: Sequence[float], decays: Sequence[float], decay_bias: bool,
-               seed: int, device: torch.device) -> tuple[nn.ModuleList, torch.optim.Optimizer]:
-    """A new head for every pair of a learning rate and a weight decay, all with the same weights, and one optimiser for
-    them (appendix A.4)."""
-    heads, groups = nn.ModuleList(), []
-    for lr in rates:
-        for decay in decays:
-            head = LinearHead(width, num_classes, torch.Generator().manual_seed(seed)).to(device)
-            heads.append(head)
-            for parameter, amount in ((head.weight, decay), (head.bias, decay * decay_bias)):
-                groups.append({"params": [parameter], "lr": lr, "initial_lr": lr, "weight_decay": amount})
-    return heads, torch.optim.AdamW(groups, fused=device.type == "cuda")
-
-
-def metrics_of_heads(segmenter: Segmenter, heads: nn.ModuleList, test: Callable[..., list[dict]]) -> list[dict]:
-    """The metrics of each head, HEADS_TOGETHER in one pass of the encoder. test: of a segmenter and num_heads."""
-    found = []
-    for first in range(0, len(heads), HEADS_TOGETHER):
-        some = heads[first:first + HEADS_TOGETHER]
-        joint = LinearHead(some[0].in_channels, sum(head.out_channels for head in some))
-        joint.weight.data = torch.cat([head.weight.data for head in some])
-        joint.bias.data = torch.cat([head.bias.data for head in some])
-        together = Segmenter(segmenter.encoder, joint, segmenter.layers, segmenter.precision, segmenter.norm)
-        together.batch_norm = segmenter.batch_norm
-        found += test(together, num_heads=len(some))
-    return found
-
-
-def choose_head(segmenter: Segmenter, heads: Sequence[LinearHead], pairs: Sequence[tuple[float, float]],
-                names: Sequence[str], test: Callable[[], list[dict]], select: str, log: Callable[[str], None]) -> dict:
-    """Gives the segmenter the head of the best mIoU. pairs, names: (learning rate, weight decay) of each head, and in
-    words. Returns those of the chosen one and, where there are several, the mIoU of each, for the results line."""
-    grid = [{"lr": lr, "weight_decay": decay} for lr, decay in pairs]
-    if len(heads) == 1:
-        return grid[0]
-    for name, entry, metrics in zip(names, grid, test(), strict=True):
-        log(f"{name}: {summary(metrics)}")
-        entry["mIoU"] = float(np.nan_to_num(metrics["mIoU"]))
-    best = int(np.argmax([entry["mIoU"] for entry in grid]))
-    segmenter.head = heads[best]
-    log(f"{names[best]}: chosen on {CHOSEN_BY[select]}")
-    return {"lr": grid[best]["lr"], "weight_decay": grid[best]["weight_decay"], "heads": grid}
-
-
-def restore(checkpoint: dict, segmenter: Segmenter) -> None:
-    segmenter.head.load_state_dict(checkpoint["head"])
-    if segmenter.batch_norm is not None:
-        segmenter.batch_norm.load_state_dict(checkpoint["batch_norm"])
-
-
-def load_segmenter(path: Path, encoder: Encoder, names: Sequence[str], precision: str) -> tuple[Segmenter, dict]:
-    """The head of a checkpoint, for --evaluate: what linear_probe returns. names: of the classes. Raises UserError for
-    the head of another encoder or of other classes."""
-    checkpoint = load_checked(path, CHECKPOINT, (*KEYS, "settings", "iteration"), "--evaluate ")
-    settings, identity = checkpoint["settings"], encoder_identity(encoder)
-    saved = {name: settings.get(name) for name in identity}
-    check_same(path, saved | {"the list of classes": checkpoint["class_names"]},
-               identity | {"the list of classes": list(names)}, "--evaluate",
-               f"use the encoder and the classes it was trained on, {settings['model']} and {settings['dataset']}")
-    head = LinearHead(len(settings["layers"]) * encoder.embed_dim, len(names))
-    segmenter = Segmenter(encoder, head, settings["layers"], precision, settings["norm"], settings["batch_norm"])
-    restore(checkpoint, segmenter)
-    about = {"probe": "linear", "iterations": checkpoint["iteration"]} | {name: settings[name] for name in HEAD_INPUT}
-    return segmenter.to(encoder.mean.device), about
-
-
-def linear_probe(encoder: Encoder, batches: Callable[[range], Iterator], names: Sequence[str], settings: dict,
-                 test: Callable[..., list[dict]], choose: Callable[..., list[dict]], path: Path, resume: bool,
-                 save_every: int, test_every: int | None, log: Callable[[str], None]) -> tuple[Segmenter, dict]:
-    """Trains a head for every pair of a learning rate and a weight decay, and chooses one.
-
-    batches: training batches of a range of iterations. settings: the arguments by name, and the identities of encoder
-    and training set, all of which must be those of a checkpoint that is resumed. test, choose: segmenter and num_heads
-    -> metrics of each head, on the test images and on those that choose. path: of the checkpoint. Returns a segmenter
-    with the chosen head, and what a results line says of it. Raises UserError.
-    """
-    device, rates, decays = encoder.mean.device, settings["lr"], settings["weight_decay"]
-    heads, optimizer = make_heads(len(settings["layers"]) * encoder.embed_dim, len(names), rates, decays,
-                                  settings["model"] not in NO_BIAS_DECAY, settings["seed"], device)
-    segmenter = Segmenter(encoder, heads[0], settings["layers"], settings["precision"], settings["norm"],
-                          settings["batch_norm"]).to(device)
-    total, pairs = settings["iterations"], list(itertools.product(rates, decays))
-    labels = [f"lr {lr:g}, weight decay {decay:g}, seed {settings['seed']}" for lr, decay in pairs]
-    checkpoint = Checkpoint(path, CHECKPOINT, "iteration", settings)
-    saved = checkpoint.load(resume, KEYS, log)
-    if saved:
-        restore(saved, segmenter)
-        heads.load_state_dict(saved["heads"])
-        optimizer.load_state_dict(saved["optimizer"])
-    done = saved.get("iteration", 0)
-
-    def save(done):
-        """"head" is the segmenter's."""
-        checkpoint.save(done, {
-            "head": segmenter.head.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
-            "batch_norm": segmenter.batch_norm and segmenter.batch_norm.state_dict(), "class_names": list(names)})
-
-    of_heads = partial(metrics_of_heads, segmenter, heads)
-    if done < total:
-        train(segmenter, heads, labels, optimizer, batches(range(done, total)), range(done, total),
-              settings["batch_size"], settings["warmup_iterations"], save, save_every, partial(of_heads, test),
-              test_every, log)
-    line = choose_head(segmenter, heads, pairs, labels, partial(of_heads, choose), settings["select"], log)
-    if len(heads) > 1:
-        save(total)
-    checkpoint.close()
-    return segmenter, line | {"probe": "linear", "iterations": total} | {name: settings[name] for name in HEAD_INPUT}
+def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
+    """The metrics of a results line; JSON has no NaN, so that what is undefined becomes None."""
+    def plain(value):
+        return None if math.isnan(value) else value
+    means, chance = ({key: plain(found[key]) for key in ("mIoU", "mAcc", "aAcc")}
+                     for found in (metrics, metrics["chance"]))
+    return {**means, "chance": chance, "num_images": metrics["num_images"],
+            "iou_per_class": dict(zip(names, map(plain, metrics["iou_per_class"].tolist()), strict=True))}
