@@ -24,6 +24,7 @@ PART_NAMES = ("head", "eye", "ear", "mouth", "neck", "torso", "arm", "hand", "wi
 OBJECT_NAMES = ("biped", "quadruped", "bird")
 KEYPOINT_NAMES = ("eye", "hand", "foot", "tail", "mouth", "ear", "knee")  # the tip of a wing is a "hand"
 DEFAULT_KEYPOINTS = KEYPOINT_NAMES[:4]
+LEG = ("leg", 0.055, 0.038, "knee"), ("leg", 0.038, 0.026), ("foot", 0.035, 0.028, "foot")  # of bipeds and quadrupeds
 NUM_IMAGES = {"train": 400, "test": 200, "val": 200}
 
 
@@ -70,7 +71,7 @@ def draw_figure(seed: int, size: tuple[int, int] | None = None, num_figures: int
     species = [dice.randint(1, len(OBJECT_NAMES)) for _ in range(num_figures)]
     bodies = [(biped, quadruped, bird)[label - 1](dice) for label in species]
     things = [place(dice, body, size, number, num_figures) for number, body in enumerate(bodies)]
-    things += [clutter(dice, size) for _ in range(dice.randint(5, 15))]
+    things += [clutter(dice, size) for _ in range(dice.randint(4, 10))]
     shapes = [shape._replace(owner=owner) for owner, thing in enumerate(things) for shape in thing]
     # All but the last pieces of clutter lie behind the figures.
     behind = range(num_figures, len(things) - dice.choice((0, 0, 1, 2)))
@@ -123,7 +124,8 @@ def limb(joints, width, *bones):
 def fan(part, base, tip, spread, count, radius, keypoint=""):
     """Feathers, toes or fingers: count bones from -spread to spread degrees around the way from base to tip."""
     ways = (tip - base) * np.exp(1j * np.radians(np.linspace(-spread, spread, count)))
-    return [bone(part, base, base + way, 0.7 * radius, radius, keypoint) for way in ways]
+    rays = [bone(part, base, base + way, 0.7 * radius, radius, keypoint) for way in ways]
+    return [ray._replace(tip=base + 0.65 * (ray.tip - base)) for ray in rays]
 
 
 def dark(shapes):
@@ -135,7 +137,7 @@ def head(neck, face, size, snout, root, tip):
     centre, lip, end = walk(neck, face, (0.3 * size, 0.7 * size, 0.3 * size + snout), (-90, 120, -25))[1:]
     brow, eye = walk(centre, face, (0.4 * size, 0.25 * size), (0, -90))[1:]
     return [bone("mouth", lip, end, root, tip, "mouth"), bone("head", centre, brow, size, 0.8 * size),
-            *limb([brow, eye], size, ("eye", 0.2, 0.3)), *dark(limb([brow, eye], size, ("eye", 0.06, 0.14, "eye")))]
+            *limb([brow, eye], size, ("eye", 0.3, 0.4)), *dark(limb([brow, eye], size, ("eye", 0.1, 0.2, "eye")))]
 
 
 def biped(dice):
@@ -146,11 +148,11 @@ def biped(dice):
     ear = walk(spine[3], up + tilt, (0.5 * size, 0.5 * size), (-30, u(-30, 30)))
     arms, legs = [], []
     for side in (0.03, -0.03):
-        arm = walk(spine[2] + side, up - 180, (0.17, 0.15, 0.03, 0.07), (u(-150, 60), u(-125, 0), u(-20, 20), 0))
-        leg = walk(spine[0] + side, 90, (0.23, 0.22, 0.1), (u(-65, 35), u(0, 85), -u(75, 105)))
-        arms.append(fan("hand", *arm[3:], u(25, 50), dice.randint(3, 4), 0.014) + limb(
+        arm = walk(spine[2] + side, up - 180, (0.17, 0.15, 0.04, 0.1), (u(-150, 60), u(-125, 0), u(-20, 20), 0))
+        leg = walk(spine[0] + side, 90, (0.23, 0.22, 0.12), (u(-65, 35), u(0, 85), -u(75, 105)))
+        arms.append(fan("hand", *arm[3:], u(25, 50), dice.randint(3, 4), 0.02) + limb(
             arm, build, ("arm", 0.04, 0.032), ("arm", 0.032, 0.024), ("hand", 0.024, 0.03, "hand")))
-        legs.append(limb(leg, build, ("leg", 0.055, 0.04, "knee"), ("leg", 0.04, 0.026), ("foot", 0.026, 0.02, "foot")))
+        legs.append(limb(leg, build, *LEG))
     return [*dark(arms[0] + legs[0]),
             *limb(spine, build, ("torso", 0.07, 0.065), ("torso", 0.065, 0.085), ("neck", 0.04, 0.035)), *legs[1],
             *head(spine[3], up + tilt + 90, size, u(0.01, 0.03), 0.025, 0.018),
@@ -165,9 +167,8 @@ def quadruped(dice):
     tail = walk(spine[0] - 0.05j, u(130, 230), [u(0.07, 0.13)] * 4, [u(-35, 35)] * 4)
     ear, legs = walk(spine[3], -u(60, 200), [size + u(0.06, 0.15)], [0]), []
     for hip, way in ((spine[0] + 0.06, 1), (spine[2], -1), (spine[0], 1), (spine[2] - 0.06, -1)):
-        leg = walk(hip, 90, (tall, tall, 0.07), (way * u(-40, 25), way * u(5, 60), -u(50, 80)))
-        bones = ("leg", 0.055, 0.036, "knee"), ("leg", 0.036, 0.026), ("foot", 0.026, 0.02, "foot")
-        legs.append(limb(leg, build, *bones))
+        leg = walk(hip, 90, (tall, tall, 0.09), (way * u(-40, 25), way * u(5, 60), -u(50, 80)))
+        legs.append(limb(leg, build, *LEG))
     return [*dark([*legs[0], *legs[1], bone("ear", ear[0], ear[1] + 0.05, 0.04, 0.012)]),
             *limb(tail, build, *[("tail", 0.03, 0.03)] * 3, ("tail", 0.03, u(0.012, 0.05), "tail")),
             *limb(spine, belly, ("torso", 1, 0.9), ("torso", 0.9, 1.05), ("neck", 0.8, 0.5)), *legs[2], *legs[3],
@@ -184,10 +185,10 @@ def bird(dice):
     wings, legs = [], []
     for side in (0.04, 0):
         wing = walk(spine[1] + side - 0.05j, rise, (0.14 * reach, 0.14 * reach, 0.28 * reach), (0, fold, -u(10, 20)))
-        leg = walk(spine[1] + side, 90, (u(0.15, 0.2), u(0.1, 0.2), 0.085), (u(-15, 45), -u(10, 80), -u(0, 30)))
+        leg = walk(spine[1] + side, 90, (u(0.15, 0.2), u(0.1, 0.2), 0.11), (u(-15, 45), -u(10, 80), -u(0, 30)))
         wings.append(fan("wing", *wing[2:], 28, dice.randint(4, 6), 0.03, "hand")
                      + limb(wing, 1, ("wing", 0.05, 0.04), ("wing", 0.04, 0.03)))
-        legs.append(fan("foot", *leg[2:], 32, 3, 0.016, "foot")
+        legs.append(fan("foot", *leg[2:], 32, 3, 0.02, "foot")
                     + limb(leg, build, ("leg", 0.05, 0.025, "knee"), ("leg", 0.025, 0.02)))
     return [*dark(wings[0] + legs[0]), *fan("tail", *tail[1:], u(8, 35), dice.randint(3, 5), 0.034, "tail"),
             *legs[1], *limb(spine, breadth, ("torso", 0.6, 1), ("torso", 1, 0.7), ("neck", 0.6, 0.4)),
@@ -223,7 +224,7 @@ def paint(picture: Picture) -> Image.Image:
     dice = np.random.RandomState(random.Random(2 * picture.seed + 1).getrandbits(32))
     num_figures, num_things = len(picture.species), max(shape.owner for shape in picture.shapes) + 1
     owner = np.array([0, *(shape.owner for shape in picture.shapes)])[picture.shape_map]
-    shade = np.array([1, *(0.65 if shape.dark else 1 for shape in picture.shapes)], np.float32)[picture.shape_map]
+    shade = np.array([1, *(0.5 if shape.dark else 1 for shape in picture.shapes)], np.float32)[picture.shape_map]
     # A palette for each figure and two more; clutter has any of them.
     palettes = np.array([*range(num_figures), *dice.randint(num_figures + 2, size=num_things - num_figures)])
     palettes = dice.randint(15, 241, (num_figures + 2, 3, 3))[palettes]
@@ -236,7 +237,7 @@ def paint(picture: Picture) -> Image.Image:
     rows, columns = np.indices(owner.shape, np.float32)
     position = (columns + 1j * rows) * waves.astype(np.complex64)[owner]
     along, across = position.real % 1 - 0.5, position.imag % 1 - 0.5
-    textures = (False, along > 0, along * across > 0, along ** 2 + across ** 2 < 0.1)
+    textures = (False, False, along > 0, along ** 2 + across ** 2 < 0.1)
     second = np.choose(dice.randint(4, size=num_things)[owner], textures).astype(np.uint8)
     figures = colours[owner, picture.part_mask, second] * shade[..., None]
 
@@ -245,9 +246,9 @@ def paint(picture: Picture) -> Image.Image:
     cells = Image.fromarray(dice.randint(low, low + dice.randint(60, 140), (*grid, 3), np.uint8))
     image = cells.resize(owner.shape[::-1], (Image.BILINEAR, Image.NEAREST)[dice.randint(2)])
     image.paste(Image.fromarray(figures.clip(0, 255).astype(np.uint8)), mask=Image.fromarray(picture.shape_map > 0))
-    cells = Image.fromarray(dice.randint(85, 166, (3, 3), np.uint8))
+    cells = Image.fromarray(dice.randint(100, 156, (3, 3), np.uint8))
     light = np.asarray(cells.resize(image.size, Image.BILINEAR), np.float32)[..., None] / 128
-    grain = dice.randint(-20, 21, light.shape, np.int8) * np.float32(dice.rand())
+    grain = dice.randint(-10, 11, light.shape, np.int8) * np.float32(dice.rand())
     image = np.asarray(image.filter(ImageFilter.GaussianBlur(0.6))) * light + grain
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
@@ -263,9 +264,8 @@ def load_synthetic_patches(split: str, num_images: int | None = None, seed: int 
                            transform: Transform | None = None) -> PatchDataset:
     """The part patches of a split's pictures (select_keypoints has the rule; all figures of a picture count together).
 
-    num_images: pictures drawn (default NUM_IMAGES); those without a patch are left out. keypoints: numbers from 1 or
-    names of KEYPOINT_NAMES, or ["all"]; class k is the k-th. The `path` of an image is its seed. Raises UserError for
-    an unknown keypoint, and where no patch is left.
+    num_images: pictures drawn (default NUM_IMAGES). keypoints: numbers from 1 or names of KEYPOINT_NAMES, or ["all"];
+    class k is the k-th. The `path` of an image is its seed. Raises UserError for an unknown keypoint, or no patch.
     """
     names = dict(enumerate(KEYPOINT_NAMES, 1))
     chosen = choose_keypoints(keypoints or DEFAULT_KEYPOINTS, names, "keypoint", "the synthetic figures")
