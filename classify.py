@@ -23,7 +23,7 @@ from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
 from models.features import Batch, Features, encode_batch_size, encode_features, encode_tokens
-from models.probe_training import RECIPES, Part, Probe, accuracy, batch_and_epochs, confusion_of_heads
+from models.probe_training import RECIPES, Part, Probe, accuracy, batch_and_epochs, confusion_of_heads, shuffled
 from models.probes import HEADS, NEIGHBOURS, build_heads, head_of, knn_predict
 from utils import results, run
 from utils.distributed import all_reduce, gather_rows, is_main, rank, world_size
@@ -96,17 +96,6 @@ def per_class(matrix: torch.Tensor) -> dict:
     """The percentages by class and, up to 200 classes, the confusion matrix (row = label), for a results line."""
     by_class = 100 * matrix.diagonal().double() / matrix.sum(1).clamp(min=1)
     return {"per_class_accuracy": by_class.tolist()} | ({"confusion": matrix.tolist()} if len(matrix) <= 200 else {})
-
-
-def shuffled(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
-    """The ids in the order of an epoch, the same whatever the number of processes."""
-    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))]
-
-
-def train_on_features(probe: Probe, features: Features, order: torch.Tensor, epoch: int) -> None:
-    steps = probe.steps(order)
-    for index, batch in enumerate(features.batches(steps, probe.heads.all_tokens)):
-        probe.step(batch, epoch + index / len(steps))
 
 
 def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews, order: torch.Tensor, epoch: int,
@@ -218,7 +207,7 @@ def train_probes(args: argparse.Namespace, probes: Sequence[Probe], encoder: Enc
         for probe in probes:
             probe.hits.zero_()
             if not views:
-                train_on_features(probe, training.features, order, epoch)
+                probe.train(training.features, order, epoch)
         if views:
             train_on_views(probes, encoder, views, order, epoch, args.precision, args.workers,
                            log if epoch == first else lambda line: None)
