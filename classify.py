@@ -22,7 +22,7 @@ from datasets import classification as data
 from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
-from models.features import Batch, Features, encode_batch_size, encode_features, encode_tokens
+from models.features import Batch, encode_batch_size, encode_features, encode_tokens
 from models.probe_training import RECIPES, Part, Probe, accuracy, batch_and_epochs, confusion_of_heads, shuffled
 from models.probes import HEADS, NEIGHBOURS, build_heads, head_of, knn_predict
 from utils import results, run
