@@ -251,8 +251,8 @@ def run_knn(args: argparse.Namespace, encoder: Encoder, sets: tuple[PatchDataset
     best = max(NEIGHBOURS, key=scores.get)
     log("knn: " + ", ".join(f"{value:.2f}% (k = {k})" for k, value in by_k.items())
         + f"; best {by_k[best]:.2f}%, k chosen on {CHOSEN_BY[args.select]}")
-    return {"probe": "knn", "recipe": "ours" if args.ours else "published", "feature": "cls", "acc1": by_k[20], "best_acc1": by_k[best], "best_epoch": 0,
-            "best_k": best, "acc1_by_k": by_k}
+    return {"probe": "knn", "recipe": "ours" if args.ours else "published", "feature": "cls", "acc1": by_k[20],
+            "best_acc1": by_k[best], "best_epoch": 0, "best_k": best, "acc1_by_k": by_k}
 
 
 def report(args: argparse.Namespace, probe: Probe, line: dict, testing: Part, encoder: Encoder, prefix: Path,
