@@ -34,7 +34,7 @@ from models.transfer import ALPHAS, draw_pairs, transfer_run
 from models.transfer import transfer_keypoints as transfer_keypoints
 from utils import UserError, results, run
 from utils.distributed import all_reduce, gather_rows, is_main, shard, world_size
-from utils.drawing import draw_curves, require_matplotlib
+from utils.drawing import draw_curves
 from utils.storage import atomic_write, free_memory, load, save
 from utils.tables import paper_tables
 
@@ -225,13 +225,8 @@ def encode_source(args: argparse.Namespace, device: torch.device, log: run.Log) 
             "line": line | {"num_outside": dataset.num_outside, "features_made_by": results.this_run()}}
 
 
-def save_features(path: Path, source: dict) -> None:
-    """Writes a source whose rows all processes share: tensors and plain values only."""
-    save(path, source | {"features": {name: gather_rows(rows).cpu() for name, rows in source["features"].items()}})
-
-
 def load_features(paths: Sequence[Path], log: Callable[[str], None]) -> list[dict]:
-    """Reads what save_features wrote; of the rows, this process's share of the images. Raises UserError, also for files
+    """Reads files of --save-features; of the rows, this process's share of the images. Raises UserError, also for files
     of different data."""
     sources = [load(path, "a whole feature file", FEATURE_FILE, "--load-features ") for path in paths]
     for path, source in zip(paths, sources, strict=True):
@@ -292,7 +287,9 @@ def retrieve(args: argparse.Namespace, device: torch.device, log: run.Log, write
     """Part retrieval, or picture sheets of a folder of images. Features of several models may come from files."""
     sources = load_features(args.load_features, log) if args.load_features else [encode_source(args, device, log)]
     if args.save_features:
-        save_features(args.save_features, sources[0])
+        features = {name: gather_rows(rows).cpu() for name, rows in sources[0]["features"].items()}
+        args.save_features.parent.mkdir(parents=True, exist_ok=True)
+        save(args.save_features, sources[0] | {"features": features})
     lines = [source_line(source["line"], args) for source in sources]
     if not sources[0]["paths"]:
         write(*(line | retrieval_metrics(source, args.exclude_query, device, log)
@@ -366,18 +363,7 @@ def parse_arguments() -> argparse.Namespace:
                        help="the prediction: centre of the most similar cell, or a mean around it (default: cell)")
     group.add_argument("--pictures", type=run.non_negative_int, default=0, metavar="N", help="draw N pairs on a sheet")
     group.add_argument("--plot-format", choices=("png", "pdf"), default="png", help="of that sheet and of the plot")
-    group = parser.add_argument_group("picture sheets (--dataset imagenet: any folder of images)")
-    group.add_argument("--pca", choices=("first", "none"), nargs="?", const="first",
-                       help="principal components of patch tokens as colours; the foreground by the first component, "
-                            "or none. A row per model, of all runs with the same images in --output-dir")
-    group.add_argument("--queries", type=run.positive_int, default=10, metavar="N",
-                       help="query patches, drawn by the seed (default: %(default)s)")
-    group.add_argument("--query", nargs="+", default=[], metavar="PATH:POSITION", help="these instead")
-    group.add_argument("--top", type=run.positive_int, default=24,
-                       help="patches shown (paper 24, code 84; default: %(default)s)")
-    group.add_argument("--other-images", action="store_true",
-                       help="leave out the query's own image (default: patches that overlap the query are marked)")
-    group.add_argument("--columns", type=run.positive_int, default=6, help="of patches in a block (default: 6)")
+    add_sheet_arguments(parser)
     args = parser.parse_args()
     # Options by the modes that read them.
     pairs = ("split", "num_pairs", "layers", "norm", "match", "pictures", "plot_format")
@@ -394,13 +380,24 @@ def parse_arguments() -> argparse.Namespace:
         parser.check_used(args, "picture sheets (--dataset imagenet)", *ranking, *pairs)
     else:
         parser.check_used(args, f"--dataset {args.dataset}", *sheets, *pairs)
-    if args.save_features and not args.save_features.parent.is_dir():
-        raise UserError(f"--save-features {args.save_features}: the folder does not exist; make it first")
-    if args.dataset in PAIR_DATASETS and args.layers == ["all"]:
-        require_matplotlib()
     if args.pca and args.dataset != "imagenet":
         raise UserError(f"--pca draws a folder of images: use --dataset imagenet --data-path DIR, not {args.dataset}")
     return args
+
+
+def add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("picture sheets (--dataset imagenet: any folder of images)")
+    group.add_argument("--pca", choices=("first", "none"), nargs="?", const="first",
+                       help="principal components of patch tokens as colours; the foreground by the first component, "
+                            "or none. A row per model, of all runs with the same images in --output-dir")
+    group.add_argument("--queries", type=run.positive_int, default=10, metavar="N",
+                       help="query patches, drawn by the seed (default: %(default)s)")
+    group.add_argument("--query", nargs="+", default=[], metavar="PATH:POSITION", help="these instead")
+    group.add_argument("--top", type=run.positive_int, default=24,
+                       help="patches shown (paper 24, code 84; default: %(default)s)")
+    group.add_argument("--other-images", action="store_true",
+                       help="leave out the query's own image (default: patches that overlap the query are marked)")
+    group.add_argument("--columns", type=run.positive_int, default=6, help="of patches in a block (default: 6)")
 
 
 def main() -> None:
