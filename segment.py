@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -58,28 +57,7 @@ def parse_arguments() -> argparse.Namespace:
                        help="knn: (default: %(default)s)")
     group.add_argument("--passes", type=run.positive_int, default=2,
                        help="knn: over the training images, in other crops (default: %(default)s)")
-    group = parser.add_argument_group("training of the linear head")
-    group.add_argument("--layers", nargs="+", metavar="BLOCK",
-                       help="blocks whose tokens are concatenated, counted from 0, or last, or last4 (default: the "
-                            "paper's, 3 5 7 11 of 12, and the same shares of another depth)")
-    group.add_argument("--norm", action="store_true", help="apply the encoder's final norm to these tokens")
-    group.add_argument("--batch-norm", action="store_true", help="batch normalisation of the tokens before the head")
-    group.add_argument("--iterations", type=run.positive_int,
-                       help="(default: 160,000; of --dataset folder from the number of images, 2,000 at least)")
-    group.add_argument("--lr", type=run.positive_float, nargs="+", default=[4e-4],
-                       help="one or several: a head for each pair with --weight-decay (default: 4e-4)")
-    group.add_argument("--weight-decay", type=run.non_negative_float, nargs="+", default=[0.05],
-                       help="(default: 0.05)")
-    group.add_argument("--select", choices=("test", "held-out"), default="test",
-                       help="what chooses among several heads: the test images (default), or a tenth of the training "
-                            "images, which are then not trained on")
-    group.add_argument("--warmup-iterations", type=run.non_negative_int,
-                       help="(default: 1500, but at most a tenth of the iterations)")
-    group.add_argument("--cache", choices=("auto", "gpu", "cpu", "disk"), default="auto",
-                       help="where decoded images live; auto: the first with room")
-    group.add_argument("--checkpoint-every", type=run.positive_int, default=1000, metavar="N", help="(default: 1000)")
-    group.add_argument("--resume", action="store_true",
-                       help="continue from the checkpoint in --output-dir, if there is one; repeat no finished run")
+    add_training_arguments(parser)
     group = parser.add_argument_group("sizes (default: the data set's in the paper)")
     group.add_argument("--base-scale", type=run.positive_int, nargs=2, metavar=("LONG", "SHORT"), help="training")
     group.add_argument("--crop-size", type=run.positive_int, help="training crops and test windows")
@@ -110,6 +88,31 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--stride {stride} is above --crop-size {crop_size}: pixels between the windows would have no "
                         f"logits; use --stride {max(1, crop_size * 2 // 3)}")
     return args
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training of the linear head")
+    group.add_argument("--layers", nargs="+", metavar="BLOCK",
+                       help="blocks whose tokens are concatenated, counted from 0, or last, or last4 (default: the "
+                            "paper's, 3 5 7 11 of 12, and the same shares of another depth)")
+    group.add_argument("--norm", action="store_true", help="apply the encoder's final norm to these tokens")
+    group.add_argument("--batch-norm", action="store_true", help="batch normalisation of the tokens before the head")
+    group.add_argument("--iterations", type=run.positive_int,
+                       help="(default: 160,000; of --dataset folder from the number of images, 2,000 at least)")
+    group.add_argument("--lr", type=run.positive_float, nargs="+", default=[4e-4],
+                       help="one or several: a head for each pair with --weight-decay (default: 4e-4)")
+    group.add_argument("--weight-decay", type=run.non_negative_float, nargs="+", default=[0.05],
+                       help="(default: 0.05)")
+    group.add_argument("--select", choices=("test", "held-out"), default="test",
+                       help="what chooses among several heads: the test images (default), or a tenth of the training "
+                            "images, which are then not trained on")
+    group.add_argument("--warmup-iterations", type=run.non_negative_int,
+                       help="(default: 1500, but at most a tenth of the iterations)")
+    group.add_argument("--cache", choices=("auto", "gpu", "cpu", "disk"), default="auto",
+                       help="where decoded images live; auto: the first with room")
+    group.add_argument("--checkpoint-every", type=run.positive_int, default=1000, metavar="N", help="(default: 1000)")
+    group.add_argument("--resume", action="store_true",
+                       help="continue from the checkpoint in --output-dir, if there is one; repeat no finished run")
 
 
 def window_boxes(height: int, width: int, crop_size: int, stride: int) -> list[tuple[int, int, int, int]]:
@@ -162,15 +165,13 @@ def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int], limit: int = 2
 
     Some classes at a time, so that no more than limit bytes of upsampled logits exist."""
     step = max(1, limit // (4 * size[0] * size[1]))
-    best, classes = None, None
+    best = logits.new_full(size, float("-inf"))
+    classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
     for first in range(0, len(logits), step):
         part = F.interpolate(logits[None, first:first + step], size=size, mode="bilinear", align_corners=False)[0]
         value, index = part.max(0)
-        if best is None:
-            best, classes = value, index
-        else:
-            classes = torch.where(value > best, index + first, classes)
-            best = torch.maximum(value, best)
+        classes = torch.where(value > best, index + first, classes)
+        best = torch.maximum(value, best)
     return classes
 
 
@@ -317,12 +318,8 @@ def train_linear(args: argparse.Namespace, encoder: Encoder, batches: Callable, 
         losses.append(probe.step(images, labels, args.batch_size, schedule))
         done = iteration + 1
         if len(losses) == 50 or done == total:
-            means = all_reduce(torch.stack(losses).mean(0)).tolist()
-            shown = [f"{mean:.4f} ({name})" for mean, name in zip(means, probe.names, strict=True)]
-            log(f"iteration {done}/{total}: loss {', '.join(shown)}; learning rates at {schedule(1.0):.3g} of these")
-            if not np.isfinite(means).all():
-                raise UserError(f"the loss is {shown[int(np.isfinite(means).argmin())]} near iteration {done}; "
-                                "lower --lr, or use --precision fp32")
+            shown = ", ".join(linear.mean_losses(losses, probe.names, done))
+            log(f"iteration {done}/{total}: loss {shown}; learning rates at {schedule(1.0):.3g} of these")
             losses = []
         progress.update()
         if done % args.checkpoint_every == 0 or done == total:
@@ -330,14 +327,21 @@ def train_linear(args: argparse.Namespace, encoder: Encoder, batches: Callable, 
         if args.eval_every and done % args.eval_every == 0 and done < total:
             for name, metrics in zip(probe.names, probe.measure(tests[0]), strict=True):
                 log(f"after iteration {done}: {linear.summary(metrics)}, {name}")
+    found = choose_head(args, probe, tests[1], log)
+    write(total)
+    return segmenter, found
+
+
+def choose_head(args: argparse.Namespace, probe: linear.LinearProbe, test: Callable, log: run.Log) -> dict:
+    """Gives the segmenter the best of several heads. Returns what a results line says of the choice. test: segmenter
+    and num_heads -> metrics of each head."""
     if len(probe.pairs) == 1:
-        return segmenter, {"lr": args.lr[0], "weight_decay": args.weight_decay[0]}
-    found = probe.choose(probe.measure(tests[1]))
+        return {"lr": args.lr[0], "weight_decay": args.weight_decay[0]}
+    found = probe.choose(probe.measure(test))
     for name, entry in zip(probe.names, found["heads"], strict=True):
         log(f"{name}: mIoU {entry['mIoU']:.2f}")
     log(f"chosen on {CHOSEN_BY[args.select]}: lr {found['lr']:g}, weight decay {found['weight_decay']:g}")
-    write(total)
-    return segmenter, found
+    return found
 
 
 def fill_knn(args: argparse.Namespace, encoder: Encoder, batches: Callable, num_images: int, num_classes: int,
@@ -378,9 +382,8 @@ def main() -> None:
                                        test_split.identity("test set"))
     settings["the encoder"] = encoder.signature
 
-    @cache
-    def store():
-        return PixelStore(train_split, args.base_scale, device, args.output_dir, args.cache, args.workers, log)
+    store = cache(partial(PixelStore, train_split, args.base_scale, device, args.output_dir, args.cache, args.workers,
+                          log))
 
     def batches(iterations):
         return prefetched(training_batches(store(), iterations, args.batch_size, args.base_scale, args.crop_size,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from utils import UserError
 from utils.distributed import all_reduce
 from utils.formats import text_table
 from utils.results import check_same
@@ -131,6 +132,17 @@ class LinearProbe:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.segmenter.batch_norm is not None:
             self.segmenter.batch_norm.load_state_dict(state["batch_norm"])
+
+
+def mean_losses(losses: Sequence[torch.Tensor], names: Sequence[str], iteration: int) -> list[str]:
+    """The mean loss of each head over some steps, with its name. losses: of LinearProbe.step, one a step; added up over
+    the processes. iteration: the last. Raises UserError where a mean is not finite."""
+    means = all_reduce(torch.stack(losses).mean(0)).tolist()
+    shown = [f"{mean:.4f} ({name})" for mean, name in zip(means, names, strict=True)]
+    for mean, text in zip(means, shown, strict=True):
+        if not math.isfinite(mean):
+            raise UserError(f"the loss is {text} near iteration {iteration}; lower --lr, or use --precision fp32")
+    return shown
 
 
 def linear_learning_rate(iteration: int, total: int, warmup: int, lr: float, warmup_ratio: float = 1e-6) -> float:
