@@ -193,4 +193,6 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    # Its functions by a name under which new processes can import them, where they are not forked.
+    from datasets.prepare import __main__ as importable
+    run_main(importable.main)
