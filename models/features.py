@@ -14,13 +14,11 @@ from PIL import Image
 
 from utils import UserError
 from utils.distributed import all_reduce, shard
-from utils.run import Progress, autocast, log_waiting
+from utils.run import DTYPES, Progress, autocast, log_waiting
 from utils.storage import allocate, prefetched
 
 from .encoder import Encoder
 from .probes import normalise
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Batch(NamedTuple):

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 
 from utils import UserError
 from utils.distributed import gather_rows, shard
-from utils.run import Progress, autocast
+from utils.run import DTYPES, Progress, autocast
 
 from .encoder import Encoder
-from .features import DTYPES
 from .segmentation_head import PatchSegmenter
 
 NEIGHBOURS, TEMPERATURE = 30, 0.02

@@ -15,11 +15,10 @@ from utils import UserError
 from utils.distributed import all_reduce
 from utils.formats import text_table
 from utils.results import check_same
-from utils.run import autocast
+from utils.run import DTYPES, autocast
 from utils.storage import load
 
 from .encoder import Encoder
-from .features import DTYPES
 from .probes import BatchNorm
 from .segmentation_head import LinearHead, PatchSegmenter, strip_loss_and_gradient, upsampled_cross_entropy
 

@@ -15,11 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
 from utils.distributed import gather_rows, shard, world_size
-from utils.run import Progress, autocast, log_waiting
+from utils.run import DTYPES, Progress, autocast, log_waiting
 from utils.storage import free_on_all
 
 from .encoder import Encoder
-from .features import DTYPES
 
 ALPHAS = (0.05, 0.1, 0.15, 0.2)
 # Of the windowed soft-argmax: GeoAware-SC's values (arXiv:2311.17034).

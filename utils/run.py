@@ -17,6 +17,8 @@ from .distributed import init_processes, is_main, local_world_size, rank, world_
 from .formats import STYLES
 from .results import args_to_json, this_run
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
+
 
 def run_main(main: Callable[[], None]) -> None:
     """Runs a script's main. A mistake of the user's, a file that cannot be used and memory that ran out are one line
@@ -192,9 +194,8 @@ def default_precision(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which the encoder runs at "fp32", "bf16" or "fp16"."""
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    """The context in which the encoder runs at a --precision."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 class Log:
