@@ -77,6 +77,16 @@ def shard(count: int) -> range:
     return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
+def all_reduce(value: torch.Tensor) -> torch.Tensor:
+    """Adds the processes' tensors of one shape, in place, and returns the sum, on every process."""
+    if world_size() > 1:
+        # NCCL knows GPUs only.
+        there = value.cuda() if dist.get_backend() == "nccl" else value
+        dist.all_reduce(there)
+        value.copy_(there)
+    return value
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """Concatenates the processes' rows [n, ...] in rank order, on every process; n may differ, and be 0."""
     if world_size() == 1:
@@ -84,24 +94,6 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     counts = torch.zeros(world_size(), dtype=torch.int64)
     counts[rank()] = len(rows)
     counts = all_reduce(counts).tolist()
-    # all_gather wants equal shapes; the padding is cut off again below.
-    padded = rows.new_zeros((max(counts), *rows.shape[1:]), device=_device_of_group(rows))
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).to(rows.device)
-
-
-def all_reduce(value: torch.Tensor) -> torch.Tensor:
-    """Adds the processes' tensors of one shape, in place, and returns the sum, on every process."""
-    if world_size() > 1:
-        there = value.to(_device_of_group(value))
-        dist.all_reduce(there)
-        if there is not value:
-            value.copy_(there)
-    return value
-
-
-def _device_of_group(tensor: torch.Tensor) -> torch.device:
-    """Where the group takes the tensor: NCCL knows GPUs only."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else tensor.device
+    whole = rows.new_zeros(sum(counts), *rows.shape[1:])
+    whole.split(counts)[rank()].copy_(rows)
+    return all_reduce(whole)

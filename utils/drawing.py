@@ -16,10 +16,9 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8
 # A paper's column and its whole width, in inches; dots per inch of a PNG.
 COLUMN, PAGE, DPI = 3.2, 6.9, 300
 # Text is literal, as names may hold "$". Type 42: fonts in a PDF stay text, as publishers ask.
-STYLE = {"font.size": 7, "axes.titlesize": 7, "axes.titlelocation": "left", "axes.axisbelow": True,
-         "axes.linewidth": 0.5, "xtick.labelsize": 6, "ytick.labelsize": 6, "grid.color": "#dddddd",
-         "grid.linewidth": 0.5, "lines.linewidth": 1, "legend.fontsize": 6, "legend.frameon": False,
-         "text.parse_math": False, "pdf.fonttype": 42}
+STYLE = {"font.size": 6, "axes.axisbelow": True, "axes.linewidth": 0.5, "grid.color": "#dddddd", "grid.linewidth": 0.5,
+         "lines.linewidth": 1, "lines.markersize": 3, "legend.frameon": False, "text.parse_math": False,
+         "pdf.fonttype": 42}
 
 
 def require_matplotlib() -> None:
@@ -55,21 +54,19 @@ def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence],
     """Plots curves by name: [epochs], or [seeds, epochs], whose mean is a line in a band from the least to the largest;
     epochs (or layers) are counted from first. chosen: a curve's name, and the epoch and value of each seed's best."""
     # Room for a legend of any length.
-    with plot(path, COLUMN, max(28 / 15, 0.85 + 0.125 * len(curves))) as figure:
-        figure.suptitle(textwrap.fill(title, 60), x=0.01, ha="left", fontsize=7)
+    with plot(path, COLUMN, max(1.9, 0.85 + 0.125 * len(curves))) as figure:
+        figure.suptitle(textwrap.fill(title, 60), x=0.01, ha="left")
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         axes.grid(axis="y")
-        axes.locator_params(steps=(1, 2, 5, 10))
         axes.xaxis.get_major_locator().set_params(integer=True)
         for number, (name, values) in enumerate(curves.items()):
-            values, colour = np.atleast_2d(values), COLOURS[number % 10]
+            values, colour = np.atleast_2d(values), COLOURS[number % len(COLOURS)]
             numbers = range(first, values.shape[1] + first)
             axes.fill_between(numbers, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-            axes.plot(numbers, values.mean(0), label=name, color=colour, markersize=3,
-                      linestyle=("-", "--", ":")[number // 10 % 3], marker="." if len(numbers) < 30 else "")
+            axes.plot(numbers, values.mean(0), ".-", label=name, color=colour)
         if chosen:
             name, epochs, values = chosen
-            axes.plot(epochs, values, "o", markersize=3, color=COLOURS[list(curves).index(name) % 10],
+            axes.plot(epochs, values, "o", color=COLOURS[list(curves).index(name) % len(COLOURS)],
                       markeredgecolor="black", label=f"best of each seed,\nmean {np.mean(values):.2f}")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
@@ -78,10 +75,9 @@ def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequen
     """Plots a confusion matrix [C, C] (row = label), shaded by the share of the label's row. Up to 30 classes have
     names and percentages; above, shades alone."""
     share = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
-    side = COLUMN if len(classes) <= 8 else PAGE
-    with plot(path, side, 0.92 * side) as figure:
+    with plot(path, PAGE, 0.92 * PAGE) as figure:
         axes = figure.add_subplot(xlabel="prediction", ylabel="label")
-        figure.suptitle(textwrap.fill(title, int(19 * side)), x=0.01, ha="left", fontsize=7)
+        figure.suptitle(textwrap.fill(title, 130), x=0.01, ha="left")
         image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
         figure.colorbar(image, shrink=0.6, label="percent of the label's row")
         if len(classes) <= 30:
@@ -91,8 +87,8 @@ def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequen
             axes.set_xticks(range(len(names)), names, rotation=90)
             axes.set_yticks(range(len(names)), names)
             for row, column in np.ndindex(share.shape):
-                axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center_baseline",
-                          fontsize=5, color="white" if share[row, column] > 60 else "black")
+                axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center",
+                          color="white" if share[row, column] > 60 else "black")
 
 
 def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[float | None]]]]) -> None:
@@ -100,16 +96,14 @@ def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[f
     kinds = {"object, published": "#9ecae1", "object, ours": "#2171b5", "part, published": "#fdd0a2",
              "part, ours": "#d94801"}
     most = max(7, *map(len, panels.values()))
-    with plot(path, PAGE * max(1, most / 10), 1.9 * len(panels) + 0.2) as figure:
+    with plot(path, most, 2 * len(panels)) as figure:
         for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
             axes.set(title=title, ylabel="mIoU, percent", ylim=(0, 100), xlim=(-0.6, most - 0.4))
             axes.grid(axis="y")
             for kind, (label, colour) in enumerate(kinds.items()):
                 heights = np.array([values[kind] for _, values in rows], dtype=float)
                 bars = axes.bar(np.arange(len(rows)) + 0.2 * kind - 0.3, heights, 0.19, color=colour, label=label)
-                axes.bar_label(bars, fmt="%.0f", fontsize=5, padding=1)
-            # A long name is broken where its group of bars ends.
-            names = ["\n".join(textwrap.fill(line, 115 // min(10, most)) for line in name.split("\n"))
-                     for name, _ in rows]
-            axes.set_xticks(range(len(rows)), names)
+                axes.bar_label(bars, fmt="%.0f", padding=1)
+            # An inch a group of bars.
+            axes.set_xticks(range(len(rows)), [textwrap.fill(name, 16) for name, _ in rows])
         figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper center")

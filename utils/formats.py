@@ -5,6 +5,10 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 
+# A bracket at the start of a row would be an argument of the \\ before it.
+LATEX = str.maketrans({"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "[": "{[}",
+                       **{letter: "\\" + letter for letter in "{}$&#%_"}})
+
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """For a terminal: columns padded, the words of a title below each other."""
@@ -13,10 +17,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     stacked = [[""] * (deepest - len(words)) + words for words in titles]
     cells = [*zip(*stacked, strict=True), *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for label, *others in cells:
-        padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([label.ljust(widths[0]), *padded]).rstrip())
+    lines = ["  ".join([label.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
+             for label, *others in cells]
     lines.insert(deepest, "-" * (sum(widths) + 2 * len(widths) - 2))
     return "\n".join(lines)
 
@@ -33,14 +35,8 @@ def csv_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    # A bracket at the start of a row would be an argument of the \\ before it.
-    special = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "+-": r"$\pm$",
-               "[": "{[}"}
-
-    def escape(cell):
-        return re.sub(r"\+-|[\\{}$&#%_^~\[]", lambda found: special.get(found[0], "\\" + found[0]), cell)
-
-    titles, *lines = [" & ".join(map(escape, line)) + r" \\" for line in [header, *rows]]
+    titles, *lines = [" & ".join(cell.translate(LATEX).replace("+-", r"$\pm$") for cell in line) + r" \\"
+                      for line in [header, *rows]]
     begin = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
     return "\n".join([begin, titles, r"\hline", *lines, r"\end{tabular}"])
 
@@ -51,15 +47,13 @@ STYLES = {"text": text_table, "md": markdown_table, "csv": csv_table, "latex": l
 def render(tables: Iterable[tuple], notes: Sequence[str], style: str) -> str:
     """Tables (title, header, rows) in one of STYLES and the notes below them, a row and a note on one line each,
     whatever a name in it holds. Around LaTeX's tables the text is comments."""
-    def one_line(text):
-        return " ".join(text.split())
-
     def line(text):
-        return {"csv": csv_table([one_line(text)], []), "latex": f"% {one_line(text)}"}.get(style, one_line(text))
+        text = " ".join(text.split())
+        return {"csv": csv_table([text], []), "latex": f"% {text}"}.get(style, text)
 
     parts = []
     for title, header, rows in tables:
-        parts += [line(title), STYLES[style](header, [list(map(one_line, row)) for row in rows])]
+        parts += [line(title), STYLES[style](header, [[" ".join(cell.split()) for cell in row] for row in rows])]
     if notes:
         parts.append("\n".join(map(line, notes)))
     return "\n\n".join(parts)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import subprocess
@@ -20,7 +19,6 @@ from . import UserError
 from .distributed import is_main, world_size
 from .storage import load
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 # Arguments of all scripts that no figure depends on: where things lie, what is written, where it runs. A run may be
 # resumed with others (what lies in a data set is compared apart), and tables do not mark them.
 NO_EFFECT = frozenset((
@@ -34,24 +32,18 @@ NAME_ENCODER = frozenset(("weights", "weights_key", "num_heads"))
 @cache
 def this_run() -> dict:
     """What every results line says of its run: id, date and time of its start (UTC), revision, versions of packages."""
-    versions = {}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
     return {"run": secrets.token_hex(6), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "revision": revision(), "versions": versions}
+            "revision": revision(), "versions": {name: metadata.version(name) for name in packages}}
 
 
 def revision() -> str:
-    """The commit of this code, with "+changes" where the files differ from it; "unknown" outside a checkout."""
-    def git(*words):
-        return subprocess.run(("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    """The commit of this code, with "-dirty" where the files differ from it; "unknown" outside a checkout."""
+    with suppress(OSError):
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=Path(__file__).parent,
+                               capture_output=True, text=True)
+        return found.stdout.strip() or "unknown"
+    return "unknown"
 
 
 def digest(*values: object) -> str:
@@ -99,9 +91,10 @@ def check_same(path: Path, saved: Mapping, current: Mapping, option: str = "--re
     for name in {**saved, **current}:
         was, now = saved.get(name), current.get(name)
         if not equal(was, now):
-            short = len(f"{was}{now}") < 120 and not isinstance(was, torch.Tensor)
-            differences.append(f"{name} was {was} when {path} was written and is {now} now" if short else
-                               f"{name} differs from when {path} was written")
+            if isinstance(now, torch.Tensor) or len(f"{was}{now}") > 120:
+                differences.append(f"{name} differs from when {path} was written")
+            else:
+                differences.append(f"{name} was {was} when {path} was written and is {now} now")
     if differences:
         raise UserError(f"{option}: {'; '.join(differences)}; {mend}")
 
@@ -139,8 +132,6 @@ def append_result(folder: Path, *results: dict) -> None:
     if is_main():
         with open(folder / "results.jsonl", "a") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def is_finished(folder: Path, probe: str, line: dict) -> bool:

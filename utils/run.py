@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from . import UserError
-from .distributed import init_processes, is_main, local_world_size, rank, world_size
+from .distributed import init_processes, is_main, local_world_size, world_size
 from .formats import STYLES
 from .results import args_to_json, this_run
 
@@ -32,34 +33,28 @@ def run_main(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
     except KeyboardInterrupt:
         leave("stopped by Ctrl-C; --resume goes on from the last checkpoint", 130)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         text = " ".join(str(error).split())
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in text and "memory" in text:
-            leave(f"error: memory ran out ({text[:150]}): use a smaller --batch-size, fewer --workers", 2)
         if isinstance(error, UserError):
             leave(f"error: {text}", 2)
         if isinstance(error, OSError) and error.filename:
             leave(f"error: {error.filename}: {error.strerror}; correct this and start again", 2)
-        wait_for_first()
-        raise
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in text and "memory" in text:
+            leave(f"error: memory ran out ({text[:150]}): use a smaller --batch-size, fewer --workers", 2)
+        leave(traceback.format_exc(), 1)
 
 
-def leave(line: str, status: int) -> None:
-    """Ends the process with a line on standard error."""
-    wait_for_first()
-    print(line, file=sys.stderr, flush=True)
+def leave(message: str, status: int) -> None:
+    """Ends the process with a message on standard error. Another process than the first waits before: if the first has
+    failed too, torchrun ends this one meanwhile, and it is said once."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(3)
+    print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
         # In order it would wait for processes that wait in a collective for this one.
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def wait_for_first() -> None:
-    """Another process than the first waits: if the first has failed too, torchrun ends this one meanwhile, and one line
-    is printed, not one a process."""
-    if rank() > 0 or int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(3)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -141,12 +136,12 @@ def add_patch_arguments(parser: argparse.ArgumentParser, files: str) -> None:
 def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
     """The argparse type of an int or a float from low to high."""
     def parse(text: str) -> float:
-        with suppress(ValueError, OverflowError):
+        with suppress(ValueError):
             # Not true of nan either.
             if low <= (value := kind(text)) <= high:
                 return value
-        name = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {low} to {high}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {names[kind]} from {low} to {high}")
+    names = {int: "a whole number", float: "a number"}
     return parse
 
 
@@ -176,16 +171,9 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     log(f"{Path(sys.argv[0]).name} run {run['run']}, {run['date']}, revision {run['revision']}, "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + f", processes {world_size()}")
     log(" ".join(f"{name}={value}" for name, value in sorted(args_to_json(args).items())))
-    if device.type == "cpu" and args.precision == "bf16" and not cpu_has_bf16():
+    if device.type == "cpu" and args.precision == "bf16" and "bf16" not in Path("/proc/cpuinfo").read_text():
         log("this CPU has no bf16 instructions: --precision fp32 is several times faster")
     return device, log
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the processor says so (Linux; elsewhere True)."""
-    with suppress(OSError):
-        return "bf16" in Path("/proc/cpuinfo").read_text()
-    return True
 
 
 def default_precision(device: torch.device) -> str:
@@ -231,25 +219,23 @@ class Progress:
             due = now - self.last > 10 and (share >= self.next_share or now - self.last > 300)
         if not due:
             return
-        self.last, self.next_share, elapsed = now, share + 0.1, now - self.start
-        rate = self.done / max(elapsed, 1e-9)
-        text = (f"{self.label}: {self.done}/{self.total} {self.unit} ({rate:.1f}/s), "
-                f"{timedelta(seconds=int(elapsed))} elapsed, "
-                f"{timedelta(seconds=int((self.total - self.done) / rate))} left")
-        end = "\n" if share >= 1 or not self.terminal else ""
-        print(("\r\033[K" if self.terminal else "") + text, file=sys.stderr, end=end, flush=True)
+        self.last, self.next_share = now, share + 0.1
+        elapsed = now - self.start
+        left = elapsed * (self.total - self.done) / self.done
+        text = (f"{self.label}: {self.done}/{self.total} {self.unit}, {timedelta(seconds=int(elapsed))} elapsed, "
+                f"{timedelta(seconds=int(left))} left")
+        start, end = ("\r\033[K", "\n" if share >= 1 else "") if self.terminal else ("", "\n")
+        print(start + text, file=sys.stderr, end=end, flush=True)
 
 
 def log_waiting(batches: Iterable, what: str, log: Callable[[str], None]) -> Iterator:
     """The same batches; at the end logs for how long they were waited for, and how long what is done with them took."""
-    start, waited, batches = time.monotonic(), 0.0, iter(batches)
-    while True:
-        before = time.monotonic()
-        batch = next(batches, None)
+    start = before = time.monotonic()
+    waited = 0.0
+    for batch in batches:
         waited += time.monotonic() - before
-        if batch is None:
-            break
         yield batch
+        before = time.monotonic()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     total = time.monotonic() - start

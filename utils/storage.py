@@ -1,6 +1,5 @@
 """Files that are written whole, and large arrays on the GPU, in host memory or in mapped temporary files."""
 
-import errno
 import os
 import zipfile
 from collections import deque
@@ -8,13 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
 from . import UserError
-from .distributed import gather_rows, is_main, local_world_size, rank
-
-TIERS = ("gpu", "cpu", "disk")
+from .distributed import gather_rows, is_main, local_world_size
 
 
 def free_memory(device: torch.device) -> int:
@@ -22,10 +20,8 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, IndexError):
-        available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    with suppress(OSError, ValueError, IndexError):
+    available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    with suppress(OSError, ValueError):  # no control group, or one without a limit
         limit, used, parts = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat"))
         # Counted as used, and given back when it is needed.
         cached_files = int(parts.split("inactive_file")[1].split()[0])
@@ -44,7 +40,6 @@ def free_on_all(device: torch.device) -> int:
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     """Calls write(temporary path), flushes the file to disk and renames it to path: a reader never sees half of it.
     Raises OSError that names the path."""
-    # Cut: with what is added, the whole could be longer than names of files may be.
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -52,7 +47,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -60,7 +55,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
 def save(path: Path, content: dict) -> None:
     """torch.save of tensors and plain values by the main process, whole. Raises OSError."""
     def write(temporary: Path) -> None:
-        # A path of its own would make PyTorch say that the disk is full in an error without a name.
+        # PyTorch's error for a path says nothing of a full disk.
         with open(temporary, "wb") as file:
             torch.save(content, file)
     if is_main():
@@ -87,41 +82,38 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.CRC:
-                    with archive.open(member) as file:
-                        while file.read(1 << 22):
-                            pass
+                    archive.read(member)
 
 
 def mapped_temporary(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An array in a mapped file of this process, which vanishes with it. Raises OSError where the disk is too small."""
-    count, path = torch.Size(shape).numel(), folder / f".array{rank()}.{os.getpid()}.tmp"
+    """An array in a mapped file without a name, which vanishes with it. Raises OSError where the disk is too small."""
+    count = torch.Size(shape).numel()
     if count == 0:
         return torch.empty(shape, dtype=dtype)
-    try:
-        with open(path, "wb") as file:
+    with TemporaryFile(dir=folder) as file:
+        try:
             # All blocks are reserved: writing to a mapped file of holes would kill the process where the disk is full.
             os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
-        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        return torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=count, dtype=dtype).view(shape)
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tier: str, folder: Path, what: str,
              log: Callable[[str], None], reserve: dict[str, int] | None = None, pin: bool = True) -> torch.Tensor:
     """An uninitialised array on the GPU, in host memory or in a mapped file in folder, the same tier on every process.
 
-    tier: tried first; the others follow as in TIERS ("auto": TIERS alone). A fifth of what is free stays unused, and at
-    least reserve bytes, by tier. what: the array in the log. pin: page-locked where there is a GPU.
+    tier: "gpu", "cpu" or "disk", tried first; the others follow in this order, which is "auto"'s. A fifth of what is
+    free stays unused, and at least reserve bytes, by tier. what: the array in the log. pin: page-locked for a GPU.
     """
     need, pinned = torch.Size(shape).numel() * dtype.itemsize, pin and device.type == "cuda"
     need = int(gather_rows(torch.tensor([need])).max())
-    for one in () if tier == "disk" else sorted(TIERS[device.type != "cuda":2], key=lambda one: one != tier):
+    tiers = [] if tier == "disk" else ["gpu", "cpu"] if device.type == "cuda" else ["cpu"]
+    for one in sorted(tiers, key=lambda one: one != tier):
         target = device if one == "gpu" else torch.device("cpu")
         free = free_on_all(target)
         # PyTorch takes page-locked memory in powers of two.
-        taken = 1 << (need - 1).bit_length() if pinned and one == "cpu" and need else need
+        taken = 1 << (need - 1).bit_length() if pinned and one == "cpu" else need
         if taken <= min(0.8 * free, free - (reserve or {}).get(one, 0)):
             where = "on the GPU" if one == "gpu" else "in pinned host memory" if pinned else "in memory"
             log(f"{what}: {need / 1e9:.2f} GB, {where} ({free / 1e9:.2f} GB free)")
@@ -143,9 +135,7 @@ def prefetched(batches: Iterator[Sequence], device: torch.device) -> Iterator[Se
         with torch.cuda.device(device), torch.cuda.stream(stream):
             return next(batches, None), stream.record_event()
 
-    # The interpreter waits at its end for an executor's thread, as it must where that is within a call of CUDA.
-    thread = ThreadPoolExecutor(1)
-    try:
+    with ThreadPoolExecutor(1) as thread:
         ahead = deque(thread.submit(make) for _ in range(2))
         while (made := ahead.popleft().result())[0] is not None:
             ahead.append(thread.submit(make))
@@ -155,5 +145,3 @@ def prefetched(batches: Iterator[Sequence], device: torch.device) -> Iterator[Se
                 if tensor is not None:
                     tensor.record_stream(torch.cuda.current_stream(device))
             yield batch
-    finally:
-        thread.shutdown(cancel_futures=True)

@@ -18,8 +18,7 @@ from .run import OneLineParser, run_main
 # {"models": {name: printed name}, "tasks": {task: title of tables that the paper has not}, task: {data set: {"title",
 # "whole": [how many, of what] where known, "figures": {column: {model: published number}}}}}
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
-TASKS = PAPER["tasks"]
-ORDER = [*TASKS, *(dataset for task in TASKS for dataset in PAPER[task]), *PAPER["models"]]
+TASKS, MODELS = PAPER["tasks"], [*PAPER["models"]]
 
 
 class Run(NamedTuple):
@@ -70,19 +69,14 @@ def arguments_of(result: Mapping) -> tuple[dict, set]:
     return values, set(result["args"]["changed"]) - {"model"} | named
 
 
-def words(name: str, value: object, others: Iterable) -> str:
-    """An argument in words: "epochs 10", "exclude query", "no norm"; of a path the last part, but the whole where
-    another of the values would look the same."""
-    def short(value):
-        return " ".join(Path(str(one)).name for one in (value if isinstance(value, list) else [value]))
-
+def words(name: str, value: object) -> str:
+    """An argument in words: "epochs 10", "exclude query", "no norm"."""
     text = name.replace("_", " ")
     if value == "random":
         return f"random {text}"
     if isinstance(value, bool):
         return text if value else f"no {text}"
-    alike = any(other != value and short(other) == short(value) for other in others)
-    return f"{text} {value if alike else short(value)}"
+    return f"{text} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def marks_of(result: Mapping, counts: Iterable[int], alike: Sequence[tuple[dict, set]]) -> str:
@@ -90,11 +84,10 @@ def marks_of(result: Mapping, counts: Iterable[int], alike: Sequence[tuple[dict,
     values, changed = arguments_of(result)
     marks = []
     for name, value in values.items():
-        others = [theirs.get(name) for theirs, _ in alike]
         # Defaults differ too: the precision by the device, or those of another version.
         differs = any(theirs.get(name) != value for theirs, named in alike if name not in named)
         if name in changed or differs:
-            marks.append(words(name, value, others))
+            marks.append(words(name, value))
     used, in_training = sum(counts), result.get("num_test_in_training")
     whole, unit = PAPER[result["task"]].get(result["dataset"], {}).get("whole", (used, ""))
     facts = {f"{used} of {whole} {unit}": used != whole, "our recipe": result.get("recipe") == "ours",
@@ -110,14 +103,14 @@ def dataset_title(result: Mapping) -> str:
     return f"{dataset} in {' '.join(filter(None, places))}" if own else dataset
 
 
-def rank(*names: str) -> list[tuple[int, str]]:
-    """Sorts names: the paper's in its order, then the others."""
-    return [(ORDER.index(name) if name in ORDER else len(ORDER), name) for name in names]
+def order(row: tuple[str, str]) -> tuple:
+    """Sorts rows, (name, marks): the paper's models in its order, then the others."""
+    return MODELS.index(row[0]) if row[0] in MODELS else len(MODELS), row
 
 
 def runs_of(folder: Path, tasks: Iterable[str]) -> list[Run]:
-    """The runs of these tasks, of those with equal arguments the last, in the order of their tables and rows. Raises
-    UserError where there is no results.jsonl."""
+    """The runs of these tasks, of those with equal arguments the last, in the order of their rows. Raises UserError
+    where there is no results.jsonl."""
     results = [result for result in read_results(folder) if result["task"] in tasks]
     arguments, runs = defaultdict(list), {}
     for result in results:
@@ -131,7 +124,7 @@ def runs_of(folder: Path, tasks: Iterable[str]) -> list[Run]:
         baselines = {title: chance | counts for title, chance in baselines.items()}
         marks = marks_of(result, counts.values(), arguments[task, name])
         runs[task, dataset, name, marks, str([*figures])] = Run(task, dataset, name, marks, figures, about, baselines)
-    return sorted(runs.values(), key=lambda run: rank(run.task, run.dataset, run.name, run.marks))
+    return sorted(runs.values(), key=lambda run: order((run.name, run.marks)))
 
 
 def show(value: float | str | None) -> str:
@@ -150,7 +143,7 @@ def paper_table(runs: Sequence[Run], paper: Mapping, notes: Sequence[str], all_m
         for name, values in run.baselines.items():
             # One row for all probes; another for another number of patches, or another rule of ranking.
             baselines.setdefault((name, str(sorted({*values.values()}))), {}).update(values)
-    rows = {row: rows[row] for row in sorted(rows, key=lambda row: rank(*row))} | baselines
+    rows = {row: rows[row] for row in sorted(rows, key=order)} | baselines
 
     columns = {"model": [name for name, _ in rows]}
     titles = [*(column for run in runs for column in run.figures), *published]
@@ -169,25 +162,20 @@ def paper_table(runs: Sequence[Run], paper: Mapping, notes: Sequence[str], all_m
     return paper["title"], list(columns), [list(map(show, row)) for row in zip(*columns.values(), strict=True)]
 
 
-def paper_tables(tasks: Sequence[str], folder: Path, style: str = "text", everything: bool = False) -> str:
+def paper_tables(tasks: Sequence[str], folder: Path, style: str = "text") -> str:
     """A table for each data set of these tasks with the results in folder/results.jsonl, in one of
     utils.formats.STYLES, and below, numbered, the marks of its rows. As text with all that the paper has, else our runs
-    alone. everything: only tables with a run, and a last one of all models. Raises UserError where there is no run."""
+    alone. Raises UserError where there is no run."""
     runs, tables = runs_of(folder, tasks), []
     notes = list(dict.fromkeys(run.marks for run in runs if run.marks))
     for task in tasks:
-        known = PAPER[task] if style == "text" and not everything else ()
-        for dataset in dict.fromkeys([*known, *(run.dataset for run in runs if run.task == task)]):
+        for dataset in dict.fromkeys([*PAPER[task], *(run.dataset for run in runs if run.task == task)]):
             new = {"title": f"{TASKS[task]}: {dataset} (not in the paper)", "figures": {}}
             chosen = [run for run in runs if (run.task, run.dataset) == (task, dataset)]
-            tables.append(paper_table(chosen, PAPER[task].get(dataset, new), notes, style == "text"))
+            if chosen or style == "text":
+                tables.append(paper_table(chosen, PAPER[task].get(dataset, new), notes, style == "text"))
     if not tables:
         raise UserError(f"{folder / 'results.jsonl'} holds no run of {', '.join(tasks)}; run without --table first")
-    if everything:
-        # A column for each table and probe, with the first of its figures.
-        first = [run._replace(figures={f"{run.dataset} {column}": run.figures[column]}, about={}, baselines={})
-                 for run in runs for column in [*run.figures][:1]]
-        tables.append(paper_table(first, {"title": "All models", "figures": {}}, notes))
     return render(tables, [f"[{number}] {marks}" for number, marks in enumerate(notes, 1)], style)
 
 
@@ -209,13 +197,13 @@ def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]
 
 
 def main() -> None:
-    """Prints the tables of all tasks in a folder, and a table of all models."""
+    """Prints the tables of all tasks in a folder."""
     parser = OneLineParser(__doc__, prog="python -m utils.tables")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), metavar="DIR",
                         help="of the runs (default: outputs)")
     parser.add_argument("--format", choices=STYLES, default="text", help="(default: text)")
     args = parser.parse_args()
-    print(paper_tables(list(TASKS), args.output_dir, args.format, everything=True))
+    print(paper_tables(list(TASKS), args.output_dir, args.format))
 
 
 if __name__ == "__main__":
