@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from datasets import classification as data
+from datasets.files import shared_images
 from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
@@ -336,7 +337,7 @@ def open_data(args: argparse.Namespace, log: run.Log) -> tuple[PatchDataset, Pat
     about = {"select": args.select, "classes": train.classes, "num_train": int((~held_out).sum()),
              "num_held_out": int(held_out.sum()), "num_test": test.num_patches, "chance": most_frequent(test.labels),
              "num_outside": train.num_outside + test.num_outside,
-             "num_test_in_training": data.shared_images(train, test, args.dataset in ("folder", "keypoints"))}
+             "num_test_in_training": shared_images(train, test, args.dataset in ("folder", "keypoints"))}
     for note in dict.fromkeys([*train.notes, *test.notes]):
         log(note)
     if about["num_test_in_training"]:

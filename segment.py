@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets import segmentation as data
+from datasets.files import shared_images
 from datasets.label_maps import check_labels, require_labelled
 from datasets.segmentation_pictures import save_picture
 from datasets.segmentation_store import PixelStore, training_batches
@@ -253,7 +254,7 @@ def open_data(args: argparse.Namespace, log: run.Log) -> tuple:
         train_split = data.open_segmentation(args.dataset, args.data_path, "train", args.num_images, args.seed)
         if train_split.names != test_split.names:
             raise UserError(f"the training and the test split below {args.data_path} have different names.txt")
-        shared = data.shared_images(train_split, test_split, args.dataset == "folder")
+        shared = shared_images(train_split, test_split, args.dataset == "folder")
     if args.dataset == "folder":
         check_labels(train_split, test_split, args.workers, log)
     notes = [*test_split.notes, *(train_split.notes if train_split else [])]

@@ -11,7 +11,6 @@ from utils import UserError
 from . import check_data_path
 from .coco import load_coco, open_keypoints
 from .cub import load_cub
-from .files import shared_files
 from .imagenet import load_image_folder
 from .patches import PatchDataset, draw_numbers, resize_center_crop, resize_square, some_images
 from .synthetic import load_synthetic_patches, load_synthetic_species
@@ -27,9 +26,8 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
     CLASSIFICATION_PARTS; other image sizes in proportion. Test labels are indices into the training set's classes.
 
     keypoints, files: as of open_retrieval; two files, for training and test, or one, a fifth of whose images, drawn by
-    the seed, is the test set. num_images: of training, and of test among those of the classes that are left; drawn by
-    the seed, or of synthetic data made. Raises UserError for a missing folder or another layout, an empty split, and a
-    test class that is not in training.
+    the seed, is the test set. num_images: of training, and of test among those of the classes that are left. Raises
+    UserError for another layout, an empty split, and a test class that is not in training.
     """
     check_data_path(name, data_path)
     test_transform = cropped = resize_center_crop(round(image_size * 256 / 224), image_size)
@@ -45,17 +43,13 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
         train, test = found if len(found) == 2 else split_images(found[0], seed)
         test.transform = test_transform
     else:
-        folder = partial(load_image_folder, data_path)
-        load, test_split = {
-            "cub": (partial(load_cub, data_path), "test"), "coco": (partial(load_coco, data_path), "val"),
-            "synthetic": (partial(load_synthetic_patches, num_images=num_images), "test"),
-            "synthetic-species": (partial(load_synthetic_species, num_images=num_images), "test"),
-            "imagenet": (folder, "val"), "folder": (partial(folder, upright=True), "val")}[name]
-        if name == "folder" and not (data_path / "val").is_dir():
-            test_split = "test"
-            if not (data_path / "test").is_dir():
-                raise UserError(f"{data_path} has no folder val or test; --data-path must be a folder with "
-                                "train/CLASS/*.JPEG and val/CLASS/*.JPEG or test/CLASS/*.JPEG")
+        load = {"cub": partial(load_cub, data_path), "coco": partial(load_coco, data_path),
+                "synthetic": partial(load_synthetic_patches, num_images=num_images),
+                "synthetic-species": partial(load_synthetic_species, num_images=num_images),
+                "imagenet": partial(load_image_folder, data_path),
+                "folder": partial(load_image_folder, data_path, upright=True)}[name]
+        has_val = name in ("coco", "imagenet") or name == "folder" and (data_path / "val").is_dir()
+        test_split = "val" if has_val else "test"
         train = load("train", transform=cropped, **options)
         test = load(test_split, transform=test_transform, **options)
     if num_images and not name.startswith("synthetic"):
@@ -106,10 +100,3 @@ def hold_out(dataset: PatchDataset, seed: int, one_in: int = 10) -> torch.Tensor
 def images_with(dataset: PatchDataset, chosen: torch.Tensor) -> PatchDataset:
     """The images of the chosen patches (bool [num_patches]), as a data set of their own."""
     return some_images(dataset, dataset.image_index[chosen].unique().tolist())
-
-
-def shared_images(train: PatchDataset, test: PatchDataset, by_content: bool = False) -> int:
-    """How many of the test images are training images too (shared_files). Synthetic pictures, drawn by seeds of which
-    training and test share none, are not."""
-    train, test = ([image.path for image in dataset.images] for dataset in (train, test))
-    return shared_files(train, test, by_content) if isinstance(train[0], str) else 0

@@ -1,12 +1,11 @@
 """CUB-200-2011 part patches (Wah et al. 2011; https://www.vision.caltech.edu/datasets/cub_200_2011/)."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from utils import UserError
 
-from .files import path_below, picture_size, read_lines
+from .files import picture_size, read_lines
 from .patches import PatchDataset, Transform, choose_keypoints, count_outside, keypoint_patches
 
 PARTS = (11, 12, 9, 14)  # right eye, right leg, left wing, tail: the paper's four, in its order
@@ -21,11 +20,10 @@ def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | s
     image that of parts. Raises UserError as read_cub and count_outside, for an unknown part, and without any patch.
     """
     root = Path(root)
-    if split is None:
-        paths, points, names = read_cub(root)
-    else:
-        paths, points, names, is_train = read_cub(root, "train_test_split.txt")
-        paths = {image: path for image, path in paths.items() if is_train[image][1] == (split == "train")}
+    paths, points, names = read_cub(root)
+    if split is not None:
+        is_train = dict(read_table(root, "train_test_split.txt", (int, int), paths))
+        paths = {image: path for image, path in paths.items() if is_train[image] == (split == "train")}
     parts = choose_keypoints(parts, names, "part", root / "parts/parts.txt")
     by_path = ((path, [(label, points[image][part]) for label, part in enumerate(parts) if part in points[image]])
                for image, path in paths.items())
@@ -39,76 +37,34 @@ def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | s
     return dataset
 
 
-def finite(text: str | float) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is not finite")
-    return value
-
-
-def flag(text: str) -> bool:
-    return bool(("0", "1").index(text))
-
-
-COLUMNS = {
-    "images.txt": {"image_id": int, "name": str}, "parts/parts.txt": {"part_id": int, "part_name": str},
-    "parts/part_locs.txt": {"image_id": int, "part_id": int, "x": finite, "y": finite, "visible": flag},
-    "train_test_split.txt": {"image_id": int, "is_training_image": flag},
-    "bounding_boxes.txt": {"image_id": int, "x": finite, "y": finite, "width": finite, "height": finite},
-}
-
-
-def missing(path: Path) -> UserError:
-    return UserError(f"{path} does not exist; --data-path must be a folder CUB_200_2011/{{{', '.join(COLUMNS)}, "
-                     "images/CLASS/*.jpg}")
-
-
-def read_cub(root: Path, *others: str) -> tuple[dict, ...]:
-    """By image id, the paths and the (x, y) of the visible parts by part id; the names of the parts by part id; and the
-    tables of others, as read_table gives them. Raises UserError for a missing file or folder, a line that does not fit
-    or contradicts another, and an image without a line."""
-    if not (root / "images").is_dir():
-        raise missing(root / "images")
-    images, parts, located, *tables = (read_table(root, name) for name in (
-        "images.txt", "parts/parts.txt", "parts/part_locs.txt", *others))
-    paths, points, lines = {}, {image: {} for image in images}, {}
-    for image, (number, name) in images.items():
-        where = f"{root / 'images.txt'}, line {number}"
-        paths[image] = path_below(root / "images", name, where)
-        if lines.setdefault(name, number) != number:
-            raise UserError(f"{where}: {name} is on line {lines[name]} already; remove one of them")
-    for (image, part), (number, x, y, visible) in located.items():
-        if image not in images or part not in parts:
-            what = f"image {image} is not in images.txt" if image not in images else f"part {part} is not in parts.txt"
-            raise UserError(f"{root / 'parts/part_locs.txt'}, line {number}: {what}; both lists must be whole, or both "
-                            "shortened: unpack the data set again")
+def read_cub(root: Path) -> tuple[dict, dict, dict]:
+    """By image id, the paths and the (x, y) of the visible parts by part id; and the names of the parts by part id.
+    Raises UserError as read_table."""
+    images = dict(read_table(root, "images.txt", (int, str)))
+    names = dict(read_table(root, "parts/parts.txt", (int, str)))
+    points = {image: {} for image in images}
+    for image, part, x, y, visible in read_table(root, "parts/part_locs.txt", (int, int, float, float, int), images):
         if visible:
             points[image][part] = x, y
-    for name, known in (("parts/part_locs.txt", {image for image, _ in located}), *zip(others, tables, strict=True)):
-        if absent := [image for image in images if image not in known]:
-            raise UserError(f"{root / name} has no line of image {absent[0]}, which is in images.txt; both lists must "
-                            "be whole, or both shortened: unpack the data set again")
-    return paths, points, {part: name for part, (_, name) in parts.items()}, *tables
+    return {image: str(root / "images" / name) for image, name in images.items()}, points, names
 
 
-def read_table(root: Path, name: str) -> dict:
-    """{id, or (image id, part id): (line number, values of the other columns)} of a file of COLUMNS: columns separated
-    by spaces, of which the last may contain spaces. Raises UserError where there is no file, and at a line that does
-    not fit or repeats an id."""
-    path, columns, table = root / name, COLUMNS[name], {}
-    if not path.is_file():
-        raise missing(path)
+def read_table(root: Path, name: str, columns: Sequence[Callable], images: Collection[int] | None = None) -> list[list]:
+    """The rows of one of CUB's lists: columns separated by spaces, the last of which may contain some. columns: what
+    converts each. images: the image ids that the first column must hold, all of them. Raises UserError."""
+    path, rows = root / name, []
+    if not path.is_file() or not (root / "images").is_dir():
+        missing = root / "images" if path.is_file() else path
+        raise UserError(f"{missing} does not exist; --data-path must be a folder CUB_200_2011/{{images.txt, "
+                        "parts/parts.txt, parts/part_locs.txt, train_test_split.txt, images/CLASS/*.jpg}")
     for number, line in enumerate(read_lines(path), 1):
         fields = line.strip().split(maxsplit=len(columns) - 1)
-        if not fields:
-            continue
         try:
-            key, *values = (convert(field) for convert, field in zip(columns.values(), fields, strict=True))
-        except ValueError:  # of the conversions, and of too few fields
-            raise UserError(f"{path}, line {number}: found {line.strip()[:60]!r} instead of '{' '.join(columns)}'; "
-                            "unpack the data set again") from None
-        if name == "parts/part_locs.txt":
-            key = key, values.pop(0)
-        if key in table:
-            raise UserError(f"{path}, line {number}: {key} is on line {table[key][0]} already; remove one of them")
-        table[key] = number, *values
-    return table
+            if fields:
+                rows.append([convert(field) for convert, field in zip(columns, fields, strict=True)])
+        except ValueError:
+            raise UserError(f"{path}, line {number}: {line.strip()[:60]!r} is not a line of CUB-200-2011") from None
+    if images is not None and (alone := {*images} ^ {row[0] for row in rows}):
+        raise UserError(f"image {min(alone)} is in one of {root / 'images.txt'} and {path} only; both lists must be "
+                        "whole, or both shortened")
+    return rows

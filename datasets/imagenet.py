@@ -22,18 +22,14 @@ def load_image_folder(root: str | Path, split: str, transform: Transform, uprigh
     classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
         raise UserError(f"{folder} has no class folders; --data-path must be a folder with {split}/CLASS/*.JPEG")
-    images, empty, seen = [], [], {os.path.realpath(folder)}
-    others = [entry.path for entry in entries if entry.is_file()]
+    images, others = [], [entry.path for entry in entries if entry.is_file()]
     for label, name in enumerate(classes):
-        paths, unread = image_files(folder / name, seen)
-        others += unread
+        paths, unread = image_files(folder / name)
         if not paths:
-            empty.append(name)
+            raise UserError(f"{folder / name} holds no image; fill or remove it")
         labels = [label]  # one list per class, shared by its images
         images += [PatchImage(path, None, labels) for path in paths]
-    if empty:
-        raise UserError(f"{folder / empty[0]} holds no image ({len(empty)} of {len(classes)} class folders "
-                        "are empty, or links to others); fill or remove them")
+        others += unread
     dataset = PatchDataset(images, classes, transform, partial(read_rgb, upright=upright))
     dataset.notes = notes_of(others, "another suffix, or beside the class folders")
     return dataset
@@ -44,22 +40,16 @@ def is_shown(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def image_files(folder: str | Path, seen: set[str]) -> tuple[list[str], list[str]]:
-    """The paths of the image files below a folder, folder by folder in the order of torchvision's ImageFolder, and
-    those of the other files. Links are followed, but no folder is entered twice: seen holds the real paths of those
-    that were. Names that begin with a dot are left out."""
-    found, others = [], []
+def image_files(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The paths of the image files below a folder, folder by folder in the order of torchvision's ImageFolder, links
+    followed, and those of the other files. Names that begin with a dot are left out."""
+    images, others = [], []
     for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(filter(is_shown, folders))
-        names = sorted(filter(is_shown, names))
-        found.append((parent, [name for name in names if name.lower().endswith(IMG_EXTENSIONS)]))
-        others += [os.path.join(parent, name) for name in names if not name.lower().endswith(IMG_EXTENSIONS)]
-    return [os.path.join(parent, name) for parent, names in sorted(found) for name in names], others
+        folders[:] = filter(is_shown, folders)
+        for name in filter(is_shown, names):
+            found = images if name.lower().endswith(IMG_EXTENSIONS) else others
+            found.append((parent, name))
+    return [os.path.join(*path) for path in sorted(images)], [os.path.join(*path) for path in others]
 
 
 def notes_of(others: list[str], reason: str) -> list[str]:
@@ -70,9 +60,10 @@ def notes_of(others: list[str], reason: str) -> list[str]:
 def list_images(folder: str | Path, num_images: int | None = None, seed: int = 0) -> tuple[list[str], list[str]]:
     """The sorted paths of the image files below a folder, at any depth, and notes for the log; with num_images, a
     sample drawn by the seed. Raises UserError where there is no image."""
-    paths, others = image_files(folder, set())
-    if not paths:
+    images, others = image_files(folder)
+    if not images:
         raise UserError(f"no image ({', '.join(IMG_EXTENSIONS)}) below {folder}; --data-path must be a folder of "
                         "images")
-    paths.sort()
-    return [paths[number] for number in draw_numbers(len(paths), num_images, seed)], notes_of(others, "another suffix")
+    images.sort()
+    chosen = [images[number] for number in draw_numbers(len(images), num_images, seed)]
+    return chosen, notes_of(others, "another suffix")

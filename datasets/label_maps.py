@@ -7,39 +7,33 @@ import numpy as np
 
 from utils import UserError
 
-from .files import image_errors, open_image, picture_size
+from .files import open_image, picture_size
 from .segmentation_transforms import IGNORE
 
-GREY_OR_PALETTE = ("1", "L", "P", "I", "I;16", "I;16B")
+GREY_OR_PALETTE = ("1", "L", "P", "I", "I;16")
 
 
 def pair_files(images: Path, labels: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
     """Sorted pairs (image, label map), and a note on each folder with files of other suffixes. Hidden files are passed
-    over. Raises UserError for two images of one name, and one that lists all files without a partner."""
+    over. Raises UserError for two images of one name, and where a file has no partner."""
     notes = []
 
-    def by_stem(folder, *suffixes):
-        found, others = {}, []
-        for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-            if path.suffix.lower() not in suffixes:
-                if path.is_file():
-                    others.append(path)
-            elif path.stem in found:
-                raise UserError(f"{folder} holds {found[path.stem].name} and {path.name}; remove one of them")
-            else:
-                found[path.stem] = path
-        if others:
+    def by_stem(folder: Path, *suffixes: str) -> dict[str, Path]:
+        shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        read = [path for path in shown if path.suffix.lower() in suffixes]
+        if others := [path for path in shown if path.suffix.lower() not in suffixes and path.is_file()]:
             notes.append(f"{len(others)} files were not read (another suffix), the first {others[0]}")
+        found = {path.stem: path for path in read}
+        if not len(found) == len(read) > 0:
+            raise UserError(f"{folder} holds {len(read)} files ({', '.join(suffixes)}) of {len(found)} names; every "
+                            "image needs one, and one only")
         return found
 
     image_files, label_files = by_stem(images, ".jpg", ".jpeg", ".png"), by_stem(labels, ".png")
-    if not image_files.keys() & label_files.keys():
-        raise UserError(f"no image of {images} ({len(image_files)} images) has a label map of its name in {labels} "
-                        f"({len(label_files)} PNG files)")
     for alone, what, missing in ((image_files.keys() - label_files.keys(), "images", f"label map in {labels}"),
                                  (label_files.keys() - image_files.keys(), "label maps", f"image in {images}")):
         if alone:
-            raise UserError(f"{len(alone)} {what} have no {missing}: {', '.join(sorted(alone))}; add or remove them")
+            raise UserError(f"{len(alone)} {what} have no {missing}, the first {min(alone)}; add or remove them")
     return [(image_files[stem], label_files[stem]) for stem in sorted(image_files)], notes
 
 
@@ -57,9 +51,8 @@ def label_map_size(pair: tuple[Path, Path]) -> tuple[int, int]:
 
 def read_label_map(path: Path, largest: int) -> np.ndarray:
     """The numbers in a PNG of one channel, integers [H, W]: indices of a palette, grey values of 1 to 16 bits as they
-    are. Raises UserError for another format (JPEG changes labels), a colour picture, and a label above largest that is
-    not 255."""
-    with image_errors(path), open_image(path) as image:
+    are. Raises UserError for another format (JPEG changes labels), colours, and a label above largest but 255."""
+    with open_image(path) as image:
         if image.format != "PNG":
             raise UserError(f"{path} is a {image.format} file; save the label map as PNG, from where it was made")
         if image.mode not in GREY_OR_PALETTE:
@@ -77,11 +70,6 @@ def read_label_map(path: Path, largest: int) -> np.ndarray:
     return raw
 
 
-def read_label(path: Path, largest: int, background: int = 0) -> np.ndarray:
-    """read_label_map, reduced by reduce_label: uint8 [H, W]."""
-    return reduce_label(read_label_map(path, largest), background)
-
-
 def reduce_label(raw: np.ndarray, background: int = 0) -> np.ndarray:
     """uint8: 0 -> 255, 255 -> 255, the others one less. With another background than 0, whose classes count from 0:
     background -> 255, the others as they are."""
@@ -93,8 +81,7 @@ def reduce_label(raw: np.ndarray, background: int = 0) -> np.ndarray:
 def require_labelled(pixels: Sequence[int], what: str) -> None:
     """Raises UserError where no pixel has a class. pixels: of each class. what: whose, "training" or "test"."""
     if not any(pixels):
-        raise UserError(f"no pixel of the {what} label maps has a class: all are 0, 255 or background; are they the "
-                        "label maps of this data set?")
+        raise UserError(f"no pixel of the {what} label maps has a class: all are 0, 255 or background")
 
 
 def check_labels(train_split, test_split, workers: int, log: Callable[[str], None]) -> None:
@@ -114,9 +101,8 @@ def check_labels(train_split, test_split, workers: int, log: Callable[[str], Non
     last = test_split.num_classes
     if test_split.background or not total[0] or total[last]:
         return
-    used = int(np.flatnonzero(total[1:last])[-1]) + 1
     line = (f"label 0 occurs in the label maps, and label {last}, {test_split.names[-1]}, never: if label 0 is a "
-            f'class, begin names.txt with a line "0 NAME"; if it is none, take out the names after the first {used}')
+            'class, begin names.txt with a line "0 NAME"; if it is none, take out the names that never occur')
     if train_split is None or train_split.sampled or test_split.sampled:
         log(line)
     else:

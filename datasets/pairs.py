@@ -6,7 +6,6 @@ ours, drawn by a seed: their results compare with nothing published.
 
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,8 @@ from PIL import Image
 from utils import UserError
 
 from . import check_data_path
-from .cub import finite, read_cub
-from .files import path_below, picture_size, read_lines, read_rgb
+from .cub import read_cub, read_table
+from .files import picture_size, read_lines, read_rgb
 from .patches import PatchDataset, PatchImage, count_outside
 from .synthetic import OBJECT_NAMES, draw_figure, draw_image, image_seeds
 
@@ -57,10 +56,8 @@ class PairDataset:
     Attributes: pairs, image_size, images (a PatchDataset of whole images), categories (names), and as tensors: sizes
     float64 [I, 2], (width, height) of the images; of the pairs, source and target (places in images), category, int64
     [P], and box_side float64 [P], max(w, h) of the target's box; of all points, pair int64 [n], and source_points and
-    target_points, float64 [n, 2]. num_outside counts the points of sources and of targets outside of their images; they
-    are kept, as published evaluations keep them.
-
-    Raises UserError where there is no pair, for an image that cannot be opened, and as check_pair and count_outside.
+    target_points, float64 [n, 2]. num_outside: of these points, those outside of their images, which are kept, as
+    published evaluations keep them. Raises UserError without any pair, and as check_pair and count_outside.
     """
 
     def __init__(self, pairs: Iterable[Pair], image_size: int, load: Callable = read_rgb,
@@ -99,23 +96,21 @@ class PairDataset:
                                          lambda number: f"pair {self.pairs[self.pair[number % len(self.pair)]].name}")
 
     def rows(self) -> list[dict]:
-        """The list of pairs as plain values, one dictionary per pair, to be written beside the result."""
+        """The pairs as plain values, to be written beside the result."""
         return [pair._asdict() for pair in self.pairs]
 
 
 def check_pair(pair: Pair, target_size: tuple[int, int]) -> None:
-    """Raises UserError where a pair's keypoints do not match or are none, and where the target's box has no size or
+    """Raises UserError where a pair has no keypoints or they do not match, and where the target's box has no size or
     reaches further out of its image, of (width, height), than that is large."""
     x1, y1, x2, y2 = pair.box
     width, height = target_size
-    if not (x2 > x1 and y2 > y1):
-        raise UserError(f"pair {pair.name}: the target's box {tuple(pair.box)} has no size; restore the annotation")
-    if min(x1 + width, y1 + height, 2 * width - x2, 2 * height - y2) < 0:
-        raise UserError(f"pair {pair.name}: the target's box {tuple(pair.box)} is far outside of its picture of "
-                        f"{width} x {height} pixels; restore the annotation")
     if not len(pair.source_points) == len(pair.target_points) > 0:
         raise UserError(f"pair {pair.name}: {len(pair.source_points)} keypoints in the source, "
-                        f"{len(pair.target_points)} in the target; restore the annotation")
+                        f"{len(pair.target_points)} in the target")
+    if not (-width <= x1 < x2 <= 2 * width and -height <= y1 < y2 <= 2 * height):
+        raise UserError(f"pair {pair.name}: the target's box {tuple(pair.box)} has no size or is far outside of its "
+                        f"picture of {width} x {height} pixels")
 
 
 def load_pairs(name: str, root: Path | None, image_size: int, split: str = "test", num_pairs: int | None = None,
@@ -163,36 +158,30 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
                         "PairAnnotation/{trn,val,test}} and --split one of trn, val, test")
     names = [name for line in read_lines(layout) for name in line.split()] if layout.is_file() else sorted(
         path.stem for path in annotations.glob("*.json"))
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{layout}: pair {repeated[0]} is listed twice; remove one of the lines")
     pairs, stated = [], {}
     for name in draw(names, num_pairs, seed):
-        path = Path(path_below(annotations, f"{name}.json", str(layout)))
+        path = annotations / f"{name}.json"
         if not path.is_file():
             path = annotations / f"{name.replace(':', '_')}.json"
-        if not path.is_file():
-            raise UserError(f"pair {name}: its annotation {path} does not exist; unpack the data set again")
-        try:
-            pair, sizes = read_spair(name, path, root / "JPEGImages")
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise UserError(f"pair {name}: {path} is not a pair's annotation ({type(error).__name__}: {error}); "
-                            "unpack the data set again") from None
+        pair, sizes = read_spair(name, path, root / "JPEGImages")
         pairs.append(pair)
         stated |= sizes
     return PairDataset(pairs, image_size, stated=stated)
 
 
 def read_spair(name: str, path: Path, images: Path) -> tuple[Pair, dict[str, tuple[int, int]]]:
-    """A pair from its annotation, and by path the (width, height) that it states. Raises ValueError, KeyError,
-    TypeError or OverflowError for a file that is none."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    folder = path_below(images, found["category"], str(path))
-    source, target = (path_below(folder, found[key], str(path)) for key in ("src_imname", "trg_imname"))
-    points = [[(finite(x), finite(y)) for x, y in found[key]] for key in ("src_kps", "trg_kps")]
-    x1, y1, x2, y2 = map(finite, found["trg_bndbox"])
-    attributes = {ours: values[found[key]] for key, (ours, values) in ATTRIBUTES.items() if key in found}
-    sizes = {image: (int(width), int(height)) for image, (width, height, *_) in (
-        (source, found["src_imsize"]), (target, found["trg_imsize"]))}
+    """A pair from its annotation, and by path the (width, height) that it states. Raises UserError for a file that is
+    none, OSError for a missing one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        source, target = (str(images / found["category"] / found[key]) for key in ("src_imname", "trg_imname"))
+        points = [[(float(x), float(y)) for x, y in found[key]] for key in ("src_kps", "trg_kps")]
+        x1, y1, x2, y2 = map(float, found["trg_bndbox"])
+        attributes = {ours: values[found[key]] for key, (ours, values) in ATTRIBUTES.items() if key in found}
+        sizes = {image: (int(width), int(height)) for image, (width, height, *_) in (
+            (source, found["src_imsize"]), (target, found["trg_imsize"]))}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the annotation of a pair ({type(error).__name__}: {error})") from None
     return Pair(name, found["category"], source, target, *points, (x1, y1, x2, y2), attributes), sizes
 
 
@@ -200,10 +189,12 @@ def load_cub_pairs(root: str | Path, image_size: int, num_pairs: int, seed: int 
     """Ordered pairs of test images of one species of CUB_200_2011 that share at least one visible part, of all 15; the
     category is the species, the points are all parts visible in both. Raises UserError."""
     root = Path(root)
-    paths, points, _, split, boxes = read_cub(root, "train_test_split.txt", "bounding_boxes.txt")
-    boxes = {image: (x, y, x + width, y + height) for image, (_, x, y, width, height) in boxes.items()}
+    paths, points, _ = read_cub(root)
+    is_train = dict(read_table(root, "train_test_split.txt", (int, int), paths))
+    boxes = {image: (x, y, x + width, y + height) for image, x, y, width, height in read_table(
+        root, "bounding_boxes.txt", (int, float, float, float, float), paths)}
     names = {image: str(Path(path).relative_to(root / "images")) for image, path in paths.items()}
-    species = {image: name.split("/")[0] for image, name in names.items() if not split[image][1] and points[image]}
+    species = {image: name.split("/")[0] for image, name in names.items() if not is_train[image] and points[image]}
     pairs = [Pair(f"{names[source]} to {names[target]}", species[source],
                   paths[source], paths[target], *matched, boxes[target], {})
              for source, target, *matched in draw_matches(points, species, num_pairs, seed)]

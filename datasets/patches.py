@@ -17,17 +17,16 @@ from torch.utils.data import DataLoader, Dataset
 from utils import UserError
 from utils.results import digest
 
-from .files import image_errors, read_rgb
+from .files import read_rgb
 
 Transform = Callable[[Image.Image], torch.Tensor]  # PIL RGB image -> uint8 [3, h, w]
-# Workers send groups of at most about this many patches: the cost of a transfer hardly depends on its size (64 cost the
-# receiving process a fifth less than 16).
+# Workers send groups of at most about this many patches: the cost of a transfer hardly depends on its size.
 PATCHES_PER_GROUP = 64
 
 
 def select_keypoints(points, crop_scale: float = 0.5, minimum: float = 20.0,
                      maximum: float = 1000.0) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the keypoints of one image that give a patch, and the sizes of the patches.
+    """Which keypoints of one image give a patch, and the sizes of the patches.
 
     points: [n, 2] (x, y) in pixels, or [n, 3] with a third coordinate that separates groups. d is a point's L2 distance
     to the nearest other point that does not coincide with it. A point is kept if minimum < d / 2 < maximum, at any
@@ -52,17 +51,6 @@ class PatchImage(NamedTuple):
     boxes: Sequence[tuple[float, float, float, float]] | None  # left, upper, right, lower, in pixels; None: all of it
     labels: Sequence[int]  # a class index for each patch
     size: tuple[int, int] | None = None  # (width, height) that the annotation states, if it does
-
-
-def patch_image(path: str, points: Sequence[Sequence[float]], labels: Sequence[int], crop_scale: float,
-                size: tuple[int, int] | None = None) -> PatchImage:
-    """The image with the patches of the keypoints that select_keypoints keeps, in the order of the keypoints."""
-    kept, half_sides = (array.tolist() for array in select_keypoints(points, crop_scale))
-    boxes = []
-    for index, half in zip(kept, half_sides, strict=True):
-        x, y = points[index][:2]
-        boxes.append((x - half, y - half, x + half, y + half))
-    return PatchImage(path, boxes, [labels[index] for index in kept], size)
 
 
 # torchvision is imported where it is used: it takes longer than all else that a script's --help needs.
@@ -94,9 +82,7 @@ class PatchDataset(Dataset):
 
     images: each gives at least one patch. classes: names, by class index. transform: PIL patch -> uint8 [3, h, w]
     (default resize_square()); the encoder normalises on its device. load: path, and the stated size where there is one
-    -> PIL RGB image. An image that cannot be decoded or cut raises UserError.
-
-    num_outside: visible keypoints outside of their pictures. notes: lines for the log about what was read.
+    -> PIL RGB image. num_outside: visible keypoints outside of their pictures. notes: lines for the log.
     """
 
     def __init__(self, images: Sequence[PatchImage], classes: Sequence[str], transform: Transform | None = None,
@@ -112,6 +98,10 @@ class PatchDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def files(self) -> list[str]:
+        """The paths of the images; none of synthetic ones, which are known by a number."""
+        return [image.path for image in self.images if isinstance(image.path, str)]
+
     def identity(self, what: str) -> dict:
         """What tells this data set from another, by name in words. what: this data set in these words."""
         return {f"the number of images of the {what}": len(self.images),
@@ -120,9 +110,7 @@ class PatchDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         path, boxes, _, size = self.images[index]
-        with image_errors(path):
-            image = self.load(path) if size is None else self.load(path, size)
-            patches = self.cut(image, boxes)
+        patches = self.cut(self.load(path) if size is None else self.load(path, size), boxes)
         return patches, torch.arange(int(self.first_id[index]), int(self.first_id[index + 1]))
 
     def cut(self, image: Image.Image, boxes: Sequence[tuple] | None) -> torch.Tensor:
@@ -133,9 +121,8 @@ class PatchDataset(Dataset):
     def batches(self, image_indices: Sequence[int], batch_size: int, workers: int,
                 pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]), b = batch_size except
-        in the last batch. Every image is decoded once, by a worker process (0: by this process). pin_memory: patches in
-        page-locked memory. Raises UserError for an image that cannot be decoded.
-        """
+        in the last batch. Every image is decoded once, by a worker process (0: by this one). pin_memory: patches in
+        page-locked memory. Raises UserError for an image that cannot be decoded."""
         indices = torch.tensor(image_indices, dtype=torch.int64)
         counts = self.first_id.diff()[indices]
         # Four groups at least for each worker, where that leaves 16 patches in one.
@@ -171,18 +158,15 @@ class PatchDataset(Dataset):
 
 def choose_keypoints(chosen: Sequence[int | str], names: dict[int, str], word: str, source: str | Path) -> list[int]:
     """The numbers of keypoints that are given by number or name, or by ["all"]. names: of all, by number. word: for a
-    keypoint in messages; source: of the names. Raises UserError for an unknown, ambiguous or repeated one."""
+    keypoint in messages; source: of the names. Raises UserError for an unknown or a repeated one."""
     if [*chosen] == ["all"]:
         return [*names]
-    found = []
+    numbers = {name: number for number, name in names.items()} | {str(number): number for number in names}
     for keypoint in map(str, chosen):
-        meant = [number for number, name in names.items() if keypoint in (str(number), name)]
-        if not meant:
+        if keypoint not in numbers:
             known = ", ".join(f"{number} {name}" for number, name in names.items())
             raise UserError(f"{word} {keypoint} is not in {source}; choose from {known}")
-        if len(meant) > 1:
-            raise UserError(f"{word} {keypoint} is the number of one and the name of another in {source}; rename it")
-        found += meant
+    found = [numbers[str(keypoint)] for keypoint in chosen]
     if len(set(found)) < len(found):
         raise UserError(f"a {word} is named twice: {', '.join(map(str, chosen))}; name each once")
     return found
@@ -194,15 +178,18 @@ def keypoint_patches(points: Iterable[tuple], chosen: Sequence[int], names: dict
     """The patches of the chosen keypoints; class k is the k-th of them. Images without a patch are left out.
 
     points: of every image (path, [(class, point), ...]), only visible ones, or with the stated (width, height) as a
-    third. chosen: numbers. names, word: as of choose_keypoints. The other parameters: as of PatchDataset. Raises
-    UserError where no patch is left.
+    third. chosen, names, word: as of choose_keypoints. Raises UserError where no patch is left.
     """
     images = []
     for path, pairs, *size in points:
-        labels, places = [label for label, _ in pairs], [point for _, point in pairs]
-        image = patch_image(path, places, labels, crop_scale, *size)
-        if image.boxes:
-            images.append(image)
+        kept, half_sides = select_keypoints([point for _, point in pairs], crop_scale)
+        boxes, labels = [], []
+        for index, half in zip(kept, half_sides.tolist(), strict=True):
+            label, (x, y, *_) = pairs[index]
+            boxes.append((x - half, y - half, x + half, y + half))
+            labels.append(label)
+        if boxes:
+            images.append(PatchImage(path, boxes, labels, *size))
     if not images:
         raise UserError(f"no patch of the {word}s {', '.join(map(str, chosen))} is left; use two or more, of which an "
                         "object shows at least two, over 40 pixels apart")
@@ -213,10 +200,10 @@ def count_outside(points: Sequence[Sequence[float]], sizes: Sequence[tuple[int, 
                   where: Callable[[int], str]) -> int:
     """How many keypoints lie outside of their pictures: a mistake or two of the annotators, or pictures of another
     size. points: visible ones, (x, y) in pixels; sizes: (width, height) of the picture of each; where: its number in
-    the list -> where it stands. Raises UserError where they are more than one in a hundred."""
+    the list -> where it stands. Raises UserError where they are more than one in a hundred, or one is not finite."""
     points, sizes = (np.asarray(values, dtype=np.float64).reshape(-1, 2) for values in (points, sizes))
-    outside = np.flatnonzero(((points < 0) | (points > sizes)).any(1))
-    if 100 * len(outside) > len(points):
+    outside = np.flatnonzero(~((points >= 0) & (points <= sizes)).all(1))
+    if 100 * len(outside) > len(points) or not np.isfinite(points).all():
         (x, y), (width, height) = points[outside[0]], sizes[outside[0]]
         raise UserError(f"{len(outside)} of {len(points)} visible keypoints lie outside of their pictures, the first "
                         f"({where(outside[0])}) at ({x:g}, {y:g}) of {width:g} x {height:g} pixels; the pictures are "
@@ -237,10 +224,8 @@ def some_images(dataset: PatchDataset, indices: Sequence[int]) -> PatchDataset:
 
 
 class RandomViews(PatchDataset):
-    """The images of another data set under a random transform, drawn anew for every epoch.
-
-    Set epoch before every pass over the images. transform: takes its random numbers from PyTorch's generator.
-    """
+    """The images of another data set under a random transform (of PyTorch's generator), drawn anew for every epoch; set
+    epoch before every pass."""
 
     def __init__(self, dataset: PatchDataset, transform: Transform, seed: int):
         super().__init__(dataset.images, dataset.classes, transform, dataset.load)

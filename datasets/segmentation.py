@@ -1,9 +1,9 @@
 """The segmentation data sets by name: protocol, class names, folders, images with their label maps.
 
-A split has names, num_classes, len(), name(i), subset(indices), sizes(workers) -> [(height, width)] and load(i) ->
-(uint8 [H, W, 3], uint8 [H, W]): the image and its label map by reduce_label (appendix A.4); the ignored label is
-"other", 0, of PartImageNet "background", the last, or none (255 only) of a folder whose names.txt begins with "0 NAME".
-sampled: whether its images were drawn. notes: lines for the log about what was read.
+A split has names, num_classes, len(), name(i), subset(indices), files(), sizes(workers) -> [(height, width)] and
+load(i) -> (uint8 [H, W, 3], uint8 [H, W]): the image and its label map by reduce_label (appendix A.4); the ignored
+label is "other", 0, of PartImageNet "background", the last, or none (255 only) of a folder whose names.txt begins with
+"0 NAME". sampled: whether its images were drawn. notes: lines for the log about what was read.
 """
 
 import re
@@ -22,8 +22,8 @@ from utils import UserError
 from utils.results import digest
 
 from . import check_data_path
-from .files import read_rgb, shared_files
-from .label_maps import label_map_size, pair_files, read_label, read_label_map, reduce_label
+from .files import read_rgb
+from .label_maps import label_map_size, pair_files, read_label_map, reduce_label
 from .patches import draw_numbers
 from .segmentation_classes import class_names
 from .segmentation_transforms import IGNORE
@@ -78,8 +78,9 @@ LONG_NAMES = {"train": "training", "val": "validation"}
 def fit_windows(crop_size: int | None, stride: int | None, protocol: Protocol, patch: int) -> tuple[int, int]:
     """Crop size and stride: those given, else the data set's, or where the patch does not divide its crop the nearest
     multiples of the patch. Raises UserError for a given crop size that is none."""
-    def nearest(size):
+    def nearest(size: int) -> int:
         return max(1, round(size / patch)) * patch
+
     if crop_size and crop_size % patch:
         raise UserError(f"--crop-size {crop_size} is not divisible by the patch size {patch}; "
                         f"use --crop-size {nearest(crop_size)}")
@@ -104,30 +105,22 @@ def open_segmentation(name: str, data_path: Path | None, split: str, num_images:
 
 
 def default_iterations(num_images: int, batch_size: int = 16) -> int:
-    """Iterations of training on label maps of one's own, of which no recipe knows the number.
-
-    As many passes over the images as the paper makes over ADE20K's 20,210 (127), within 2,000 and the published 160,000
-    iterations. Measured without augmentation on synthetic parts (trained ViT-Ti, test mIoU of its patches): 12 images
-    17.8 after 500 iterations, 18.3 after 2,000; 50 images 27.4 after 2,000, 26.5 after 6,000."""
+    """Iterations of training on label maps of one's own: as many passes over the images as the paper makes over
+    ADE20K's 20,210 (127), within 2,000 and the published 160,000 iterations."""
     return max(2_000, min(160_000, round(127 * num_images / batch_size)))
 
 
 def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path, Path]:
     """The root, the image folder and the label folder of a split. Raises UserError where no known layout is there."""
-    if not data_path.is_dir():
-        raise UserError(f"--data-path {data_path} is not a folder")
     known = OTHER_LAYOUTS.get(dataset, LAYOUTS)
     layouts = [tuple(folder.format(split, LONG_NAMES[split]) for folder in pair) for pair in known]
     for root in (data_path / name for name in (*ROOTS[dataset], "")):
         for images, labels in layouts:
             if (root / images).is_dir() and (root / labels).is_dir():
                 return root, root / images, root / labels
-    expected = f"expected {' or '.join(map(' and '.join, layouts))}"
-    if dataset == "folder":
-        raise UserError(f"{data_path} does not hold images and label maps: {expected}")
-    source = "unpack it there" if dataset.startswith("partimagenet") else "python -m datasets.prepare makes them"
-    raise UserError(f"{data_path} does not hold {dataset}: {expected}, there or in {' or '.join(ROOTS[dataset])}; "
-                    f"{source}")
+    where = " or ".join(ROOTS[dataset] or ("the folder itself",))
+    raise UserError(f"{data_path} does not hold the images and label maps of --dataset {dataset}: expected "
+                    f"{' or '.join(map(' and '.join, layouts))}, there or in {where}")
 
 
 class FolderSplit:
@@ -136,8 +129,6 @@ class FolderSplit:
     def __init__(self, root: Path, images: Path, labels: Path, dataset: str):
         self.names = class_names(dataset, root)
         self.num_classes = len(self.names)
-        if self.num_classes > 254:
-            raise UserError(f"{root / 'names.txt'} holds {self.num_classes} names; 8-bit label maps hold up to 254")
         self.background, self.largest_label = 0, self.num_classes
         if dataset.startswith("partimagenet"):
             self.background = self.num_classes
@@ -151,7 +142,7 @@ class FolderSplit:
         return len(self.pairs)
 
     def identity(self, what: str) -> dict:
-        """What tells this split from another, by name in words. what: this split in these words."""
+        """What tells this split from another, by its name in words. what: this split in these words."""
         return {f"the number of images of the {what}": len(self),
                 f"the list of classes of the {what}": list(self.names),
                 f"the ignored label of the {what}": self.background,
@@ -159,6 +150,9 @@ class FolderSplit:
 
     def name(self, index: int) -> str:
         return self.pairs[index][0].stem
+
+    def files(self) -> list[Path]:
+        return [image for image, _ in self.pairs]
 
     def subset(self, indices: Sequence[int]) -> "FolderSplit":
         """Some images of this split as a split of their own."""
@@ -172,15 +166,15 @@ class FolderSplit:
 
     def count_labels(self, workers: int) -> np.ndarray:
         """The pixels of each number from 0 to 255 in all label maps, as their files hold it, int64 [256]."""
-        def count(pair):
+        def count(pair: tuple[Path, Path]) -> np.ndarray:
             return np.bincount(read_label_map(pair[1], self.largest_label).ravel(), minlength=256)
         return sum(in_order(count, self.pairs, workers))
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The image is upright, as OpenCV reads it, unless it has the size of its label map only as stored. Raises
-        UserError for a damaged file, and for an image of another size than its label map."""
+        UserError."""
         image_path, label_path = self.pairs[index]
-        label = read_label(label_path, self.largest_label, self.background)
+        label = reduce_label(read_label_map(label_path, self.largest_label), self.background)
         height, width = label.shape
         return np.array(read_rgb(image_path, (width, height), upright=True)), label
 
@@ -190,7 +184,7 @@ class SyntheticSplit:
 
     def __init__(self, kind: str, split: str):
         self.kind, self.split, self.background = kind, split, 0
-        self.sampled, self.notes, self.pairs = False, [], []
+        self.sampled, self.notes = False, []
         self.names = PART_NAMES if kind == "part" else OBJECT_NAMES
         self.num_classes = len(self.names)
         self.numbers: Sequence[int] = range(NUM_IMAGES[split])
@@ -205,6 +199,9 @@ class SyntheticSplit:
 
     def name(self, index: int) -> str:
         return f"{self.split}_{self.numbers[index]:05}"
+
+    def files(self) -> list[Path]:
+        return []
 
     def subset(self, indices: Sequence[int]) -> "SyntheticSplit":
         chosen = copy(self)
@@ -222,17 +219,8 @@ class SyntheticSplit:
         return np.array(image), reduce_label(label)
 
 
-def shared_images(train_split: "FolderSplit | SyntheticSplit", test_split: "FolderSplit | SyntheticSplit",
-                  by_content: bool) -> int:
-    """How many images of the test split are images of the training split too: the same file, or, by_content, a copy of
-    one. Synthetic splits share none."""
-    return shared_files(*([image for image, _ in split.pairs] for split in (train_split, test_split)), by_content)
-
-
 def hold_out(split: "FolderSplit | SyntheticSplit", seed: int) -> tuple:
-    """(the split without a tenth of its images, that tenth), drawn by the seed. Raises UserError for a single image."""
-    if len(split) < 2:
-        raise UserError("--select held-out needs two training images at least")
+    """(the split without a tenth of its images, that tenth), drawn by the seed."""
     held = draw_numbers(len(split), max(1, len(split) // 10), seed)
     return split.subset(sorted({*range(len(split))} - {*held})), split.subset(held)
 

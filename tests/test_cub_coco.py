@@ -1,10 +1,9 @@
-"""CUB and COCO part patches: the real samples against plain loops over the rule, and every error line."""
+"""CUB and COCO part patches: the real samples against plain loops over the rule, and files that do not fit."""
 
 import collections
 import json
 import math
 import shutil
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from PIL import Image
 
 from datasets import cub as cub_module
 from datasets.classification import CLASSIFICATION_IMAGES, CLASSIFICATION_PARTS, open_classification
-from datasets.coco import load_coco, load_keypoints, read_keypoints
+from datasets.coco import load_coco, load_keypoints
 from datasets.cub import load_cub
 from datasets.retrieval import RETRIEVAL_DATASETS, open_retrieval
 from datasets.segmentation import PROTOCOLS, open_segmentation
@@ -109,21 +108,12 @@ def test_cub_boxes_equal_plain_loops(parts, crop_scale, split):
 
 
 @needs_cub
-def test_cub_order_is_that_of_images_then_parts(tmp_path):
+def test_cub_order_is_that_of_images_then_parts():
     dataset = load_cub(CUB)
     listed = [str(CUB / "images" / line.split()[1]) for line in (CUB / "images.txt").read_text().splitlines()]
     positions = [listed.index(image.path) for image in dataset.images]
     assert positions == sorted(positions)
     assert all(list(image.labels) == sorted(image.labels) for image in dataset.images)
-
-    for name in ("images.txt", "parts/parts.txt", "parts/part_locs.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text((CUB / name).read_text())
-    (tmp_path / "images").symlink_to(CUB / "images")
-    rows = (CUB / "parts/part_locs.txt").read_text().splitlines()
-    (tmp_path / "parts/part_locs.txt").write_text("\r\n".join(reversed(rows)) + "\r\n\r\n")
-    shuffled = load_cub(tmp_path)
-    assert [image[1:] for image in shuffled.images] == [image[1:] for image in dataset.images]
 
 
 @needs_coco
@@ -221,21 +211,13 @@ def test_small_cub(cub):
 
 
 @pytest.mark.parametrize("name, line, bad, words", [
-    ("parts/part_locs.txt", 3, b"1 3 10.0 0", ["line 3: found '1 3 10.0 0' instead of 'image_id part_id x y visible'"]),
-    ("parts/part_locs.txt", 4, b"2 1 10.0 ten 1", ["line 4", "'2 1 10.0 ten 1'"]),
-    ("parts/part_locs.txt", 4, b"2 1 nan 10 1", ["line 4", "nan"]),
-    ("parts/part_locs.txt", 4, b"2 1 10 10 2", ["line 4", "'2 1 10 10 2'"]),
-    ("parts/part_locs.txt", 4, b"1 2 90 10 1", ["line 4: (1, 2) is on line 2 already"]),
-    ("parts/part_locs.txt", 8, b"9 2 60.0 10.0 1", ["line 8: image 9 is not in images.txt", "both shortened"]),
-    ("parts/part_locs.txt", 8, b"3 8 60.0 10.0 1", ["line 8: part 8 is not in parts.txt"]),
-    ("parts/parts.txt", 2, b"beak", ["line 2", "'beak'"]),
-    ("images.txt", 3, b"", ["part_locs.txt, line 7: image 3 is not in images.txt"]),
-    ("images.txt", 4, b"4 001.Bird/4.jpg", ["part_locs.txt has no line of image 4, which is in images.txt"]),
-    ("images.txt", 2, b"2 001.Bird/1.jpg", ["line 2: 001.Bird/1.jpg is on line 1 already"]),
-    ("images.txt", 2, b"2 001.B\xefrd/2.jpg", ["line 2: it is not UTF-8"]),
-    ("images.txt", 2, b"2 ../../evil.jpg", ["line 2: '../../evil.jpg' is not the name of a file in"]),
-    ("train_test_split.txt", 3, b"3 x", ["line 3", "'3 x'"]),
-    ("train_test_split.txt", 3, b"", ["train_test_split.txt has no line of image 3"]),
+    ("parts/part_locs.txt", 4, b"2 1 10.0 ten 1", ["line 4: '2 1 10.0 ten 1' is not a line"]),
+    ("parts/part_locs.txt", 3, b"1 3 10.0 0", ["line 3: '1 3 10.0 0'"]),
+    ("parts/part_locs.txt", 2, b"1 2 nan 10 1", ["1 of 4 visible keypoints", "image 1, part 2", "(nan, 10)"]),
+    ("images.txt", 3, b"", ["image 3 is in one of", "images.txt and", "part_locs.txt only", "both shortened"]),
+    ("images.txt", 4, b"4 001.Bird/4.jpg", ["image 4 is in one of", "part_locs.txt only"]),
+    ("images.txt", 2, b"2 001.B\xefrd/2.jpg", ["images.txt is not UTF-8"]),
+    ("train_test_split.txt", 3, b"", ["image 3 is in one of", "train_test_split.txt only"]),
 ])
 def test_cub_bad_lines(cub, name, line, bad, words):
     lines = (cub / name).read_bytes().split(b"\n")
@@ -253,28 +235,23 @@ def expect_line(words, function, *arguments):
         assert word in message
 
 
-@pytest.mark.parametrize("name", ["images.txt", "parts/parts.txt", "parts/part_locs.txt", "train_test_split.txt",
-                                  "images"])
+@pytest.mark.parametrize("name", ["images.txt", "parts/part_locs.txt", "train_test_split.txt", "images"])
 def test_cub_missing_files(cub, name):
     shutil.rmtree(cub / name) if name == "images" else (cub / name).unlink()
     expect_line([str(cub / name), "--data-path", "parts/part_locs.txt", "images/CLASS/*.jpg"],
                 load_cub, cub, "train", (1, 2))
 
 
-def test_cub_wrong_root_and_parts(cub, tmp_path):
-    expect_line([str(tmp_path / "nowhere"), "--data-path"], load_cub, tmp_path / "nowhere")
+def test_cub_parts_that_do_not_fit(cub):
     expect_line(["part 11", "1 left eye, 2 beak, 3 tail"], load_cub, cub)
     expect_line(["named twice", "1, 2, 1"], load_cub, cub, None, (1, 2, 1))
     # One part alone has no distance to another.
     expect_line(["parts 1 ", "two or more"], load_cub, cub, None, (1,))
 
 
-def test_cub_without_a_split_file(cub):
+def test_cub_without_a_split_file_or_an_image(cub):
     (cub / "train_test_split.txt").unlink()
     assert load_cub(cub, parts=(1, 2, 3)).num_patches == 4
-
-
-def test_cub_missing_image(cub):
     (cub / "images/001.Bird/3.jpg").unlink()
     expect_line(["3.jpg cannot be decoded (No such file"], load_cub, cub, None, (1, 2, 3))
 
@@ -352,46 +329,26 @@ def test_coco_annotations_with_close_ids_share_distances(coco):
 def test_coco_malformed_json_names_the_line(coco):
     path = coco[0] / "annotations/person_keypoints_train2017.json"
     path.write_text('{"info": {},\n "images": [,],\n "annotations": []}')
-    expect_line([str(path), "line 2", "column 13"], load_coco, coco[0])
-    path.write_text('{"images": [{"id": 1}')
-    expect_line([str(path), "line 1"], load_coco, coco[0])
-    path.write_text("[" * 100_000)
-    expect_line([str(path), "not a COCO keypoints file"], load_coco, coco[0])
+    expect_line([str(path), "not a COCO keypoints file", "line 2 column 13"], load_coco, coco[0])
     path.write_bytes(b"\x1f\x8b\xff\x00")
-    expect_line([str(path), "not a COCO keypoints file", "unpack the data set again"], load_coco, coco[0])
-    with pytest.raises(UserError) as error:
-        load_keypoints(path, coco[0])
-    assert "correct the file" in str(error.value) and "unpack" not in str(error.value)
+    expect_line([str(path), "not a COCO keypoints file"], load_coco, coco[0])
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda c: c["annotations"][0].pop("keypoints"), ["annotation 1 has 0 keypoint values", "expected 51"]),
-    (lambda c: c["annotations"][0].pop("image_id"), ["not a COCO keypoints file"]),
     (lambda c: c["annotations"][0]["keypoints"].pop(), ["annotation 1 has 50 keypoint values", "expected 51"]),
-    (lambda c: c["annotations"][0]["keypoints"].__setitem__(0, None), ["annotation 1,"]),
-    (lambda c: c["annotations"][0]["keypoints"].__setitem__(0, 10**400), ["annotation 1,"]),
-    (lambda c: c["annotations"][0]["keypoints"].__setitem__(1, float("inf")), ["annotation 1", "not finite"]),
+    (lambda c: c["annotations"][0]["keypoints"].__setitem__(0, None), ["not a COCO keypoints file"]),
+    (lambda c: c["annotations"][0]["keypoints"].__setitem__(1, float("inf")), ["1 of 7 visible", "(10, inf)"]),
     (lambda c: c["annotations"][0].update(image_id=99), ["annotation 1", "image 99"]),
-    (lambda c: c["annotations"][0].update(id=4), ["annotation 4", "id is used twice"]),
-    (lambda c: c["annotations"][0].update(id="a"), ["annotation a", "whole number"]),
     (lambda c: c.pop("images"), ["not a COCO keypoints file", "'images'"]),
-    (lambda c: c.update(annotations=None), ["not a COCO keypoints file"]),
-    (lambda c: c["images"][1].update(id=30), ["image 30 or its file 20.jpg is listed twice"]),
     (lambda c: c["images"][1].update(width="wide"), ["not a COCO keypoints file", "'wide'"]),
-    (lambda c: c["images"][1].update(file_name=None), ["image 20: None is not the name of a file"]),
-    (lambda c: c["images"][1].update(file_name="../val2017/2.jpg"), ["image 20: '../val2017/2.jpg' is not the name"]),
     (lambda c: c["categories"].append({"id": 2, "name": "bicycle"}), ["category bicycle has no keypoints",
                                                                       "choose --category from person"]),
-    (lambda c: c["categories"][0].pop("keypoints"), ["category person has no keypoints"]),
-    (lambda c: c["annotations"][0].update(category_id=5), ["annotation 1 is of category 5", "not listed"]),
-    (lambda c: c["categories"].append(c["categories"][0] | {"id": 2}), ["two categories have one name"]),
     (lambda c: c["annotations"][0]["keypoints"].__setitem__(0, 5010), ["1 of 7 visible keypoints lie outside",
                                                                        "annotation 1, keypoint joint1", "150 x 150"]),
     (lambda c: [a.update(keypoints=[1 if i % 3 == 2 else v for i, v in enumerate(a["keypoints"])])
                 for a in c["annotations"]], ["none of its keypoints has visibility 2", "85 have another"]),
     (lambda c: [a.update(keypoints=[v if i % 3 == 2 else v / 150 for i, v in enumerate(a["keypoints"])])
                 for a in c["annotations"]], ["the largest coordinate of a visible keypoint is 0.866667", "in pixels"]),
-    (lambda c: c["categories"][0]["keypoints"].__setitem__(0, "joint2"), ["names of its keypoints"]),
     (lambda c: c.update(annotations=[]), ["no patch of the keypoints 1, 11, 16 is left"]),
 ])
 def test_coco_other_json(coco, spoil, words):
@@ -404,30 +361,7 @@ def test_coco_other_json(coco, spoil, words):
 def test_coco_wrong_root_and_keypoints(coco):
     root = coco[0]
     expect_line(["keypoint 18", "1 joint1, 2 joint2", "17 joint17"], load_coco, root, "train", (1, 18))
-    expect_line(["keypoint 0"], load_coco, root, "train", (0, 1))
-    expect_line(["named twice"], load_coco, root, "train", (1, 1))
     expect_line(["val2017", "--data-path", "annotations/person_keypoints_val2017.json"], load_coco, root, "val")
-    (root / "images/val2017").mkdir()
-    expect_line(["person_keypoints_val2017.json does not exist"], load_coco, root, "val")
-
-
-def test_coco_outlines_are_dropped_while_reading(coco):
-    """The official file has 240 MB, most of it outlines: memory stays near the text's own size."""
-    root, content, write = coco
-    polygon = [number + 0.25 for number in range(300)]
-    content["annotations"] = [person(10, number, [polygon], k1=(1, 1, 2)) for number in range(1, 1001)]
-    write(content)
-    path = root / "annotations/person_keypoints_train2017.json"
-    tracemalloc.start()
-    _, _, persons = read_keypoints(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(persons) == 1000 and persons[0][:2] == (10, 1)
-    assert peak < 3 * path.stat().st_size
-
-
-def own_files(annotations=None, images=None, category=None):
-    return annotations, images, category
 
 
 @needs_coco
@@ -435,11 +369,11 @@ def test_the_person_file_as_ones_own_gives_the_patches_of_coco():
     files = [COCO / f"annotations/person_keypoints_{split}2017.json" for split in ("train", "val")]
     folders = [COCO / f"images/{split}2017" for split in ("train", "val")]
     ours = open_retrieval("keypoints", None, ["nose", "11", "left_ankle"], 0.5, None, 0,
-                          files=own_files(files[:1], folders[:1]))
+                          files=(files[:1], folders[:1], None))
     official = load_coco(COCO)
     assert ours.images == official.images and ours.classes == official.classes == ["nose", "right_wrist", "left_ankle"]
     assert ours.load.keywords == {"upright": True} and official.load.keywords == {"upright": False}
-    both = open_classification("keypoints", None, keypoints=["1", "11", "16"], files=own_files(files, folders))
+    both = open_classification("keypoints", None, keypoints=["1", "11", "16"], files=(files, folders, None))
     for found, expected in zip(both, open_classification("coco", COCO), strict=True):
         assert found.images == expected.images and torch.equal(found.labels, expected.labels)
         assert repr(found.transform) == repr(expected.transform)
@@ -467,8 +401,7 @@ def zoo(tmp_path):
 def test_several_categories(zoo):
     """Those that share their keypoints are pooled by the keypoint's name; others are an error until one is chosen."""
     def dataset(categories, keypoints=None):
-        return open_retrieval("keypoints", None, keypoints, 0.5, None, 0,
-                              files=own_files(zoo[:1], zoo[1:], categories))
+        return open_retrieval("keypoints", None, keypoints, 0.5, None, 0, files=(zoo[:1], zoo[1:], categories))
     pooled = dataset(["cat", "dog"])
     assert pooled.classes == ["eye", "tail", "paw"] and len(pooled) == 9 and pooled.num_patches == 27
     assert [Path(image.path).name for image in dataset(["dog"]).images] == ["2.png", "4.png", "6.png", "8.png"]
@@ -476,16 +409,12 @@ def test_several_categories(zoo):
     assert dataset(["fish"]).classes == ["fin", "gill", "eye"]
     expect_line(["cat and fish have different keypoints", "--category from cat, dog, fish"], dataset, None)
     expect_line(["no category 'cow'", "cat, dog, fish"], dataset, ["cow"])
-    zoo[0].write_text(zoo[0].read_text().replace('"gill"', '"1"'))
-    expect_line(["keypoint 1 is the number of one and the name of another"], dataset, ["fish"], ["1"])
-    assert dataset(["fish"], ["2", "fin"]).classes == ["1", "fin"]
 
 
 def test_one_file_is_split_by_image(zoo):
     def split(seed, **options):
-        files = own_files(zoo[:1], zoo[1:], ["cat", "dog"])
-        return [[image.path for image in part.images]
-                for part in open_classification("keypoints", None, files=files, seed=seed, **options)]
+        files = zoo[:1], zoo[1:], ["cat", "dog"]
+        return [part.files() for part in open_classification("keypoints", None, files=files, seed=seed, **options)]
     train, test = split(0)
     assert len(test) == 1 and len(train) == 8 and not set(train) & set(test)
     assert split(0) == [train, test] and any(split(seed)[1] != test for seed in range(1, 5))
@@ -547,12 +476,9 @@ def test_up_to_one_in_a_hundred_keypoints_outside_are_counted(zoo):
     assert [part.num_outside for part in parts] == [1, 0]
 
 
-def test_files_that_do_not_fit_are_one_line(zoo, tmp_path):
-    def opened(*files):
-        return open_retrieval("keypoints", None, None, 0.5, None, 0, files=own_files(*files))
-    expect_line(["--annotations takes one FILE", "2 and 1 were given"], opened, [zoo[0]] * 2, zoo[1:])
-    expect_line(["none.json does not exist"], opened, [tmp_path / "none.json"], zoo[1:])
-    expect_line(["nowhere does not exist"], opened, zoo[:1], [tmp_path / "nowhere"])
+def test_as_many_files_as_the_task_takes(zoo):
+    expect_line(["--annotations takes one FILE", "2 and 1 were given"],
+                open_retrieval, "keypoints", None, None, 0.5, None, 0, 224, ([zoo[0]] * 2, zoo[1:], None))
 
 
 def test_own_keypoints_through_both_scripts(zoo, tmp_path, launch):
@@ -565,7 +491,7 @@ def test_own_keypoints_through_both_scripts(zoo, tmp_path, launch):
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line["dataset"] for line in lines] == ["keypoints"] * 2
     assert lines[0]["patches_per_class"] == {"eye": 9, "paw": 9}
-    assert lines[1]["classes"] == ["eye", "tail", "paw"] and (lines[1]["num_train"], lines[1]["num_test"]) == (24, 3)
+    assert lines[1]["classes"] == ["eye", "tail", "paw"] and (lines[1]["num_train"], lines[1]["num_test"]) == (21, 3)
     for main in (retrieval.main, classify.main):
         assert "have different keypoints; choose --category" in launch(main, options[:-3], status=2)[1]
         assert "are for --dataset keypoints, not for synthetic" in launch(main, ["--images", tmp_path], status=2)[1]

@@ -71,9 +71,8 @@ def test_names(tree):
 
 
 def test_another_folder(tree, tmp_path):
-    with pytest.raises(UserError, match="expected images/val and annotations/val_whole") as error:
+    with pytest.raises(UserError, match="expected images/val and annotations/val_whole"):
         open_segmentation("partimagenet-object", tmp_path / "PartImageNet_Seg" / "images", "val")
-    assert "prepare" not in str(error.value)
     (tree / "annotations/train/n01440764_1009.png").unlink()
     with pytest.raises(UserError, match="1 images have no label map.*n01440764_1009"):
         open_segmentation("partimagenet-part", tree, "train")

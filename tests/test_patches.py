@@ -17,7 +17,7 @@ from datasets.patches import (
     PatchImage,
     count_outside,
     draw_numbers,
-    patch_image,
+    keypoint_patches,
     resize_center_crop,
     resize_square,
     select_keypoints,
@@ -88,9 +88,11 @@ def test_crop_scale_changes_sides_only():
             select_keypoints(points, crop_scale)
 
 
-def test_patch_image_keeps_labels_with_their_points():
-    image = patch_image("a.jpg", [(0, 0), (30, 0), (130.5, 8)], [4, 5, 6], crop_scale=0.5)
-    assert image == PatchImage("a.jpg", [(105.5, -17, 155.5, 33)], [6])
+def test_patches_keep_the_labels_of_their_points():
+    points = [(0, (0, 0)), (1, (30, 0)), (2, (130.5, 8))]
+    dataset = keypoint_patches([("a.jpg", points), ("b.jpg", points[:2])], [3, 4, 5], dict.fromkeys((3, 4, 5), "x"),
+                               "part", 0.5, None)
+    assert dataset.images == [PatchImage("a.jpg", [(105.5, -17, 155.5, 33)], [2])]
 
 
 def noise(height, width, seed=0):
@@ -231,35 +233,21 @@ def test_images_of_all_modes_become_rgb(tmp_path, mode):
     assert small([PatchImage(str(path), [(0, 0, 20, 20)], [0])])[0][0].shape == (1, 3, 16, 16)
 
 
-def spoil(path, how):
-    if how == "missing":
-        path.unlink()
-    elif how == "cut":
-        path.write_bytes(path.read_bytes()[:-400])
-    elif how == "text":
-        path.write_text("<html>404</html>")
-    elif how == "empty":
-        path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("how", ["missing", "cut", "text", "empty"])
-def test_bad_image_is_one_line_with_and_without_workers(folder, how):
+@pytest.mark.parametrize("content", [None, b"", b"<html>404</html>", 400])
+def test_bad_image_is_one_line_with_and_without_workers(folder, content):
     root, images = folder
-    spoil(root / "3.png", how)
+    path = root / "3.png"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-content] if content == 400 else content)
     with pytest.raises(UserError) as direct:
         small(images)[3]
-    assert f"{root / '3.png'} cannot be decoded" in str(direct.value) and "\n" not in str(direct.value)
+    assert f"{path} cannot be decoded" in str(direct.value) and "\n" not in str(direct.value)
     for workers in (0, 1):
         with pytest.raises(UserError) as batched:
             list(small(images).batches(range(6), 2, workers))
         assert str(batched.value) == str(direct.value)
-
-
-def test_programming_error_is_not_a_bad_image(folder):
-    def load(path):
-        raise KeyError(path)
-    with pytest.raises(KeyError):
-        small(folder[1], load=load)[0]
 
 
 def test_load_gets_the_stated_size(folder):

@@ -14,8 +14,9 @@ from PIL import Image
 from test_label_maps import write_folder, write_pair
 
 from datasets import segmentation_store
+from datasets.files import shared_images
 from datasets.segmentation import PAPER_PROTOCOLS as PROTOCOLS
-from datasets.segmentation import default_iterations, in_order, open_segmentation, shared_images
+from datasets.segmentation import default_iterations, in_order, open_segmentation
 from datasets.segmentation_store import PixelStore, training_batches
 from datasets.segmentation_transforms import pack_pixels, rescale_size, resize_image
 from datasets.synthetic import OBJECT_NAMES, PART_NAMES
@@ -58,7 +59,7 @@ def test_folders_of_ones_own(tmp_path):
         (tmp_path / "names.txt").write_text(text)
         store = PixelStore(open_segmentation("folder", tmp_path, "train"), (32, 32), CPU, tmp_path, "disk")
         assert store.pixels[0] >> 24 & 255 == len(text.split("\n")) - 3, "label 1 is class 0, or 1"
-    with pytest.raises(UserError, match="does not hold images and label maps: expected images/val and labels/val$"):
+    with pytest.raises(UserError, match="does not hold .* --dataset folder: expected images/val and labels/val"):
         open_segmentation("folder", tmp_path / "labels", "val")
 
 
@@ -102,9 +103,6 @@ def test_names_beside_the_maps_decide_the_class_count(tmp_path):
     (tmp_path / "names.txt").write_text("car wheel\ncar door\n")
     with pytest.raises(UserError, match="label 3 is above the class count 2"):
         open_segmentation("ade20k-part", tmp_path, "val").load(0)
-    (tmp_path / "names.txt").write_text("".join(f"part {i}\n" for i in range(255)))
-    with pytest.raises(UserError, match="255 names"):
-        open_segmentation("ade20k-part", tmp_path, "val")
 
 
 def test_test_images_that_are_training_images_are_counted(tmp_path):
