@@ -1,10 +1,4 @@
-"""The segmentation data sets by name: protocol, class names, folders, images with their label maps.
-
-A split has names, num_classes, len(), name(i), subset(indices), files(), sizes(workers) -> [(height, width)] and
-load(i) -> (uint8 [H, W, 3], uint8 [H, W]): the image and its label map by reduce_label (appendix A.4); the ignored
-label is "other", 0, of PartImageNet "background", the last, or none (255 only) of a folder whose names.txt begins with
-"0 NAME". sampled: whether its images were drawn. notes: lines for the log about what was read.
-"""
+"""The segmentation data sets by name: protocol, class names, folders, images with their label maps."""
 
 import re
 from collections import deque
@@ -90,7 +84,7 @@ def fit_windows(crop_size: int | None, stride: int | None, protocol: Protocol, p
 
 
 def open_segmentation(name: str, data_path: Path | None, split: str, num_images: int | None = None,
-                      seed: int = 0) -> "FolderSplit | SyntheticSplit":
+                      seed: int = 0) -> "Split":
     """The split "train" or "val" of one of PROTOCOLS. num_images: that many, drawn by the seed, in the order of their
     names. Raises UserError where folders or files are missing or do not pair."""
     check_data_path(name, data_path)
@@ -118,28 +112,28 @@ def find_folders(dataset: str, data_path: Path, split: str) -> tuple[Path, Path,
         for images, labels in layouts:
             if (root / images).is_dir() and (root / labels).is_dir():
                 return root, root / images, root / labels
-    where = " or ".join(ROOTS[dataset] or ("the folder itself",))
+    others = f", there or in {' or '.join(ROOTS[dataset])}; see python -m datasets.prepare" if ROOTS[dataset] else ""
     raise UserError(f"{data_path} does not hold the images and label maps of --dataset {dataset}: expected "
-                    f"{' or '.join(map(' and '.join, layouts))}, there or in {where}")
+                    f"{' or '.join(map(' and '.join, layouts))}{others}")
 
 
-class FolderSplit:
-    """A split in two folders: images and label maps of the same names."""
+class Split:
+    """Images with label maps. names: of the classes; items: what each image is made of; background: the ignored label
+    of the maps, 0 ("other"), of PartImageNet the last, 255 where label 0 is a class; sampled: whether the images were
+    drawn; notes: lines for the log about what was read."""
 
-    def __init__(self, root: Path, images: Path, labels: Path, dataset: str):
-        self.names = class_names(dataset, root)
-        self.num_classes = len(self.names)
-        self.background, self.largest_label = 0, self.num_classes
-        if dataset.startswith("partimagenet"):
-            self.background = self.num_classes
-        elif dataset == "folder" and (zero := re.match(r"0[\s:]+(?=\S)", self.names[0])):  # label 0 is a class too
-            self.names = (self.names[0][zero.end():], *self.names[1:])
-            self.background, self.largest_label = IGNORE, self.num_classes - 1
-        self.pairs, self.notes = pair_files(images, labels)
-        self.sampled = False
+    def __init__(self, names: Sequence[str], items: Sequence, background: int = 0, notes: Sequence[str] = ()):
+        self.names, self.items, self.background = names, items, background
+        self.num_classes, self.sampled, self.notes = len(names), False, notes
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.items)
+
+    def subset(self, indices: Sequence[int]) -> "Split":
+        """Some images of this split as a split of their own."""
+        chosen = copy(self)
+        chosen.items = [self.items[index] for index in indices]
+        return chosen
 
     def identity(self, what: str) -> dict:
         """What tells this split from another, by its name in words. what: this split in these words."""
@@ -148,78 +142,72 @@ class FolderSplit:
                 f"the ignored label of the {what}": self.background,
                 f"the names of the images of the {what}": digest([self.name(index) for index in range(len(self))])}
 
+
+class FolderSplit(Split):
+    """A split in two folders: images and label maps of the same names."""
+
+    def __init__(self, root: Path, images: Path, labels: Path, dataset: str):
+        names, background = class_names(dataset, root), 0
+        self.largest_label = len(names)
+        if dataset.startswith("partimagenet"):
+            background = len(names)
+        elif dataset == "folder" and (zero := re.match(r"0[\s:]+(?=\S)", names[0])):  # label 0 is a class too
+            names = (names[0][zero.end():], *names[1:])
+            background, self.largest_label = IGNORE, len(names) - 1
+        pairs, notes = pair_files(images, labels)
+        super().__init__(names, pairs, background, notes)
+
     def name(self, index: int) -> str:
-        return self.pairs[index][0].stem
+        return self.items[index][0].stem
 
     def files(self) -> list[Path]:
-        return [image for image, _ in self.pairs]
-
-    def subset(self, indices: Sequence[int]) -> "FolderSplit":
-        """Some images of this split as a split of their own."""
-        chosen = copy(self)
-        chosen.pairs = [self.pairs[index] for index in indices]
-        return chosen
+        return [image for image, _ in self.items]
 
     def sizes(self, workers: int) -> list[tuple[int, int]]:
         """(height, width) of all label maps, from the headers. Raises UserError for an image of another size."""
-        return list(in_order(label_map_size, self.pairs, workers))
+        return list(in_order(label_map_size, self.items, workers))
 
     def count_labels(self, workers: int) -> np.ndarray:
         """The pixels of each number from 0 to 255 in all label maps, as their files hold it, int64 [256]."""
         def count(pair: tuple[Path, Path]) -> np.ndarray:
             return np.bincount(read_label_map(pair[1], self.largest_label).ravel(), minlength=256)
-        return sum(in_order(count, self.pairs, workers))
+        return sum(in_order(count, self.items, workers))
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The image is upright, as OpenCV reads it, unless it has the size of its label map only as stored. Raises
-        UserError."""
-        image_path, label_path = self.pairs[index]
+        """(uint8 [H, W, 3], uint8 [H, W]): the image and its label map by reduce_label (appendix A.4). The image is
+        upright, as OpenCV reads it, unless it has the size of its label map only as stored. Raises UserError."""
+        image_path, label_path = self.items[index]
         label = reduce_label(read_label_map(label_path, self.largest_label), self.background)
         height, width = label.shape
         return np.array(read_rgb(image_path, (width, height), upright=True)), label
 
 
-class SyntheticSplit:
+class SyntheticSplit(Split):
     """Images drawn by code, with part or object masks. Each is drawn once."""
 
     def __init__(self, kind: str, split: str):
-        self.kind, self.split, self.background = kind, split, 0
-        self.sampled, self.notes = False, []
-        self.names = PART_NAMES if kind == "part" else OBJECT_NAMES
-        self.num_classes = len(self.names)
-        self.numbers: Sequence[int] = range(NUM_IMAGES[split])
+        super().__init__(PART_NAMES if kind == "part" else OBJECT_NAMES, range(NUM_IMAGES[split]))
+        self.kind, self.split = kind, split
         self.draw = cache(self._draw)
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def identity(self, what: str) -> dict:
-        return {f"the list of classes of the {what}": list(self.names),
-                f"the list of images of the {what}": digest(self.kind, self.split, list(self.numbers))}
-
     def name(self, index: int) -> str:
-        return f"{self.split}_{self.numbers[index]:05}"
+        return f"{self.split}_{self.items[index]:05}"
 
     def files(self) -> list[Path]:
         return []
-
-    def subset(self, indices: Sequence[int]) -> "SyntheticSplit":
-        chosen = copy(self)
-        chosen.numbers = [self.numbers[index] for index in indices]
-        return chosen
 
     def sizes(self, workers: int) -> list[tuple[int, int]]:
         return [self.load(index)[1].shape for index in range(len(self))]
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.draw(self.numbers[index])
+        return self.draw(self.items[index])
 
     def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         image, label = synthetic_segmentation(number, self.split, self.kind)
         return np.array(image), reduce_label(label)
 
 
-def hold_out(split: "FolderSplit | SyntheticSplit", seed: int) -> tuple:
+def hold_out(split: Split, seed: int) -> tuple[Split, Split]:
     """(the split without a tenth of its images, that tenth), drawn by the seed."""
     held = draw_numbers(len(split), max(1, len(split) // 10), seed)
     return split.subset(sorted({*range(len(split))} - {*held})), split.subset(held)

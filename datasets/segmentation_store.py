@@ -16,7 +16,7 @@ from utils.storage import allocate
 
 from . import segmentation_transforms as transforms
 from .label_maps import require_labelled
-from .segmentation import FolderSplit, SyntheticSplit, in_order
+from .segmentation import Split, in_order
 
 LARGEST_RATIO = 2.0  # of the base scale
 # Left free beside the images: what training takes on a GPU, and the rest of the machine.
@@ -28,12 +28,11 @@ class PixelStore:
 
     Images larger than what the largest training scale needs are kept at that size. tier: "gpu", "cpu", "disk" (a mapped
     temporary file in folder) or "auto": the first of these that has room. label_counts: pixels of each class in the
-    label maps as they are in the files, int64 [num_classes]. Logs how many images were shrunk, and the classes that no
-    label map holds. Raises UserError where no pixel has a class.
+    files' label maps, int64 [num_classes]. Raises UserError where no pixel has a class.
     """
 
-    def __init__(self, split: FolderSplit | SyntheticSplit, base_scale: tuple[int, int], device: torch.device,
-                 folder: Path, tier: str = "auto", workers: int = 0, log: Callable[[str], None] = print):
+    def __init__(self, split: Split, base_scale: tuple[int, int], device: torch.device, folder: Path,
+                 tier: str = "auto", workers: int = 0, log: Callable[[str], None] = print):
         self.split, self.sizes = split, split.sizes(workers)
         largest = tuple(int(side * LARGEST_RATIO) for side in base_scale)
         self.stored = [min(size, transforms.rescale_size(*size, largest)) for size in self.sizes]

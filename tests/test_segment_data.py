@@ -287,7 +287,7 @@ def test_real_ade20k():
     assert split.names[0] == "wall"
     for i, (height, width) in enumerate(split.sizes(2)):
         image, label = split.load(i)
-        raw = np.asarray(Image.open(split.pairs[i][1]))
+        raw = np.asarray(Image.open(split.items[i][1]))
         assert image.shape[:2] == label.shape == (height, width)
         for k in range(1, 151):
             assert (label == k - 1).sum() == (raw == k).sum()
