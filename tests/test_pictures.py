@@ -1,11 +1,15 @@
-"""Pictures of label maps, their palette against Pillow's CIELAB, and sheets of patches."""
+"""Pictures of label maps, their palette against Pillow's CIELAB, and sheets of patches and what is on them."""
+
+import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms, ImageFont
 
 from datasets.segmentation_pictures import UNLABELLED, class_colours, save_picture
-from datasets.sheets import MARK, draw_sheet
+from datasets.sheets import MARK, draw_sheet, find_query, nearest_patches
+from utils import UserError
 
 
 def lightness_and_distances(count):
@@ -84,3 +88,26 @@ def test_a_sheet_marks_the_patches_that_overlap_the_query_and_cuts_no_title(tmp_
     assert (sheet[:, -8:] == 255).all()
     draw_sheet(path, query, [("m", [("cls", patches[:2])])])
     assert not (np.asarray(Image.open(path)) == MARK).all(2).any()
+
+
+def test_nearest_patches_against_a_plain_sort():
+    features = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    queries = torch.tensor([5, 59])
+    similarity = torch.nn.functional.cosine_similarity(features[queries][:, None], features[None], dim=2)
+    similarity[[0, 1], queries] = -2
+    assert torch.equal(nearest_patches(features, torch.arange(60), queries, 7), similarity.topk(7).indices)
+    # A query is in no list, however long.
+    assert nearest_patches(features, torch.arange(60), queries, 60).shape == (len(queries), 59)
+    # Rows 0 to 9 are of one image, and so on.
+    same = torch.arange(60) // 10 == queries[:, None] // 10
+    similarity[same] = -2
+    others = nearest_patches(features, torch.arange(60), queries, 60, leave_out=10)
+    assert torch.equal(others, similarity.topk(50).indices)
+
+
+def test_queries_by_name():
+    paths = ["/data/a/one.jpg", "/data/b/one.jpg", "/data/b/two.png"]
+    assert find_query("b/one.jpg:48", paths) == 49 + 48
+    for text in ("one.jpg:3", "two.png:49", "two.png", "three.jpg:0"):
+        with pytest.raises(UserError, match=re.escape(f"--query {text}: ")):
+            find_query(text, paths)
