@@ -368,7 +368,7 @@ def test_lip_with_bad_labels_and_into_its_own_folder(made_lip, tmp_path):
     for path, label in (("train/a.png", 3), ("train/b.png", 1), ("val/a.png", 19)):
         assert (read_map(made_lip / "ann" / path) == label).all()
     (made_lip / "names.txt").unlink()  # as if the maps were another's
-    with pytest.raises(UserError, match="names.txt does not exist"):
+    with pytest.raises(UserError, match="another class list"):
         run("lip", made_lip, tmp_path)
 
 

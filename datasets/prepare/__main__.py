@@ -176,17 +176,18 @@ def main(words: Sequence[str] | None = None) -> None:
 
     pairs, names, read_labels = OPEN[args.dataset](args)
     root, layout = args.target / ROOTS[args.dataset][0], LAYOUTS[args.dataset == "ade20k-object"]
-    items, text = [], "".join(f"{name}\n" for name in names)
+    items, names_file, text = [], root / "names.txt", "".join(f"{name}\n" for name in names)
+    same_list = names_file.is_file() and names_file.read_bytes() == text.encode()
     for split, listed in pairs.items():
         if not listed:
             raise UserError(f"--source {args.source}: no images for the split {split}; both splits are needed")
         images, labels = (root / folder.format(split, LONG_NAMES[split]) for folder in layout)
-        if next(labels.glob("*.png"), None) and "\n".join(read_lines(root / "names.txt")) != text:
+        if next(labels.glob("*.png"), None) and not same_list:
             raise UserError(f"{root} holds maps of another class list; remove that folder or use another --target")
         images.mkdir(parents=True, exist_ok=True)
         labels.mkdir(parents=True, exist_ok=True)
         items += [(*pair, images / pair[0].name, labels / f"{pair[0].stem}.png") for pair in listed]
-    atomic_write(root / "names.txt", lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_write(names_file, lambda path: path.write_text(text, encoding="utf-8"))
     made = run_all(partial(prepare_one, read_labels=read_labels), items, args.workers, root.name)
     print(f"{root}: {len(names)} classes, {len(pairs['train'])} images for training, {len(pairs['val'])} for "
           f"validation, {made.count(False)} of them finished earlier")

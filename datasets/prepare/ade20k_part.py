@@ -15,7 +15,7 @@ import numpy as np
 
 from utils import UserError
 
-from ..files import image_errors, open_image
+from ..files import open_image
 
 NUM_TRAIN = 20210
 
@@ -29,7 +29,7 @@ def list_images(release: Path, split: str) -> list[tuple[Path, Path]]:
 
 def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Class indices and instance codes, each uint16 [height, width], of a _seg.png or _parts_N.png. Or UserError."""
-    with image_errors(path), open_image(path) as image:
+    with open_image(path) as image:
         pixels = np.asarray(image.convert("RGB"), dtype=np.uint16)
     return pixels[..., 0] // 10 * 256 + pixels[..., 1], pixels[..., 2]
 
