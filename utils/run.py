@@ -195,7 +195,7 @@ class Log:
     def __call__(self, line: str) -> None:
         if is_main():
             print(line, flush=True)
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
 
 
