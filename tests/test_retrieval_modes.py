@@ -19,7 +19,8 @@ IBOT = ["--model", "ibot", "--weights", GOLDEN / "ibot" / "checkpoint.pth", "--n
 @pytest.fixture
 def run(launch, tmp_path):
     def run_retrieval(*words, status=0, processes=1):
-        return launch(retrieval.main, ["--device", "cpu", "--workers", 0, "--output-dir", tmp_path / "out", *words], processes, status)
+        common = ["--device", "cpu", "--workers", 0, "--output-dir", tmp_path / "out"]
+        return launch(retrieval.main, [*common, *words], processes, status)
     return run_retrieval
 
 
@@ -50,8 +51,7 @@ def test_transfer_agrees_with_a_loop_over_pairs(run, tmp_path):
     assert result["by_layer"]["3"]["pck_image"] == result["pck_image"]
     assert len(json.loads((tmp_path / "out" / "ibot_synthetic-pairs_pairs.json").read_text())) == 12
     for name in ("pairs", "layers"):
-        with Image.open(tmp_path / "out" / f"ibot_synthetic-pairs_{name}.png") as picture:
-            assert picture.width > 600
+        assert Image.open(tmp_path / "out" / f"ibot_synthetic-pairs_{name}.png").width > 600
     assert "protocol: images squashed to 96 x 96" in out and "synthetic data" in out
     run(*words, processes=2)
     assert results(tmp_path / "out")[1]["pck_point"] == pytest.approx(result["pck_point"])
