@@ -181,7 +181,7 @@ def read_spair(name: str, path: Path, images: Path) -> tuple[Pair, dict[str, tup
         sizes = {image: (int(width), int(height)) for image, (width, height, *_) in (
             (source, found["src_imsize"]), (target, found["trg_imsize"]))}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the annotation of a pair ({type(error).__name__}: {error})") from None
+        raise UserError(f"pair {name}: {path} is not a pair's annotation ({type(error).__name__}: {error})") from None
     return Pair(name, found["category"], source, target, *points, (x1, y1, x2, y2), attributes), sizes
 
 
