@@ -12,18 +12,9 @@ import torch.nn as nn
 from utils import UserError
 from utils.distributed import local_main_first
 from utils.results import digest
+from utils.run import DTYPES
 
-from .checkpoints import (
-    SAFETENSORS,
-    fetch,
-    fetch_official,
-    file_hash,
-    of_transformers,
-    one_line,
-    open_checkpoint,
-    state_at,
-    state_dicts,
-)
+from .checkpoints import fetch, fetch_official, file_hash, is_of_transformers, one_line, open_checkpoint, state_dicts
 from .encoder import CheckpointError, Encoder, encoder_signature
 from .own import load_own
 
@@ -71,7 +62,7 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
 
 def _load(name: str, weights: str, num_heads: int | None, full: bool, weights_key: str | None,
           options: dict) -> Encoder:
-    """An encoder of a method or of timm. full: of the official files the one with projector or decoder."""
+    """full: of the official files the one with projector or decoder."""
     is_timm = name.startswith("timm/")
     if is_timm:
         method = importlib.import_module(".timm_vit", __name__)
@@ -101,19 +92,22 @@ def _load(name: str, weights: str, num_heads: int | None, full: bool, weights_ke
 
 def _from_file(name: str, path: Path, method: ModuleType, weights_key: str | None, options: dict) -> Encoder:
     """Methods' files are told apart by their official structure: other places are read only where weights_key names
-    them."""
+    them, and the one of a safetensors file, which is one state dictionary."""
     checkpoint = content = open_checkpoint(path)
+    states = state_dicts(content)
     try:
-        if weights_key is not None or path.suffix == SAFETENSORS:
-            # A safetensors file is one state dictionary.
-            state = state_at(content, weights_key or "")
-            checkpoint = {method.NESTING: state} if method.NESTING else state
+        if weights_key is not None or path.suffix == ".safetensors":
+            checkpoint = states[weights_key or ""]
+            if method.NESTING:
+                checkpoint = {method.NESTING: checkpoint}
         return method.from_checkpoint(checkpoint, **options)
     except Exception as error:  # keys or shapes that no method expects raise many kinds
-        places = ", ".join(filter(None, state_dicts(content)))
-        hint = f"; it has weights at {places}, which --weights-key can name" if places and not weights_key else ""
-        raise CheckpointError(f"{path} is not a file of {name}: {one_line(error)}{hint}{of_transformers(content)}; "
-                              "another --model or --num-heads may help") from error
+        reason = f"missing keys: {error}" if isinstance(error, KeyError) else one_line(error)
+        mend = "another --model, --num-heads or --weights-key may help"
+        if is_of_transformers(states):
+            mend = "Hugging Face's transformers wrote it: --model FILE.py:FUNCTION takes it (README, own encoder)"
+        raise CheckpointError(f"{path} is not a file of {name}: {reason}; it has weights at "
+                              f"{', '.join(map(repr, states)) or 'no place'}; {mend}") from error
 
 
 def choose_layers(words: Sequence[str] | None, depth: int) -> list[int]:
@@ -143,18 +137,16 @@ def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[
     if size % patch:
         raise UserError(f"--image-size {size} is not divisible by the patch size {patch}; "
                         f"use {max(1, round(size / patch)) * patch}")
-    what = [f"{encoder.depth} blocks", f"width {encoder.embed_dim}", f"{encoder.num_heads} heads", f"patch {patch}",
-            encoder.cls_from, *(["with projector"] if encoder.has_projector else [])]
-    for name, values in (("mean", encoder.mean), ("std", encoder.std)):
-        what.append(" ".join([name, *(f"{value:.3g}" for value in values.flatten().tolist())]))
-    log(f"{args.model} from {encoder.weights}, SHA-256 {encoder.sha256}: {', '.join(what)}")
+    mean, std = (" ".join(f"{value:.3g}" for value in values.flatten()) for values in (encoder.mean, encoder.std))
+    log(f"{args.model} from {encoder.weights}, SHA-256 {encoder.sha256}: {encoder.depth} blocks, width "
+        f"{encoder.embed_dim}, {encoder.num_heads} heads, patch {patch}, {encoder.cls_from}, "
+        f"{'with projector, ' if encoder.has_projector else ''}mean {mean}, std {std}")
     encoder.signature = encoder_signature(encoder)
     network = encoder.vit if hasattr(encoder, "vit") else encoder.network
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    if dtype and hasattr(encoder, "vit"):
+    if hasattr(encoder, "vit"):
         for layer in network.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
-                layer.to(dtype)
+                layer.to(DTYPES[args.precision])
     encoder.to(device)
     if args.compile:
         # Blocks share one compilation, and dynamic shapes one for all sizes and batches.

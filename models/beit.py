@@ -1,4 +1,4 @@
-"""BEiT (Bao et al., ICLR 2022), masked image modelling. Two architectures, distinguished by their keys:
+"""BEiT (Bao et al., ICLR 2022), masked image modelling. Two architectures, told apart by their keys:
 
 * the study's authors' file: relative position bias shared by all blocks, no absolute position embedding, LayerScale;
 * the public beit_base_patch16_224_pt1k_800ep.pth: absolute position embedding, no relative bias, no LayerScale.
@@ -6,6 +6,7 @@
 Both files hold the weights under `model`, with biases on query and value but not key, and an `lm_head`.
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -15,14 +16,11 @@ import torch.nn.functional as F
 from timm.models.beit import Beit, gen_relative_position_index
 
 from .encoder import (
-    CheckpointError,
     Encoder,
     bicubic_to_size,
     drop_keys,
     layer_norm,
     load_exactly,
-    native_grid,
-    square_grid,
     unwrap,
     vit_shape,
 )
@@ -51,10 +49,9 @@ class BEiTEncoder(Encoder):
         dtype = torch.get_autocast_dtype(kind) if fused and torch.is_autocast_enabled(kind) else table.dtype
         key = (height, width, table.device, dtype)
         if self._bias_key != key:
-            native = native_grid(self.vit)
             # A cached inference tensor could not be used by a later call that needs gradients.
             with torch.inference_mode(False):
-                table = resize_relative_table(table, (native, native), (height, width))
+                table = resize_relative_table(table, self.vit.patch_embed.grid_size, (height, width))
                 index = gen_relative_position_index((height, width)).to(table.device)
                 bias = table[index].permute(2, 0, 1)[None].to(dtype)
                 # The CUDA kernel wants strides divisible by 8, and would copy the bias in every block.
@@ -121,20 +118,14 @@ def cubic_spline(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
     """Content of either file -> Encoder. Raises CheckpointError."""
-    state = unwrap(checkpoint, "model")
-    if "lm_head.weight" not in state:
-        raise CheckpointError("missing keys: lm_head.weight, lm_head.bias; this is not a BEiT pre-training file")
-    state = drop_keys(state, rf"lm_head\.(weight|bias)|mask_token|{RELATIVE_INDEX}")
-    shape = vit_shape(state, num_heads)
-    relative = RELATIVE_TABLE in state
+    state = drop_keys(unwrap(checkpoint, "model"), rf"lm_head\.(weight|bias)|mask_token|{RELATIVE_INDEX}")
+    shape, relative = vit_shape(state, num_heads), RELATIVE_TABLE in state
     if relative:
-        grid = (square_grid(len(state[RELATIVE_TABLE]) - 3) + 1) // 2
-    elif "pos_embed" in state:
-        grid = square_grid(state["pos_embed"].shape[1] - 1)
+        grid = (math.isqrt(len(state[RELATIVE_TABLE]) - 3) + 1) // 2
     else:
-        raise CheckpointError(f"missing keys: pos_embed or {RELATIVE_TABLE}")
+        grid = math.isqrt(state["pos_embed"].shape[1] - 1)
     vit = Beit(img_size=grid * shape["patch_size"], num_classes=0, global_pool="", norm_layer=layer_norm,
-               init_values=1.0 if "blocks.0.gamma_1" in state else None, use_abs_pos_emb="pos_embed" in state,
+               init_values=1.0 if "blocks.0.gamma_1" in state else None, use_abs_pos_emb=not relative,
                use_shared_rel_pos_bias=relative, **shape)
     # timm computes the index from the grid; its older versions have it in the state dictionary.
     state |= {key: value for key, value in vit.state_dict().items() if key == RELATIVE_INDEX}

@@ -4,7 +4,7 @@ The rest of the file (alignment encoder, regressor, decoder, their position embe
 Biases on query and value but not key, LayerScale, fixed sine-cosine position embedding.
 """
 
-import re
+import math
 
 from timm.models.beit import Beit
 
@@ -12,11 +12,11 @@ from .encoder import (
     CheckpointError,
     Encoder,
     bicubic_to_size,
+    drop_keys,
     first_few,
     layer_norm,
     load_exactly,
     sincos_positions,
-    square_grid,
     take_prefix,
     unwrap,
     vit_shape,
@@ -33,16 +33,11 @@ PRETRAINING = r"(alignment_encoder|regresser|decoder|pretext_neck)\..*|mask_toke
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
     """Content of an official file -> Encoder. Raises CheckpointError."""
     whole = unwrap(checkpoint, "model")
+    if unexpected := drop_keys(whole, rf"encoder\..*|{PRETRAINING}"):
+        raise CheckpointError(f"unexpected keys: {first_few(list(unexpected))}")
     state = take_prefix(whole, "encoder.")
-    if not state:
-        raise CheckpointError(f"no key starts with encoder.; the file has {', '.join(list(whole)[:4])}, ...")
-    unexpected = [key for key in whole if not key.startswith("encoder.") and not re.fullmatch(PRETRAINING, key)]
-    if unexpected:
-        raise CheckpointError(f"unexpected keys: {first_few(unexpected)}")
     shape = vit_shape(state, num_heads)
-    if "pos_embed" not in state:
-        raise CheckpointError("missing keys: encoder.pos_embed")
-    grid = square_grid(state["pos_embed"].shape[1] - 1)
+    grid = math.isqrt(state["pos_embed"].shape[1] - 1)
     vit = Beit(img_size=grid * shape["patch_size"], num_classes=0, global_pool="", init_values=1.0,
                norm_layer=layer_norm, **shape)
     load_exactly(vit, state)

@@ -2,9 +2,7 @@
 
 import argparse
 import hashlib
-import http.client
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +11,6 @@ from utils.storage import check_archive
 
 from .encoder import CheckpointError, take_prefix
 
-SAFETENSORS = ".safetensors"
 # Names under which training scripts save a model, and prefixes of its keys.
 NESTINGS = ("state_dict", "model", "model_state_dict", "teacher", "student", "model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
@@ -40,7 +37,6 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
 
     name: in the cache (default: a hash of the URL and its last part). published: {"sha256" or "md5": leading
     hexadecimal digits}, checked at every use; default: a SHA-256 prefix in the file name, torch.hub's convention.
-    What is left of a download that ended early passes here where no hash is published; open_checkpoint refuses it.
     Raises CheckpointError.
     """
     base = url.split("?")[0].rsplit("/", 1)[-1]
@@ -52,8 +48,7 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
     if not path.exists():
         try:
             torch.hub.download_url_to_file(url, str(path))
-        # Of a server, of the network, of a disk, of what is no URL.
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, ValueError) as error:  # ValueError: it is no URL
             raise CheckpointError(f"{url} could not be downloaded ({one_line(error)}); download it by hand to {path}, "
                                   "or give --weights PATH") from None
     for algorithm, digits in (published or {}).items():
@@ -64,8 +59,8 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
 
 
 def fetch_official(name: str, files: dict[str, dict], full: bool) -> Path:
-    """A method's official file, as its OFFICIAL describes them. full: the one with projector or decoder, if there are
-    two. Raises CheckpointError."""
+    """One of a method's OFFICIAL files. full: the one with projector or decoder, if there are two. Raises
+    CheckpointError."""
     entry = files["full" if full and "full" in files else "backbone"]
     if "url" not in entry:
         raise CheckpointError(f"{name}: scripts cannot download the official file {entry['file']} from Google Drive; "
@@ -75,13 +70,12 @@ def fetch_official(name: str, files: dict[str, dict], full: bool) -> Path:
 
 
 def open_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint file of PyTorch's or safetensors' format, on the CPU. Raises CheckpointError for a
-    file that is missing or damaged, and for one that holds anything but tensors, plain values and argparse.Namespace,
-    which training scripts save."""
+    """The content of a file of PyTorch's or safetensors' format, on the CPU. Raises CheckpointError for one that is
+    missing or damaged, or holds anything but tensors, plain values and argparse.Namespace (training scripts')."""
     if not path.is_file():
         raise CheckpointError(f"there is no weights file {path}; give --weights PATH, official or random")
     try:
-        if path.suffix == SAFETENSORS:
+        if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # comes with timm
             return load_file(path)
         check_archive(path)
@@ -112,36 +106,7 @@ def state_dicts(content: object, path: str = "") -> dict[str, dict[str, torch.Te
     return found
 
 
-def state_at(checkpoint: dict, weights_key: str) -> dict[str, torch.Tensor]:
-    """The one of a checkpoint's state_dicts that lies at weights_key. Raises CheckpointError if there is none."""
-    states = state_dicts(checkpoint)
-    if weights_key not in states:
-        raise CheckpointError(f"--weights-key {weights_key}: it has {', '.join(map(repr, states)) or 'no weights'}")
-    return states[weights_key]
-
-
-def load_fitting(checkpoint: dict, load: Callable[[dict], None]) -> None:
-    """Calls load with each state dictionary in the checkpoint. load raises CheckpointError for one that does not fit;
-    so does this function unless exactly one fits."""
-    states, fitting, errors = state_dicts(checkpoint), [], []
-    # What the innermost and largest one lacks is what the user wants to know.
-    for where in sorted(states, key=lambda where: (where.count("/"), len(states[where])), reverse=True):
-        try:
-            load(states[where])
-            fitting.append(where)
-        except CheckpointError as error:
-            errors.append(error)
-    if len(fitting) > 1:
-        raise CheckpointError(f"several of its state dictionaries fit: {', '.join(map(repr, fitting))}; choose one "
-                              "with --weights-key")
-    if not fitting:
-        raise errors[0] if errors else CheckpointError("it holds no weights")
-
-
-def of_transformers(checkpoint: dict) -> str:
-    """What to say of a file of Hugging Face's transformers, by its keys; "" of others."""
+def is_of_transformers(states: dict[str, dict]) -> bool:
+    """Whether the keys of state_dicts are those of Hugging Face's transformers."""
     pattern = r"(^|\.)(embeddings\.(cls_token|class_embedding|patch_embedding)|encoder\.layer\.\d+\.)"
-    if not any(re.search(pattern, key) for state in state_dicts(checkpoint).values() for key in state):
-        return ""
-    return ("; it is a file of Hugging Face's transformers, which --model FILE.py:FUNCTION takes with that package "
-            "(README, own encoder)")
+    return any(re.search(pattern, key) for state in states.values() for key in state)

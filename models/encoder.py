@@ -3,6 +3,7 @@
 To use a method in another project, copy its file and this one; neither imports anything else of this repository.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,8 +28,7 @@ class Encoder(nn.Module):
     [B, D] to [B, P]. mean, std: of the input normalisation, per channel, for values from 0 to 1; default ImageNet's.
     """
 
-    # Set by build_model: source and hash of the weights, for the results; by load_encoder: encoder_signature of the
-    # weights as they were loaded.
+    # Source and hash of the weights, set by build_model, and encoder_signature, set by load_encoder.
     weights, sha256, signature = "unknown", None, None
     # What the first of the tokens that forward returns is.
     cls_from = "class token"
@@ -90,8 +90,7 @@ class Encoder(nn.Module):
         """[B, 3, H, W] -> {"cls": [B, D], "avg": [B, D], "projected": [B, P] where there is a projector}, float32.
 
         avg is the mean of the patch tokens. The projector runs in float32 even under autocast: it costs little.
-        isometric: where the projector ends in a linear layer wider than its input, return "projected" in coordinates
-        with the same inner products and P the width of that input (see WeightNormHead.isometric).
+        isometric: "projected" in fewer coordinates with the same inner products (see WeightNormHead.isometric).
         """
         tokens = self(images).float()
         # A copy: a view would keep all tokens of the batch in memory as long as the class tokens.
@@ -105,10 +104,7 @@ class Encoder(nn.Module):
     def get_intermediate_layers(self, images: torch.Tensor, n: Sequence[int] = (3, 5, 7, 11), reshape: bool = True,
                                 norm: bool = False) -> list[torch.Tensor]:
         """Patch tokens after the 0-based blocks n, class token dropped: a list of [B, D, H/p, W/p], or [B, N, D] where
-        reshape is False. norm: apply the encoder's final norm. Blocks after the last one in n are not computed.
-        Raises IndexError where a block does not exist."""
-        if not all(0 <= index < self.depth for index in n):
-            raise IndexError(f"blocks {list(n)} were asked for; this encoder has blocks 0 to {self.depth - 1}")
+        reshape is False. norm: apply the encoder's final norm. Blocks after the last one in n are not computed."""
         blocks, grid = sorted(set(n)), self.grid(images)
         layers = self.block_tokens(images, blocks, norm)
         if reshape:
@@ -135,11 +131,8 @@ class Encoder(nn.Module):
 @torch.no_grad()
 def encoder_signature(encoder: Encoder) -> torch.Tensor:
     """What an encoder makes of one fixed image: 256 values of its final tokens, float32, on the CPU, picked evenly from
-    all tokens and channels.
-
-    The same encoder gives the same values, to rounding, on every machine. Other weights, another number of heads, mean
-    or order of patches give others. The encoder is left as it was.
-    """
+    all tokens and channels. The same encoder gives the same values, to rounding, on every machine; other weights,
+    another number of heads, mean or order of patches give others."""
     colours = torch.randint(256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     image = F.interpolate(colours.to(encoder.mean.device, torch.uint8), size=encoder.native_size, mode="nearest")
     shuffle = getattr(encoder, "shuffle", None)  # MAE's, from which every batch draws
@@ -191,8 +184,7 @@ class WeightNormHead(nn.Module):
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> "WeightNormHead":
         """Built from an official head's keys: mlp.*, and last_layer.weight or, with weight normalisation, .weight_g and
-        .weight_v: the weight is g v / |v|, row by row. Raises CheckpointError and, for a key that is missing, KeyError.
-        """
+        .weight_v: the weight is g v / |v|, row by row. Raises CheckpointError; KeyError for a key that is missing."""
         state = dict(state)
         if "last_layer.weight_v" in state:
             direction, length = state.pop("last_layer.weight_v"), state.pop("last_layer.weight_g")
@@ -251,33 +243,19 @@ def load_exactly(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 def vit_shape(state: Mapping[str, torch.Tensor], num_heads: int | None) -> dict:
     """Width, depth, patch size, MLP ratio and heads of a ViT's state dictionary, as timm names them.
 
-    num_heads: width / 64 unless given. Raises CheckpointError for keys that are not a ViT's.
+    num_heads: width / 64 unless given. Raises CheckpointError; KeyError for a key that is missing.
     """
-    absent = [key for key in ("cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight") if key not in state]
-    if absent:
-        raise CheckpointError(f"missing keys: {', '.join(absent)}; the file has {', '.join(list(state)[:4])}, ...")
     width = state["cls_token"].shape[-1]
     if num_heads is None and width % 64:
         raise CheckpointError(f"width {width} is not a multiple of 64, so the number of heads is unknown; "
                               "give --num-heads")
-    num_heads = num_heads or width // 64
-    if width % num_heads:
-        raise CheckpointError(f"width {width} is not divisible by {num_heads} heads: give another --num-heads")
     return {
         "embed_dim": width,
         "depth": len(layer_indices(state, r"blocks\.(\d+)\..*")),
         "patch_size": state["patch_embed.proj.weight"].shape[-1],
         "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
-        "num_heads": num_heads,
+        "num_heads": num_heads or width // 64,
     }
-
-
-def square_grid(num_patches: int) -> int:
-    """The side of a square grid of patches. Raises CheckpointError for a number that is not a square."""
-    side = round(num_patches**0.5)
-    if side * side != num_patches:
-        raise CheckpointError(f"a position embedding of {num_patches} patches is not a square grid")
-    return side
 
 
 # timm is imported where a model is made: it takes longer than all else that a script's --help needs.
@@ -285,21 +263,18 @@ def plain_vit(state: Mapping[str, torch.Tensor], num_heads: int | None) -> nn.Mo
     """timm's VisionTransformer with the weights of an official file of DeiT, MoCo v3, DINO, MAE or iBOT: one qkv bias,
     no LayerScale, LayerNorm epsilon 1e-6, position embedding with a class-token row."""
     from timm.models.vision_transformer import VisionTransformer
-    shape = vit_shape(state, num_heads)
-    if "pos_embed" not in state:
-        raise CheckpointError("missing keys: pos_embed")
-    prefix = 1 + ("reg_token" in state)
-    grid = square_grid(state["pos_embed"].shape[1] - prefix)
+    shape, prefix = vit_shape(state, num_heads), 1 + ("reg_token" in state)
+    grid = math.isqrt(state["pos_embed"].shape[1] - prefix)
     vit = VisionTransformer(img_size=grid * shape["patch_size"], num_classes=0, reg_tokens=prefix - 1,
                             weight_init="skip", norm_layer=layer_norm, **shape)
     load_exactly(vit, state)
     return vit
 
 
-def random_vit(**options) -> nn.Module:
+def random_vit() -> nn.Module:
     """timm's VisionTransformer, an untrained ViT-B/16 with its initialisation."""
     from timm.models.vision_transformer import VisionTransformer
-    return VisionTransformer(num_classes=0, norm_layer=layer_norm, **options)
+    return VisionTransformer(num_classes=0, norm_layer=layer_norm)
 
 
 def sincos_positions(grid: int, width: int) -> torch.Tensor:
@@ -308,10 +283,6 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
     from timm.layers import build_sincos2d_pos_embed
     table = build_sincos2d_pos_embed([grid, grid], width)
     return torch.cat([torch.zeros(1, 1, width), table[None]], dim=1)
-
-
-def native_grid(vit: nn.Module) -> int:
-    return vit.patch_embed.grid_size[0]
 
 
 def bicubic_to_size(vit: nn.Module, height: int, width: int) -> torch.Tensor:
@@ -323,14 +294,14 @@ def bicubic_to_size(vit: nn.Module, height: int, width: int) -> torch.Tensor:
 def bicubic_by_scale(vit: nn.Module, height: int, width: int) -> torch.Tensor:
     """Position embedding at another grid: bicubic by the scale factor (n + 0.1) / native, whose sample points differ
     slightly from a resize to n (facebookresearch/dino, interpolate_pos_encoding). For DINO and iBOT."""
-    native = native_grid(vit)
+    native = vit.patch_embed.grid_size[0]
     return _resize_positions(vit, height, width, scale_factor=((height + 0.1) / native, (width + 0.1) / native))
 
 
 def _resize_positions(vit: nn.Module, height: int, width: int, **target) -> torch.Tensor:
-    native, prefix = native_grid(vit), vit.num_prefix_tokens
-    if (height, width) == (native, native):
+    native, prefix = vit.patch_embed.grid_size, vit.num_prefix_tokens
+    if (height, width) == native:
         return vit.pos_embed
-    table = vit.pos_embed[:, prefix:].unflatten(1, (native, native)).permute(0, 3, 1, 2)
+    table = vit.pos_embed[:, prefix:].unflatten(1, native).permute(0, 3, 1, 2)
     table = F.interpolate(table.float(), mode="bicubic", align_corners=False, **target)
     return torch.cat([vit.pos_embed[:, :prefix], table.flatten(2).transpose(1, 2)], dim=1)

@@ -9,14 +9,12 @@ import torch.nn as nn
 from timm.models.vision_transformer import Block
 
 from .encoder import (
-    CheckpointError,
     Encoder,
     bicubic_to_size,
     drop_keys,
     layer_indices,
     layer_norm,
     load_exactly,
-    native_grid,
     plain_vit,
     random_vit,
     sincos_positions,
@@ -32,7 +30,8 @@ DECODER = r"mask_token|decoder_.*"
 
 
 class Decoder(nn.Module):
-    """MAE's decoder: encoded visible patches -> pixels of every patch (see MAEEncoder.decode)."""
+    """MAE's decoder: latent and ids_restore, as MAEEncoder.encode_visible gives them at the native size -> predicted
+    patches [B, N, p * p * 3], pixels row by row, channels last."""
 
     def __init__(self, encoder_dim: int, grid: int, patch_size: int, width: int = 512, depth: int = 8,
                  num_heads: int = 16):
@@ -94,13 +93,6 @@ class MAEEncoder(Encoder):
             tokens = block(tokens)
         return self.vit.norm(tokens), (ids_restore >= visible).float(), ids_restore
 
-    def decode(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        """What encode_visible returns at the native size -> predicted patches [B, N, p * p * 3], pixels row by row,
-        channels last. Raises CheckpointError without a decoder."""
-        if self.decoder is None:
-            raise CheckpointError("this MAE file has no decoder; mae_pretrain_vit_base_full.pth has one")
-        return self.decoder(latent, ids_restore)
-
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None, decoder_num_heads: int | None = None,
                     shuffle_patches: bool = False) -> MAEEncoder:
@@ -115,9 +107,8 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None, decoder_num_
     width = state["decoder_embed.weight"].shape[0]
     depth = len(layer_indices(state, r"decoder_blocks\.(\d+)\..*"))
     decoder_num_heads = decoder_num_heads or (16 if width == 512 else 2 * width // vit.blocks[0].attn.head_dim)
-    if width % decoder_num_heads:
-        raise CheckpointError(f"the decoder's width {width} is not divisible by {decoder_num_heads} heads")
-    decoder = Decoder(vit.embed_dim, native_grid(vit), vit.patch_embed.patch_size[0], width, depth, decoder_num_heads)
+    embed = vit.patch_embed
+    decoder = Decoder(vit.embed_dim, embed.grid_size[0], embed.patch_size[0], width, depth, decoder_num_heads)
     load_exactly(decoder, {key: value for key, value in state.items() if key not in encoder_state})
     return MAEEncoder(vit, decoder, shuffle_patches)
 

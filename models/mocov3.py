@@ -1,7 +1,7 @@
 """MoCo v3 (Chen et al., ICCV 2021), contrastive. Official files: facebookresearch/moco-v3, weights under `state_dict`.
 
 `module.base_encoder.*` is the encoder that the paper evaluates, its `head` the projector, on the class token. ViT-S has
-12 heads, not width / 64: the number is read from the file's `arch`, and where there is none follows from the width.
+12 heads, not width / 64.
 """
 
 import torch.nn as nn
@@ -21,23 +21,18 @@ from .encoder import (
 
 NESTING = "state_dict"  # of the weights in the backbone file
 OFFICIAL = {"backbone": {"url": "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"}}
-NUM_HEADS = {"vit_small": 12, "vit_base": 12}  # by the file's arch
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
-    """Content of an official file -> Encoder. num_heads: default by `arch` or width, else width / 64. Raises
+    """Content of an official file -> Encoder. num_heads: default 12 for ViT-S (width 384), else width / 64. Raises
     CheckpointError."""
     state = take_prefix(unwrap(checkpoint, "state_dict"), "module.base_encoder.")
     if not state:
         raise CheckpointError("no key starts with module.base_encoder.; this is not a MoCo v3 pre-training file")
     vit_state = drop_keys(state, r"head\..*")
-    # A file without arch, such as safetensors: of that width there is one.
-    width = vit_state["cls_token"].shape[-1] if "cls_token" in vit_state else 0
-    known = NUM_HEADS.get(checkpoint.get("arch", "vit_small" if width == 384 else ""))
-    vit = plain_vit(vit_state, num_heads or known)
+    small = vit_state["cls_token"].shape[-1] == 384
+    vit = plain_vit(vit_state, num_heads or (12 if small else None))
     head = take_prefix(state, "head.")
-    if "0.weight" not in head or "6.weight" not in head:
-        raise CheckpointError("missing keys: module.base_encoder.head.0.weight or head.6.weight, the projector")
     hidden_dim, out_dim = head["0.weight"].shape[0], head["6.weight"].shape[0]
     projector = build_projector(vit.embed_dim, hidden_dim, out_dim)
     load_exactly(projector, head)

@@ -24,8 +24,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from utils import UserError
-
 from .checkpoints import file_hash, one_line
 from .encoder import CheckpointError, Encoder
 
@@ -44,21 +42,17 @@ class OwnEncoder(Encoder):
         patch = getattr(network, "patch_size", None)
         side = 14 * patch if patch and 224 % patch else 224
         self.native_size = (side, side)
-        output = network(torch.zeros(1, 3, side, side))
-        shape = tuple(getattr(output, "shape", ()))
+        shape = network(torch.zeros(1, 3, side, side)).shape
         is_map = len(shape) == 4
         if is_map or not getattr(network, "class_token", True):
             self.cls_from = "mean"
-        prefix = int(self.cls_from == "class token")
-        count = shape[2] * shape[3] if is_map else shape[1] - prefix if len(shape) == 3 else 0
-        grid = math.isqrt(max(count, 0))
+        count = math.prod(shape[2:]) if is_map else shape[1] - (self.cls_from == "class token")
+        grid = math.isqrt(count)
         self.patch_size = patch or side // max(grid, 1)
-        if not grid or grid**2 != count or grid * self.patch_size != side:
-            given = list(shape) or type(output).__name__
-            wanted = "[1, 1 + N, D]" if prefix else "[1, N, D]"
-            raise CheckpointError(f"for an image of {side} x {side} its forward gives {given}; expected tokens "
-                                  f"{wanted} of N square patches (class_token = False without a class token, "
-                                  "patch_size = P where it is not plain) or a map [1, D, h, h]")
+        if len(shape) not in (3, 4) or grid * self.patch_size != side or grid**2 != count:
+            raise CheckpointError(f"for an image of {side} x {side} its forward gives {list(shape)}; expected tokens "
+                                  "[1, 1 + N, D] of N square patches (class_token = False: [1, N, D]; patch_size = P "
+                                  "where it is not plain) or a map [1, D, h, h]")
         self.embed_dim = shape[1 if is_map else 2]
         self.num_heads = getattr(network, "num_heads", max(1, self.embed_dim // 64))
         depth = 0 if is_map else len(getattr(network, "blocks", ()))
@@ -67,16 +61,10 @@ class OwnEncoder(Encoder):
         self.has_layers, self.depth = depth > 0, max(depth, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = self.grid(images)
         tokens = self.network(images)
         if tokens.ndim == 4:
             tokens = tokens.flatten(2).mT
-        if self.cls_from == "mean":
-            tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
-        if tokens.shape[1] != 1 + height * width:
-            raise UserError(f"the network gives {tokens.shape[1]} tokens for {height} x {width} patches and a "
-                            "class token; register tokens must be left out")
-        return tokens
+        return tokens if self.cls_from == "class token" else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
 
     def block_tokens(self, images: torch.Tensor, blocks: Sequence[int], norm: bool) -> Sequence[torch.Tensor]:
         """From the network's own get_intermediate_layers, or by hooks on its blocks, whose last N tokens are the
@@ -100,19 +88,14 @@ class OwnEncoder(Encoder):
 def load_own(name: str, weights: str) -> OwnEncoder:
     """name: path/to/file.py:function. Raises CheckpointError for any error of that file."""
     path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise CheckpointError(f"--model {name}: {path} does not exist")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         # What open_checkpoint allows in a file, the function may open with weights_only=True too.
         with torch.serialization.safe_globals([argparse.Namespace]):
             spec.loader.exec_module(module)
-            network = getattr(module, function)(weights)
-        if not isinstance(network, nn.Module):
-            raise CheckpointError(f"{function} returned a {type(network).__name__}, not an nn.Module")
-        encoder = OwnEncoder(network)
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
+            encoder = OwnEncoder(getattr(module, function)(weights))
+    except Exception as error:  # whatever the user's code raises
         raise CheckpointError(f"--model {name}: {one_line(error)}") from error
     encoder.weights = weights
     encoder.sha256 = file_hash(Path(weights if os.path.isfile(weights) else path))

@@ -1,9 +1,8 @@
 """Any plain ViT of timm, as --model timm/NAME: VisionTransformer, Eva and Beit, with or without class token."""
 
-import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import timm
 import torch
@@ -11,7 +10,7 @@ import torch.nn as nn
 
 from utils import UserError
 
-from .checkpoints import load_fitting, one_line
+from .checkpoints import one_line, state_dicts
 from .encoder import CheckpointError, Encoder, drop_keys, load_exactly
 
 NESTING = ""  # of the weights in a file that is read at one place
@@ -35,10 +34,10 @@ class TimmEncoder(Encoder):
         # A model made for mean pooling has its final norm behind the pool: applied to the tokens, it serves both.
         fc_norm = getattr(vit, "fc_norm", None)
         self.late_norm = fc_norm if isinstance(vit.norm, nn.Identity) and fc_norm is not None else nn.Identity()
-        self.dynamic = getattr(vit, "dynamic_img_size", False)
-        self.native = {name: value.clone() for name, value in vit.state_dict().items()
-                       if "relative_position" in name or name == "pos_embed"} if not self.dynamic else {}
-        self.size = self.native_size
+        self.dynamic, self.size = getattr(vit, "dynamic_img_size", False), self.native_size
+        self.native = {} if self.dynamic else {
+            name: value.clone() for name, value in vit.state_dict().items()
+            if "relative_position" in name or name == "pos_embed"}
 
     def fit(self, images: torch.Tensor) -> None:
         """Prepares a model that has one input size at a time for these images. Raises UserError where an older timm
@@ -75,12 +74,8 @@ class TimmEncoder(Encoder):
 
 
 def random(name: str, pretrained: bool = False) -> TimmEncoder:
-    """timm's model of that name, untrained or with timm's weights. Raises CheckpointError for a name that timm does not
-    have, a model that is no plain ViT, and weights that cannot be downloaded."""
-    if ":" not in name and not timm.is_model(name):  # hf-hub:OWNER/NAME is timm's to read
-        known = timm.list_models("*vit*") + timm.list_models("*beit*")
-        near = [one for one in known if name in one][:3] or difflib.get_close_matches(name, known, 3)
-        raise CheckpointError(f"timm has no model {name!r}; did you mean {', '.join(near) or 'another'}?")
+    """timm's model of that name (also hf-hub:OWNER/NAME), untrained or with timm's weights. Raises CheckpointError for
+    a name that timm does not have, a model that is no plain ViT, and weights that cannot be downloaded."""
     options = {"pretrained": pretrained, "num_classes": 0}
     try:
         try:
@@ -88,35 +83,43 @@ def random(name: str, pretrained: bool = False) -> TimmEncoder:
         except TypeError:
             vit = timm.create_model(name, **options)
     except (OSError, RuntimeError, ValueError, LookupError) as error:
-        if not pretrained and ":" not in name:
-            raise
-        raise CheckpointError(f"timm/{name} could not be downloaded ({one_line(error)}); check the network and the "
-                              "name, or give timm/NAME with --weights PATH") from None
+        raise CheckpointError(f"timm/{name} could not be made ({one_line(error)}); check the name and the network, or "
+                              "give timm/NAME with --weights PATH") from None
     kind = type(vit).__name__
     if kind not in PLAIN or hasattr(vit.patch_embed, "backbone") or not hasattr(vit.blocks[0], "attn"):
         raise CheckpointError(f"timm/{name}, a {kind}, is not one row of blocks over the patches of an image; --model "
-                              "FILE.py:FUNCTION takes any network that gives tokens or a feature map (README, own "
-                              "encoder)")
+                              "FILE.py:FUNCTION takes any network (README, own encoder)")
     return TimmEncoder(vit)
 
 
 def from_checkpoint(checkpoint: dict, name: str) -> TimmEncoder:
-    """timm's model of that name with the weights of a file, which timm converts (key names, size of the position
-    embedding). Raises CheckpointError."""
-    vit = random(name).vit
-    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda state, model: state)
-
-    def load(state):
-        # DINOv2's training code saves its blocks in chunks: blocks.0.3. is block 3.
-        state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
-        patch, kernel = vit.patch_embed.patch_size[0], state.get("patch_embed.proj.weight")
-        if kernel is not None and kernel.ndim == 4 and kernel.shape[-1] != patch:
-            # timm would resample it, to another encoder than the file's.
-            raise CheckpointError(f"its patches are {kernel.shape[-1]} pixels wide, those of timm/{name} {patch}")
-        state = drop_keys(convert(state, vit), NOT_TOKENS)
-        # timm computes these indices; versions differ in whether they count as state.
-        state |= {key: value for key, value in vit.state_dict().items() if "relative_position_index" in key}
-        load_exactly(vit, state)
-
-    load_fitting(checkpoint, load)
+    """timm's model of that name with the weights of a file, of whose state dictionaries one must fit. Raises
+    CheckpointError."""
+    vit, fitting, errors = random(name).vit, [], []
+    for where, state in state_dicts(checkpoint).items():
+        try:
+            load_exactly(vit, converted(state, vit))
+            fitting.append(where)
+        except CheckpointError as error:
+            errors.append((where.count("/"), str(error)))
+    if len(fitting) > 1:
+        raise CheckpointError(f"several of its state dictionaries fit: {', '.join(map(repr, fitting))}; choose one "
+                              "with --weights-key")
+    if not fitting:
+        # What the innermost one lacks is what the user wants to know.
+        raise CheckpointError(max(errors, default=(0, "it holds no weights"))[1])
     return TimmEncoder(vit)
+
+
+def converted(state: Mapping[str, torch.Tensor], vit: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dictionary with timm's names of keys and this model's size of the position embedding."""
+    # DINOv2's training code saves its blocks in chunks: blocks.0.3. is block 3.
+    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
+    patch, kernel = vit.patch_embed.patch_size[0], state.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[-1] != patch:
+        # timm would resample it, to another encoder than the file's.
+        raise CheckpointError(f"its patches are {kernel.shape[-1]} pixels wide, those of the model {patch}")
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda state, model: state)
+    state = drop_keys(convert(state, vit), NOT_TOKENS)
+    # timm computes these indices; versions differ in whether they count as state.
+    return state | {key: value for key, value in vit.state_dict().items() if "relative_position_index" in key}

