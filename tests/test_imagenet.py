@@ -1,7 +1,6 @@
 """Image folders against torchvision's ImageFolder, and the grid of the picture sheets against plain Pillow."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,19 +13,8 @@ from torchvision.transforms import InterpolationMode
 from datasets.classification import open_classification
 from datasets.imagenet import list_images, load_image_folder
 from datasets.patches import resize_center_crop
-from datasets.sheets import (
-    GRID_BOXES,
-    find_query,
-    grid_patches,
-    load_grid,
-    nearest_patches,
-    overlap,
-    query_image,
-    write_sheets,
-)
+from datasets.sheets import GRID_BOXES, grid_patches, load_grid, overlap, query_image, write_sheets
 from utils import UserError
-
-CUB = Path(__file__).parents[2] / "shared/real/CUB_200_2011"
 
 
 def noise(width, height, seed=0):
@@ -56,17 +44,14 @@ def test_equals_torchvision_image_folder(root):
     assert torch.equal(patches.float() / 255, torch.stack([image for image, _ in theirs]))
 
 
-@pytest.mark.parametrize("split", ["train", "val/n02", "val/n01/y.png"])
-def test_no_class_folders_is_one_line(root, split):
-    with pytest.raises(UserError) as error:
-        load_image_folder(root, split, resize_center_crop())
-    assert str(root / split) in str(error.value) and "--data-path" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_empty_class_folder_is_one_line(root):
+def test_folders_without_images_are_one_line(root):
+    with pytest.raises(UserError, match="train has no class folders; --data-path must be a folder with train/CLASS/"):
+        load_image_folder(root, "train", None)
     (root / "val/n00").mkdir()
     with pytest.raises(UserError, match="val/n00 holds no image; fill or remove it"):
-        load_image_folder(root, "val", resize_center_crop())
+        load_image_folder(root, "val", None)
+    with pytest.raises(UserError, match="no image .* below .*n00; --data-path"):
+        load_grid(root / "val/n00")
 
 
 def test_list_images(root):
@@ -138,17 +123,6 @@ def test_grid_patches_equal_the_slow_grid(size):
     assert np.array_equal(patches.numpy(), slow_grid(image))
 
 
-@pytest.mark.skipif(not CUB.is_dir(), reason=f"needs the sample {CUB}")
-def test_grid_of_a_real_image():
-    dataset = load_grid(CUB / "images")
-    assert len(dataset) == 360 and dataset.num_patches == 360 * 49
-    with Image.open(dataset.images[7].path) as image:
-        expected = slow_grid(image.convert("RGB"))
-    patches, ids = dataset[7]
-    assert np.array_equal(patches.numpy(), expected)
-    assert ids.tolist() == list(range(7 * 49, 8 * 49))
-
-
 def test_grid_boxes_are_where_the_patches_come_from():
     """A bright box of the 224 image fills exactly its own patch; 56 x 56 at stride 28 covers the image."""
     assert len(set(GRID_BOXES)) == 49
@@ -186,43 +160,13 @@ def test_the_query_is_shown_in_its_image_and_enlarged_beside_it(tmp_path):
     assert red[28:84, 84:140].sum() >= 56 * 56 - 50 * 50 and not red[31:81, 87:137].all()
 
 
-def test_load_grid_with_and_without_class_folders(root):
+def test_a_grid_of_images(root):
     dataset = load_grid(root / "val")
     assert [image.path for image in dataset.images] == list_images(root / "val")[0]
     assert dataset.num_patches == 4 * 49 and dataset.images[0].boxes is GRID_BOXES
-    batches = list(dataset.batches([1, 2], 60, 0))
-    assert [len(ids) for _, ids in batches] == [60, 38]
-    assert torch.cat([ids for _, ids in batches]).tolist() == list(range(49, 147))
-    flat = load_grid(root / "val/n02")
-    assert len(flat) == 2 and torch.equal(flat[1][0], dataset[3][0])
-
-
-@pytest.mark.parametrize("folder", ["nowhere", "empty"])
-def test_a_grid_of_no_image_is_one_line(root, folder):
-    (root / "empty").mkdir()
-    with pytest.raises(UserError, match="no image .* below .*; --data-path") as error:
-        load_grid(root / folder)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("leave_out", [1, 5])
-def test_nearest_patches_equal_plain_loops(leave_out):
-    features = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
-    similarity = torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=2)
-    queries = torch.tensor([3, 11])
-    found = nearest_patches(features, torch.arange(20), queries, 18, leave_out)
-    for query, nearest in zip(queries.tolist(), found.tolist(), strict=True):
-        others = [row for row in range(20) if row // leave_out != query // leave_out]
-        expected = sorted(others, key=lambda row: -float(similarity[query, row]))
-        assert nearest == expected[:18]
-
-
-def test_queries_by_path_and_position():
-    paths = ["val/a/x.png", "val/b/x.png", "val/b/y.png"]
-    assert find_query("b/x.png:48", paths) == 49 + 48 and find_query("y.png:0", paths) == 2 * 49
-    for text in ("x.png:3", "z.png:3", "y.png:49", "y.png:-1", "y.png", ":3"):
-        with pytest.raises(UserError, match="images match; give PATH:POSITION"):
-            find_query(text, paths)
+    patches, ids = dataset[1]
+    assert ids.tolist() == list(range(49, 98))
+    assert np.array_equal(patches.numpy(), slow_grid(Image.open(dataset.images[1].path)))
 
 
 @pytest.mark.parametrize("other_images", [False, True])

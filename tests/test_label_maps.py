@@ -46,7 +46,7 @@ def test_reduced_labels_are_those_of_the_reference():
 
 
 def test_kinds_of_label_files(tmp_path):
-    """Palette, 16-bit and 1-bit files give their numbers; colours are refused."""
+    """Palette, 16-bit and 1-bit files give their numbers; colours and JPEG are refused."""
     values = np.array([[0, 1, 2], [3, 255, 5]], dtype=np.uint8)
     expected = np.array([[255, 0, 1], [2, 255, 4]], dtype=np.uint8)
     palette = Image.fromarray(values).convert("P")
@@ -64,6 +64,9 @@ def test_kinds_of_label_files(tmp_path):
     Image.new("RGB", (3, 2)).save(tmp_path / "colour.png")
     with pytest.raises(UserError, match="colour.png is a picture of mode RGB"):
         read_label(tmp_path / "colour.png", 5)
+    Image.new("L", (3, 2), 1).save(tmp_path / "a.png", "JPEG")
+    with pytest.raises(UserError, match="a.png is a JPEG file; save the label map as PNG"):
+        read_label(tmp_path / "a.png", 5)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])
@@ -80,12 +83,6 @@ def test_grey_files_of_few_bits_give_their_numbers(tmp_path, depth):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows))
                                      + chunk(b"IEND", b""))
     assert np.array_equal(read_label(tmp_path / "a.png", 20), np.where(values == 0, 255, values - 1))
-
-
-def test_a_label_map_of_another_format_is_refused(tmp_path):
-    Image.new("L", (3, 2), 1).save(tmp_path / "a.png", "JPEG")
-    with pytest.raises(UserError, match="a.png is a JPEG file; save the label map as PNG"):
-        read_label(tmp_path / "a.png", 5)
 
 
 @pytest.mark.parametrize(("label_size", "turned"), [((16, 24), True), ((24, 16), False)])

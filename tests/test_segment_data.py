@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import threading
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -256,15 +255,6 @@ def test_the_prefetching_thread(monkeypatch):
     next(stream)
     with pytest.raises(UserError, match="cannot be read"):
         next(stream)
-
-
-def test_the_thread_ends_with_the_loop(monkeypatch):
-    monkeypatch.setattr(segmentation_store.torch, "cuda", FakeCuda())
-    before, stream = threading.active_count(), prefetched(((FakeTensor(i),) for i in range(9)), torch.device("cuda", 0))
-    next(stream)
-    assert threading.active_count() == before + 1
-    stream.close()
-    assert threading.active_count() == before
 
 
 def test_synthetic():
