@@ -208,7 +208,9 @@ class SyntheticSplit(Split):
 
 
 def hold_out(split: Split, seed: int) -> tuple[Split, Split]:
-    """(the split without a tenth of its images, that tenth), drawn by the seed."""
+    """(the split without a tenth of its images, that tenth), drawn by the seed. Raises UserError for a single image."""
+    if len(split) < 2:
+        raise UserError("--select held-out needs two training images at least")
     held = draw_numbers(len(split), max(1, len(split) // 10), seed)
     return split.subset(sorted({*range(len(split))} - {*held})), split.subset(held)
 

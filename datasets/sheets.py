@@ -122,10 +122,12 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
         path, position = paths[query // per_image], query % per_image
         rows = []
         for source, nearest in zip(sources, found, strict=True):
-            mark = " (random weights)" if source["line"]["weights"] == "random" else ""
-            blocks = [(name, [(shown_patch(paths[patch // per_image], patch % per_image), overlap(patch, query))
-                              for patch in patches[number].tolist()]) for name, patches in nearest.items()]
-            rows.append((source["line"]["name"] + mark, blocks))
+            model = source["line"]["name"] + " (random weights)" * (source["line"]["weights"] == "random")
+            rows.append([])
+            for feature, patches in nearest.items():
+                shown = [(shown_patch(paths[patch // per_image], patch % per_image), overlap(patch, query))
+                         for patch in patches[number].tolist()]
+                rows[-1].append((f"{model}: {feature}", shown))
         files.append(f"sheet_{number:03}_{Path(path).stem}_{position}.png")
         draw_sheet(folder / files[-1], query_image(path, position), rows, columns)
     return files
@@ -153,33 +155,29 @@ def query_image(path: str, position: int) -> Image.Image:
     return both
 
 
-def draw_sheet(path: Path, query: Image.Image,
-               rows: Sequence[tuple[str, Sequence[tuple[str, Sequence[tuple[Image.Image, bool]]]]]],
-               columns: int = 6) -> None:
+def draw_sheet(path: Path, query: Image.Image, rows: Sequence[Sequence[tuple[str, list]]], columns: int = 6) -> None:
     """Writes a PNG or PDF, by the suffix of path: the query image on the left, then a row for each model, in it a block
-    of patches for each feature.
-
-    rows: (model, [(feature, [(patch, whether it overlaps the query), ...]), ...]); columns: of patches in a block.
+    of patches for each feature: (title, [(patch, whether it overlaps the query), ...]). columns: of patches in a block.
     """
-    deep = math.ceil(max(len(patches) for _, blocks in rows for _, patches in blocks) / columns)
-    font, block_height = ImageFont.load_default(14), TITLE + deep * (CELL + GAP) - GAP
-    widest = max(font.getlength(f"{model}: {feature}") for model, blocks in rows for feature, _ in blocks)
-    block_width = max(columns * (CELL + GAP) - GAP, math.ceil(widest))
-    across = max(len(blocks) for _, blocks in rows)
+    blocks = [block for row in rows for block in row]
+    font = ImageFont.load_default(14)
+    deep = math.ceil(max(len(patches) for _, patches in blocks) / columns)
+    block_height = TITLE + deep * (CELL + GAP) - GAP
+    block_width = max(columns * (CELL + GAP) - GAP, *(math.ceil(font.getlength(title)) for title, _ in blocks))
     left = MARGIN + query.width + 2 * MARGIN
-    size = (left + across * (block_width + 2 * MARGIN) - MARGIN,
+    size = (left + max(map(len, rows)) * (block_width + 2 * MARGIN) - MARGIN,
             MARGIN + max(len(rows) * (block_height + MARGIN), 2 * TITLE + query.height + MARGIN))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), "query", fill="black", font=font)
     sheet.paste(query, (MARGIN, MARGIN + TITLE))
-    if any(overlaps for _, blocks in rows for _, patches in blocks for _, overlaps in patches):
+    if any(overlaps for _, patches in blocks for _, overlaps in patches):
         draw.text((MARGIN, MARGIN + TITLE + query.height + GAP), "orange: overlaps the query", fill=MARK, font=font)
-    for row, (model, blocks) in enumerate(rows):
+    for row, of_row in enumerate(rows):
         top = MARGIN + row * (block_height + MARGIN)
-        for block, (feature, patches) in enumerate(blocks):
+        for block, (title, patches) in enumerate(of_row):
             x = left + block * (block_width + 2 * MARGIN)
-            draw.text((x, top), f"{model}: {feature}", fill="black", font=font)
+            draw.text((x, top), title, fill="black", font=font)
             for number, (patch, overlaps) in enumerate(patches):
                 cell = (x + number % columns * (CELL + GAP), top + TITLE + number // columns * (CELL + GAP))
                 sheet.paste(patch.resize((CELL, CELL), Image.Resampling.BICUBIC), cell)

@@ -74,7 +74,7 @@ def test_a_sheet_marks_the_patches_that_overlap_the_query_and_cuts_no_title(tmp_
     patches = [(Image.new("RGB", (112, 112), (20 * number + 9, 0, 9)), number == 4) for number in range(6)]
     name = "timm/vit_base_patch16_clip_224.laion2b_ft_in12k_in1k (random weights)"
     query, path = Image.new("RGB", (452, 224), "blue"), tmp_path / "sheet.png"
-    draw_sheet(path, query, [(name, [("cls", patches)])], columns=3)
+    draw_sheet(path, query, [[(f"{name}: cls", patches)]], columns=3)
     sheet = np.asarray(Image.open(path))
     for number in range(6):
         cell = (sheet == (20 * number + 9, 0, 9)).all(2)
@@ -86,7 +86,7 @@ def test_a_sheet_marks_the_patches_that_overlap_the_query_and_cuts_no_title(tmp_
     ink = np.flatnonzero((sheet < 128).any((0, 2)))
     assert ink[-1] - (16 + 452 + 32) > ImageFont.load_default(14).getlength(f"{name}: cls") - 9 > 3 * 100
     assert (sheet[:, -8:] == 255).all()
-    draw_sheet(path, query, [("m", [("cls", patches[:2])])])
+    draw_sheet(path, query, [[("m: cls", patches[:2])]])
     assert not (np.asarray(Image.open(path)) == MARK).all(2).any()
 
 
