@@ -24,11 +24,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 def run_main(main: Callable[[], None]) -> None:
     """Runs a script's main. A mistake of the user's, a file that cannot be used and memory that ran out are one line
     and exit status 2, Ctrl-C is one line and 130; anything else is a defect and shows its traceback."""
-    from torch.distributed.elastic.multiprocessing.errors import record
+    if dist.is_torchelastic_launched():  # by torchrun, whose report shows the error
+        from torch.distributed.elastic.multiprocessing.errors import record
+        main = record(main)
     with suppress(AttributeError):  # where standard output is no stream of the system's
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
-        record(main)()  # torchrun's report shows the error
+        main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
@@ -133,7 +135,7 @@ def add_patch_arguments(parser: argparse.ArgumentParser, files: str) -> None:
                        help="of these alone; several are pooled and must have the same keypoints (default: all)")
 
 
-def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float]:
     """The argparse type of an int or a float from low to high."""
     def parse(text: str) -> float:
         with suppress(ValueError):
