@@ -8,17 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from utils import UserError
 
 # What Pillow raises for a picture that is missing, truncated, not an image, or far too large.
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
-# What turns a picture upright, by the value of that tag; from 5 on width and height change places.
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}
 
 
 @contextmanager
@@ -45,23 +41,21 @@ def read_rgb(path: str | Path, size: tuple[int, int] | None = None, upright: boo
     """
     with open_image(path) as image:
         image.load()
-        turn = None
+        turned = image
         if upright or size not in (None, image.size):
-            turn = TURNS.get(image.getexif().get(ORIENTATION))
+            turned = ImageOps.exif_transpose(image)
+        if size not in (None, image.size, turned.size):
+            raise UserError(f"{path} has {image.width} x {image.height} pixels, its annotation says {size[0]} x "
+                            f"{size[1]}; use the pictures that were annotated, neither resized nor cropped")
+        if size is not None and image.size != turned.size:
+            upright = turned.size == size
         if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
             raise ValueError("its values have 32 bits, and which of them is white is not known: save it with 8 bits")
+        chosen = turned if upright else image
         if image.mode.startswith("I"):
             # PNG has mode I before Pillow 11, PGM always; Pillow's own conversion cuts off what is above 255.
-            rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        else:
-            rgb = image.convert("RGB")
-    turned = rgb if turn is None else rgb.transpose(turn)
-    if size not in (None, rgb.size, turned.size):
-        raise UserError(f"{path} has {rgb.width} x {rgb.height} pixels, its annotation says {size[0]} x {size[1]}; "
-                        "use the pictures that were annotated, neither resized nor cropped")
-    if size is not None and rgb.size != turned.size:
-        upright = turned.size == size
-    return turned if upright else rgb
+            chosen = Image.fromarray((np.asarray(chosen) >> 8).astype(np.uint8))
+        return chosen.convert("RGB")
 
 
 def picture_size(path: str | Path, upright: bool = False) -> tuple[int, int]:

