@@ -331,7 +331,7 @@ def principal_components(args: argparse.Namespace, device: torch.device, log: ru
     """Principal components as colours (models/pca.py), on a sheet."""
     images = open_images(args.dataset, args.data_path, args.num_images or 6, args.seed, args.image_size)
     encoder = load_encoder(args, device, log, projector=False)
-    path, found = pca_run(encoder, images, results.run_slug(args.name), args.pca, args.precision, args.output_dir)
+    path, found = pca_run(encoder, images, args.name, args.pca, args.precision, args.output_dir)
     log(f"principal components of {found['num_images']} images in {path}")
     write(results.start_line("pca", args, encoder) | found)
 

@@ -8,22 +8,21 @@ A results line for the encoder on whole images and one for MAE's decoder at each
 central crops at the size of the checkpoint's own grid. A line holds, by layer and head or by (row, column) offset:
 
 * distance_patches, distance_pixels: the attention-weighted mean Euclidean distance from the centre of a query patch to
-  those of the key patches, itself included at 0, over images and queries. Prefix tokens are left out as queries and
-  keys; a query's weights on the patches are divided by their sum. For the decoder also over mask tokens (..._masked)
-  and visible patches (..._visible) apart; ..._uniform: what equal weights on all patches would give.
+  those of the key patches, itself included at 0. Prefix tokens are left out; a query's weights on the patches are
+  divided by their sum. For the decoder also over mask tokens (..._masked) and visible patches (..._visible) apart;
+  ..._uniform: what equal weights on all patches would give.
 * map_similarity: the mean cosine similarity of the N x N maps (rows divided as above) of two different images, over all
   pairs of images and all heads. At every ratio above 0 each image has another mask, and what that changes counts too.
 * receptive_field: the gradient magnitude of a token with respect to the input patches, by their offset from the token's
-  patch. The token is the encoder's final one on whole images, or the decoder's prediction of a masked patch, through
-  decoder and encoder, from the visible patches. Magnitude: the L2 norm, over a patch's normalised pixels, of the
+  patch: of the encoder's final token on whole images, of the decoder's prediction of a masked patch, through decoder
+  and encoder, with respect to the visible patches. Magnitude: the L2 norm, over a patch's normalised pixels, of the
   gradient of the token's product with a seeded standard normal direction (MAE mostly predicts patches normalised to
   mean 0, whose plain sum says little). Mean over the receptive_field_count queries and images that have a patch there.
 * receptive_field_tokens: the same for the decoder alone, with respect to the encoder's output for visible patches.
 * *_radius50, *_radius90, of both fields: the smallest distance between patches within which offsets hold that share of
   the field's sum; an offset without a value counts as the others at its distance do.
 
-Masks and directions depend on --seed and an image's place in the list, not on batch size or number of processes. The
-queries of receptive fields are the same patches at every mask ratio; each costs a backward pass.
+Masks and directions depend on --seed and an image's place in the list. Queries are the same patches at every ratio.
 """
 
 import argparse
@@ -54,11 +53,10 @@ from . import METHODS, Encoder, load_encoder
 def query_key(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled queries, and keys, of timm's attention module for its input tokens [B, T, D]: each [B, heads, T, d], in
     float32. Raises UserError for a module that may compute them differently."""
-    from timm.models.beit import Attention as BeitAttention
-    from timm.models.vision_transformer import Attention as VitAttention
+    from timm.models import beit, vision_transformer
     # By exact type: a subclass may do otherwise.
-    if type(attn) not in (VitAttention, BeitAttention):
-        raise UserError(f"the weights of {type(attn)} are not known here; use timm's VisionTransformer or Beit")
+    if type(attn) not in (vision_transformer.Attention, beit.Attention):
+        raise UserError(f"the attention of timm's {type(attn).__name__} is not known here; use a plain ViT or BEiT")
     # Rows of queries and keys, not of values.
     rows = len(attn.qkv.weight) // 3 * 2
     bias = attn.qkv.bias
@@ -123,8 +121,8 @@ def add_centred(field: torch.Tensor, magnitude: torch.Tensor, seen: torch.Tensor
 
 def radius_holding(field: torch.Tensor, share: float) -> float:
     """The smallest distance, in patches, from the centre of field [2 side - 1, 2 side - 1] that holds this share of its
-    sum. A NaN (no value) counts as the mean of the values at its distance, 0 where there are none: otherwise the radius
-    would grow with the number of images. NaN for a field without values."""
+    sum. NaN (no value) counts as the mean of the values at its distance: otherwise the radius would grow with the
+    number of images. NaN for a field without values."""
     offsets = torch.arange(len(field)) - len(field) // 2
     squares, ring = (offsets[:, None] ** 2 + offsets**2).flatten().unique(return_inverse=True)
     field = field.flatten().double()
@@ -235,7 +233,7 @@ def add_decoder(encoder: Encoder, images: torch.Tensor, latent: torch.Tensor | N
         mask, ids_restore = torch.zeros_like(noise), torch.arange(noise.shape[1], device=noise.device).expand_as(noise)
         # Nothing is masked, so there is no prediction of a masked patch to take a gradient of.
         queries, directions = queries[:, :0], directions[:, :0]
-    prediction, layers = attention_inputs(encoder.decoder.decoder_blocks, partial(encoder.decode, latent, ids_restore))
+    prediction, layers = attention_inputs(encoder.decoder.decoder_blocks, partial(encoder.decoder, latent, ids_restore))
     sums.add_maps(layers, mask)
     for query, direction in zip(queries.T, directions.unbind(1), strict=True):
         pixels, tokens = patch_gradients(prediction, query, direction, [images, latent])
@@ -282,22 +280,19 @@ def summary_table(results: Sequence[dict]) -> tuple:
     rows = []
     for title, result in latest(results).items():
         layers = torch.tensor(result["distance_pixels"]).mean(1)
-        radii = [result.get(f"{field}_radius{share}_pixels")
-                 for field in ("receptive_field", "receptive_field_tokens") for share in (50, 90)]
-        pixels = ["-" if value is None else f"{value:.1f}" for value in (layers[0], layers[-1], layers.mean(), *radii)]
-        similarity = result["map_similarity"][-1]
-        rows.append([title, str(result["num_images"]), *pixels, "-" if similarity is None else f"{similarity:.3f}"])
+        values = [*layers[[0, -1]].tolist(), layers.mean().item(), result["receptive_field_radius50_pixels"],
+                  result["receptive_field_radius90_pixels"], result["map_similarity"][-1]]
+        rows.append([title, str(result["num_images"]), *("-" if value is None else f"{value:.4g}" for value in values)])
     header = ["model", "images", "distance, first layer", "last layer", "mean", "receptive field, 50%", "90%",
-              "of the decoder alone, 50%", "90%", "map similarity, last layer"]
+              "map similarity, last layer"]
     return "Attention, distances and radii in pixels", header, rows
 
 
 def draw_attention(path: Path, results: Sequence[dict], columns: int = 5) -> None:
     """Plots the latest results: attention distance by layer, and below it the receptive fields."""
-    chosen, fields = latest(results), {}
-    for title, result in chosen.items():
-        fields |= {title: result["receptive_field"], f"{title}, decoder alone": result.get("receptive_field_tokens")}
-    fields = {title: np.array(field, dtype=float) for title, field in fields.items() if field}
+    chosen = latest(results)
+    fields = {title: np.array(result["receptive_field"], dtype=float) for title, result in chosen.items()
+              if result["receptive_field"]}
     rows = math.ceil(len(fields) / columns)
     with plot(path, PAGE, 3 + 1.7 * rows) as figure:
         # Apart, since the legend takes its room from all that stands in its columns.

@@ -24,9 +24,7 @@ CHOICE = 0x6B6E6E
 
 class KNNSegmenter(PatchSegmenter):
     """Frozen encoder and memory: normalised images [B, 3, h, w] -> class probabilities [B, K, h, w], any h and w.
-
-    memory [M, D], rows of length 1, and labels float32 [M, K], rows that sum to 1: see fill_memory.
-    """
+    memory [M, D], rows of length 1, and labels float32 [M, K], rows that sum to 1: see fill_memory."""
 
     def __init__(self, encoder: Encoder, memory: torch.Tensor, labels: torch.Tensor, precision: str,
                  neighbours: int = NEIGHBOURS, temperature: float = TEMPERATURE):
@@ -61,17 +59,13 @@ def nearest(queries: torch.Tensor, memory: torch.Tensor, k: int) -> tuple[torch.
     together, step = CHUNK[queries.device.type]
     found = []
     for part in queries.split(together):
-        best, index = part.new_empty(len(part), 0), part.new_empty(len(part), 0, dtype=torch.int64)
-        for start in range(0, len(memory), step):
-            rows = memory[start:start + step]
-            # The products get no name: one would keep them beside those of the next rows.
-            value, row = (part @ rows.T).topk(min(k, len(rows)), dim=1)
-            best, row = torch.cat([best, value], 1), torch.cat([index, row + start], 1)
-            best, order = best.topk(min(k, best.shape[1]), dim=1)
-            index = row.gather(1, order)
-        found.append((best, index))
-    best, index = map(torch.cat, zip(*found, strict=True))
-    return best, index
+        best = [(part @ rows.T).topk(min(k, len(rows)), dim=1) for rows in memory.split(step)]
+        products = torch.cat([values for values, _ in best], 1)
+        numbers = torch.cat([index + place * step for place, (_, index) in enumerate(best)], 1)
+        products, order = products.topk(min(k, products.shape[1]), dim=1)
+        found.append((products, numbers.gather(1, order)))
+    products, numbers = map(torch.cat, zip(*found, strict=True))
+    return products, numbers
 
 
 def label_histograms(labels: torch.Tensor, patch_size: int, num_classes: int) -> torch.Tensor:
@@ -99,8 +93,7 @@ def choose_patches(histograms: torch.Tensor, count: int, uniform: torch.Tensor) 
 def patches_per_crop(memory_size: int, num_crops: int, crop_size: int, patch_size: int) -> int:
     """How many patches of each training crop go into a memory of memory_size patches. Raises UserError for none."""
     if memory_size < num_crops:
-        raise UserError(f"--memory-size {memory_size} is less than one patch for each of the {num_crops} training "
-                        f"crops; use --memory-size {num_crops} or more")
+        raise UserError(f"--memory-size {memory_size}: use one patch for each of {num_crops} training crops at least")
     return min(memory_size // num_crops, (crop_size // patch_size) ** 2)
 
 
@@ -114,7 +107,7 @@ def fill_memory(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Te
     batches: this process's share (utils.distributed.shard) of each global batch of batch_size: normalised crops float32
     [b, 3, c, c] and labels uint8 [b, c, c]. num_crops: how many are used; each gives up to per_crop patches
     (choose_patches), which follow from the seed, its place and its labels, however many processes there are. Raises
-    UserError for no labels at all, and for tokens that are not finite.
+    UserError for tokens that are not finite.
     """
     share, progress = shard(batch_size), Progress(num_crops, "filling the memory", "crops")
     memory, labels = [], []

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
-from utils.distributed import barrier, is_main
-from utils.results import run_slug
+from utils.distributed import is_main
 from utils.run import autocast
 from utils.storage import atomic_write, load, save
 
@@ -23,32 +22,21 @@ from .encoder import Encoder
 
 def principal_components(features: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, D] -> float64 (scores [N, count] of the centred rows, ratios [count] of the variance that each component
-    explains), on the CPU; computed on the features' device by the eigenvectors of the covariance.
-
-    A component's sign makes the skewness of its scores positive, as in CAPI (arXiv:2502.08769). Raises UserError for
-    features that are not finite, or that vary in fewer than count directions.
-    """
-    rows, width = features.double(), features.shape[1]
-    if not rows.isfinite().all():
-        raise UserError("patch tokens are not finite; use --precision fp32, or check the weights")
-    varies = len(rows) > count <= width
-    if varies:
-        centred = rows - rows.mean(0)
-        values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
-        values, vectors = values.flip(0).cpu(), vectors.flip(1)[:, :count]
-        # A variance this small against the mean square of the features is rounding.
-        varies = values[count - 1] > width * torch.finfo(torch.float64).eps * rows.square().sum(1).mean().cpu()
-    if not varies:
-        raise UserError(f"{len(rows)} patches vary in fewer than {count} direction(s), too few for principal "
-                        "components; use more or larger images, or --pca none")
+    explains), on the CPU; computed on the features' device by the eigenvectors of the covariance. A component's sign
+    makes the skewness of its scores positive, as in CAPI (arXiv:2502.08769). Raises UserError for features that are not
+    finite, or all the same."""
+    centred = features.double() - features.double().mean(0)
+    if not centred.isfinite().all() or not centred.any():
+        raise UserError("patch tokens are not finite, or all the same; use --precision fp32, or check the weights")
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+    values, vectors = values.flip(0).cpu(), vectors.flip(1)[:, :count]
     scores = (centred @ vectors).cpu()
     return scores * torch.where(scores.pow(3).sum(0) < 0, -1.0, 1.0), values[:count] / values.sum()
 
 
 def foreground_mask(scores: torch.Tensor) -> torch.Tensor:
     """Scores of the first component [n, h, w] -> bool [n, h, w], True on the foreground: of the two sides that Otsu's
-    threshold (1979) over all images makes, the one with the smaller share of its patches on an image's border (a large
-    object may have more patches there than the background); the higher scores if both shares are equal."""
+    threshold (1979) over all images makes, the one with the smaller share of its patches on an image's border."""
     ordered = scores.flatten().sort().values
     # (sum of the lower side)^2 / (size of the lower side * size of the higher) is the variance between, up to a factor.
     size = torch.arange(1, len(ordered), device=scores.device)
@@ -72,10 +60,8 @@ def token_colours(tokens: torch.Tensor, foreground: str = "first") -> tuple[torc
         mask = foreground_mask(principal_components(tokens.flatten(0, 2), 1)[0].view(mask.shape))
     scores, ratios = principal_components(tokens[mask.to(tokens.device)], 3)
     low, high = scores.quantile(torch.tensor([0.01, 0.99], dtype=scores.dtype), dim=0)
-    # Equal percentiles (nearly all scores the same): what lies above them gets 255, the rest 0.
-    scaled = (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
     colours = torch.zeros(*mask.shape, 3, dtype=torch.uint8)
-    colours[mask] = (scaled.clamp(0, 1) * 255).round().byte()
+    colours[mask] = (((scores - low) / (high - low)).clamp(0, 1) * 255).round().byte()
     return colours, mask, ratios.tolist()
 
 
@@ -100,23 +86,23 @@ def draw_sheet(images: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> Image.
 
 @torch.inference_mode()
 def pca_run(encoder: Encoder, dataset, name: str, foreground: str, precision: str, folder: Path) -> tuple[Path, dict]:
-    """Writes the colours of a data set of whole images to folder/pca_NAME.pt, and folder/pca.png with a row for each
-    model whose file there is of the same images. Returns its path and what a results line says. Raises UserError."""
+    """Draws the colours of a data set of whole images as a row of folder/pca.png, below those of earlier runs with the
+    same images, whose colours folder/pca.pt holds. Returns the picture's path and what a results line says. Raises
+    UserError."""
     images, _ = next(dataset.batches(range(len(dataset)), dataset.num_patches, 0))
     with autocast(encoder.mean.device, precision):
         batch = encoder.preprocess(images.to(encoder.mean.device))
         tokens = torch.cat([encoder(part)[:, 1:] for part in batch.split(16)]).unflatten(1, encoder.grid(batch))
     colours, mask, ratios = token_colours(tokens.float(), foreground)
-    key = {"images": [image.path for image in dataset.images], "size": list(images.shape), "foreground": foreground}
-    save(folder / f"pca_{run_slug(name)}.pt", {**key, "name": name, "colours": colours})
-    barrier()  # the others read it
-    rows = {}
-    for path in sorted(folder.glob("pca_*.pt")):
-        content = load(path, "a row of principal components", ("images", "size", "foreground", "name", "colours"))
-        if {part: content[part] for part in key} == key:
-            rows[content["name"]] = content["colours"]
-    sheet, path = draw_sheet(images, rows), folder / "pca.png"
+    rows, path = {name: colours}, folder / "pca.png"
     if is_main():
+        kept = path.with_suffix(".pt")
+        if kept.exists():
+            earlier = load(kept, "a sheet's colours", ("images", "foreground", "rows"))
+            if earlier["foreground"] == foreground and torch.equal(earlier["images"], images):
+                rows = earlier["rows"] | rows
+        save(kept, {"images": images, "foreground": foreground, "rows": rows})
+        sheet = draw_sheet(images, rows)
         atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
     return path, {"num_images": len(images), "foreground": foreground, "explained_variance": ratios,
                   "foreground_share": mask.double().mean().item(), "rows": list(rows)}

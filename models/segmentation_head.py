@@ -31,7 +31,7 @@ class PatchSegmenter(nn.Module):
     """Frozen encoder, and logits of its patches: normalised images [B, 3, h, w] -> [B, K, h, w], any h and w.
 
     Subclasses have patch_logits: [B, 3, h, w], divisible by the patch size -> [B, K, h/p, w/p]. all_finite: whether all
-    the logits were so far, a bool or a tensor of one.
+    the logits were so far.
     """
 
     def __init__(self, encoder: nn.Module):
@@ -55,8 +55,7 @@ def upsampled_cross_entropy(logits: torch.Tensor, label: torch.Tensor, ignore_in
 
     logits: float32 [B, K, h, w]; label: uint8 [B, H, W], each below K or ignore_index. dtype: of the upsampled logits;
     sums are float32. strip: torch.compile of strip_loss_and_gradient, in place of it. Returns the sum over the labelled
-    pixels divided by total_pixels, by default all of them, ignored ones included (as mmsegmentation does). Counted, not
-    measured, for 16 crops of 512 x 512 and 209 classes on an H200: 7.7 ms in float32, 3.9 ms in bfloat16.
+    pixels divided by total_pixels, by default all of them, ignored ones included (as mmsegmentation does).
     """
     return _UpsampledCrossEntropy.apply(logits, label, ignore_index, total_pixels or label.numel(), dtype,
                                         strip or strip_loss_and_gradient)

@@ -32,8 +32,7 @@ def transfer_keypoints(source: torch.Tensor, target: torch.Tensor, points: torch
     source [D, h, w] and target [D, H, W], arrays or tensors: features that cover the whole image. points [n, 2]:
     (x, y) in the source, from 0 to 1; beyond the outermost centres of cells features are constant. match: "cell", the
     centre of the most similar cell, or "soft-argmax", the mean of the centres around it, weighted by
-    softmax(similarity / temperature). Returns [n, 2], from 0 to 1 in the target, NaN where a feature is. Raises
-    ValueError for another match.
+    softmax(similarity / temperature). Returns [n, 2], from 0 to 1 in the target.
     """
     source, target, points = map(torch.as_tensor, (source, target, points))
     return locate(sample(source[None], points), target[None], match)[0].to(points.dtype)
@@ -50,9 +49,7 @@ def sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 def locate(queries: torch.Tensor, target: torch.Tensor, match: str) -> torch.Tensor:
     """Unit vectors [L, n, D] in the features [L, D, h, w] of an image -> [L, n, 2], (x, y) from 0 to 1, float64. The
     product is in float32 on a CPU, on CUDA in the features' type."""
-    if match not in ("cell", "soft-argmax"):
-        raise ValueError(f"match {match!r} is neither 'cell' nor 'soft-argmax'")
-    (height, width), window = target.shape[2:], 1 if match == "cell" else WINDOW
+    (height, width), window = target.shape[2:], {"cell": 1, "soft-argmax": WINDOW}[match]
     dtype = target.dtype if target.is_cuda else torch.float32
     similarity = queries.to(dtype) @ F.normalize(target.float(), dim=1).flatten(2).to(dtype)
     best = similarity.argmax(-1)[..., None, None]
@@ -116,15 +113,14 @@ def pck(right: torch.Tensor, pair: torch.Tensor, groups: Mapping[str, Sequence[s
         return {str(alpha): 100 * value for alpha, value in zip(ALPHAS, values.tolist(), strict=True)}
 
     def figures(chosen):
-        return {"num_pairs": len(chosen), "num_points": int(counts[chosen].sum()),
+        return {"num_pairs": int(chosen.sum()), "num_points": int(counts[chosen].sum()),
                 "pck_image": named((per_pair[chosen] / counts[chosen, None]).mean(0)),
                 "pck_point": named(per_pair[chosen].sum(0) / counts[chosen].sum())}
 
-    result = figures(torch.arange(len(counts)))
+    result = figures(counts >= 0)
     for name, levels in groups.items():
-        known, level_of = np.unique(levels, return_inverse=True)
-        result[f"by_{name}"] = {level: figures(torch.from_numpy(np.flatnonzero(level_of == number)))
-                                for number, level in enumerate(known.tolist())}
+        levels = np.array(levels)
+        result[f"by_{name}"] = {str(level): figures(torch.from_numpy(levels == level)) for level in np.unique(levels)}
     if "category" in groups:
         categories = [list(row["pck_image"].values()) for row in result["by_category"].values()]
         result["pck_category"] = named(torch.tensor(categories, dtype=torch.float64).mean(0) / 100)
@@ -177,7 +173,7 @@ def measure(pairs, predicted: torch.Tensor, layers: Sequence[int], grid: Sequenc
     source, target, side = pairs.source[pairs.pair], pairs.target[pairs.pair], pairs.box_side[pairs.pair]
     levels = {"category": [pair.category for pair in pairs.pairs]}
     for name in pairs.pairs[0].attributes:
-        levels[name] = [pair.attributes.get(name, "unknown") for pair in pairs.pairs]
+        levels[name] = [pair.attributes[name] for pair in pairs.pairs]
     by_layer = {str(layer): pck(right, pairs.pair, levels) for layer, right in
                 zip(layers, within(predicted, pairs.target_points, side), strict=True)}
     metrics = dict(by_layer[str(layers[-1])])
@@ -196,10 +192,9 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
 
     Each process encodes the images of its contiguous share of the pairs, each once; in several passes where the tokens
     of all layers take more than half of what is free on the encoder's device. layers: 0-based blocks. norm: apply the
-    encoder's final norm. batch_size: over all processes, in images of 224 x 224.
-
-    Returns the metrics of a results line (see measure) and the last layer's predictions, float64 [n, 2] in pixels.
-    Raises UserError for tokens that are not finite.
+    encoder's final norm. batch_size: over all processes, in images of 224 x 224. Returns the metrics of a results line
+    (see measure) and the last layer's predictions, float64 [n, 2] in pixels. Raises UserError for tokens that are not
+    finite.
     """
     device, size, layers = encoder.mean.device, pairs.image_size, sorted(set(layers))
     grid = (size // encoder.patch_size,) * 2
@@ -231,60 +226,42 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
                            f"{'with' if norm else 'without'} final norm, bilinear source token, cosine similarity, "
                            f"{'centre of the best cell' if match == 'cell' else 'windowed soft-argmax'}; "
                            "distance <= alpha * max(w, h) of the target's box, in original pixels")
-    report(metrics, layers, log)
+    for layer, found in metrics.get("by_layer", {str(layers[-1]): metrics}).items():
+        log(f"block {layer}: PCK@0.1 {found['pck_image']['0.1']:.2f} per image, {found['pck_point']['0.1']:.2f} per "
+            f"point, {found['pck_category']['0.1']:.2f} the category mean")
+    chance_level, same_place = (metrics[name]["pck_image"]["0.1"] for name in ("chance", "same_place"))
+    log(f"per image a random cell has {chance_level:.2f}, the same place as in the source {same_place:.2f}")
+    log(f"protocol: {metrics['protocol']}")
     return metrics, predicted[-1]
 
 
-def report(metrics: dict, layers: Sequence[int], log: Callable[[str], None]) -> None:
-    for layer, found in metrics.get("by_layer", {str(layers[-1]): metrics}).items():
-        log(f"block {layer:>2}  PCK@0.1 per image {found['pck_image']['0.1']:6.2f}  per point "
-            f"{found['pck_point']['0.1']:6.2f}  category mean {found['pck_category']['0.1']:6.2f}")
-    chance_level, same_place = (metrics[name]["pck_image"]["0.1"] for name in ("chance", "same_place"))
-    log(f"compare PCK@0.1 per image of a random cell, {chance_level:.2f}, and of the same place as in the source, "
-        f"{same_place:.2f}")
-    log(f"protocol: {metrics['protocol']}")
-
-
-def draw_transfer(source: Image.Image, target: Image.Image, source_points: torch.Tensor, predicted: torch.Tensor,
-                  points: torch.Tensor, right: torch.Tensor, width: int = 960) -> Image.Image:
-    """Two images of one height that fill this width, a line from every keypoint to its prediction: green where right
-    [n], red where wrong, with a white disc at the true place. Points [n, 2] in pixels of their own image."""
-    shapes = [image.width / image.height for image in (source, target)]
-    middle, height = round(width * shapes[0] / sum(shapes)), round(width / sum(shapes))
-    picture, places = Image.new("RGB", (width, height)), []
-    for left, right_edge, image, marks in ((0, middle, source, [source_points]),
-                                           (middle, width, target, [predicted, points])):
-        picture.paste(image.resize((right_edge - left, height)), (left, 0))
-        scale = torch.tensor([(right_edge - left) / image.width, height / image.height])
-        places += [(scale * mark + torch.tensor([left, 0])).tolist() for mark in marks]
-    draw = ImageDraw.Draw(picture)
-    for start, end, true, good in zip(*places, right.tolist(), strict=True):
-        if not good:
-            draw.line((*end, *true), fill="white", width=2)
-            draw.ellipse((true[0] - 5, true[1] - 5, true[0] + 5, true[1] + 5), fill="white", outline="black")
-        draw.line((*start, *end), fill="lime" if good else "red", width=3)
-        draw.ellipse((start[0] - 5, start[1] - 5, start[0] + 5, start[1] + 5), fill="yellow", outline="black")
-    return picture
-
-
-def draw_pairs(pairs, predicted: torch.Tensor, count: int, title: str = "keypoint transfer") -> Image.Image:
-    """A sheet of count pairs, evenly spaced in the list of all, each by draw_transfer, one below another, under a title
-    and a legend; right is what is right at alpha 0.1. predicted [n, 2]: as transfer_run returns it."""
+def draw_pairs(pairs, predicted: torch.Tensor, count: int, title: str = "keypoint transfer",
+               side: int = 480) -> Image.Image:
+    """A sheet of count pairs, evenly spaced in the list of all, under a title and a legend; images are squares, as the
+    encoder gets them. predicted [n, 2]: as transfer_run returns it."""
     right = within(predicted, pairs.target_points, pairs.box_side[pairs.pair])[:, ALPHAS.index(0.1)]
-    pictures = []
-    for number in torch.linspace(0, len(pairs.pairs) - 1, min(count, len(pairs.pairs))).round().long().tolist():
-        entries = [pairs.images.images[images[number]] for images in (pairs.source, pairs.target)]
-        # A stated size says whether a picture is turned as its EXIF orientation says.
-        both = [pairs.images.load(entry.path, *[entry.size] * (entry.size is not None)) for entry in entries]
-        at = pairs.pair == number
-        pictures.append(draw_transfer(*both, pairs.source_points[at], predicted[at], pairs.target_points[at],
-                                      right[at]))
-    top, gap = 56, 8
-    sheet = Image.new("RGB", (pictures[0].width, top + sum(picture.height + gap for picture in pictures)), "white")
-    text = (f"{title}\nyellow: keypoint in the source; green line: right, within 0.1 of the longer side of the "
-            "target's box; red line: wrong; white: true place")
-    ImageDraw.Draw(sheet).text((gap, gap), text, fill="black", font=ImageFont.load_default(14), spacing=6)
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height + gap
+    chosen = torch.linspace(0, len(pairs.pairs) - 1, min(count, len(pairs.pairs))).round().long().tolist()
+    gap, top = 8, 56
+    sheet = Image.new("RGB", (2 * side + gap, top + len(chosen) * (side + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    legend = ("yellow: keypoint in the source; green line: right, within 0.1 of the longer side of the target's box; "
+              "red line: wrong; white: true place")
+    draw.text((gap, gap), f"{title}\n{legend}", "black", ImageFont.load_default(14), spacing=6)
+    for number in chosen:
+        at, scales = pairs.pair == number, []
+        for image, left in ((pairs.source[number], 0), (pairs.target[number], side + gap)):
+            entry = pairs.images.images[image]
+            # A stated size says whether a picture is turned as its EXIF orientation says.
+            picture = pairs.images.load(entry.path, *[entry.size] * (entry.size is not None))
+            sheet.paste(picture.resize((side, side)), (left, top))
+            scales.append((side / pairs.sizes[image], torch.tensor([left, top])))
+        (scale, corner), (target_scale, target_corner) = scales
+        starts = pairs.source_points[at] * scale + corner
+        ends, truths = (points[at] * target_scale + target_corner for points in (predicted, pairs.target_points))
+        for (x, y), end, (u, v), good in zip(*(x.tolist() for x in (starts, ends, truths, right[at])), strict=True):
+            if not good:
+                draw.ellipse((u - 5, v - 5, u + 5, v + 5), fill="white", outline="black")
+            draw.line((x, y, *end), fill="lime" if good else "red", width=3)
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill="yellow", outline="black")
+        top += side + gap
     return sheet

@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Attention as BeitAttention
@@ -19,8 +18,7 @@ from models import METHODS, attention, build_model
 from models.attention import Sums, attention_inputs, attention_weights, query_key, radius_holding
 from utils import UserError
 
-ROOT = Path(__file__).parent.parent
-GOLDEN = ROOT / "tests/golden"
+GOLDEN = Path(__file__).parent / "golden"
 FORMS = [(path.parent.name, path.stem) for path in sorted(GOLDEN.glob("*/checkpoint*.pth"))]
 assert {method for method, _ in FORMS} == set(METHODS)
 CPU = torch.device("cpu")
@@ -76,7 +74,7 @@ def test_weights_of_the_decoder(ratio):
     encoder = build("mae", "checkpoint_full")
     latent, mask, ids_restore = encoder.encode_visible(images(), seeded(3, 16), ratio)
     assert latent.shape[1] == 1 + int(16 * (1 - ratio))
-    check_weights(encoder.decoder.decoder_blocks, lambda: encoder.decode(latent, ids_restore))
+    check_weights(encoder.decoder.decoder_blocks, lambda: encoder.decoder(latent, ids_restore))
 
 
 def test_weights_with_norms_and_with_a_blocks_own_bias():
@@ -91,14 +89,6 @@ def test_weights_with_norms_and_with_a_blocks_own_bias():
     with torch.no_grad():
         check_weights([SimpleNamespace(attn=normed)], lambda: normed(tokens))
         check_weights([SimpleNamespace(attn=own)], lambda: own(tokens, shared_rel_pos_bias=shared))
-
-
-def test_an_attention_that_is_not_known_is_refused():
-    class Other(Attention):
-        pass
-
-    with pytest.raises(UserError, match="not known here"):
-        query_key(Other(24, 3), torch.zeros(1, 2, 24))
 
 
 def test_precision_does_not_round_the_weights():
@@ -185,7 +175,7 @@ def test_receptive_fields_against_the_jacobian():
     pixel_direction, token_direction = seeded(1, 1, 768).double() - 0.5, seeded(1, 1, 48).double() - 0.5
 
     def decoded(latent):
-        return encoder.decode(latent, ids_restore)[0, query] @ pixel_direction[0, 0]
+        return encoder.decoder(latent, ids_restore)[0, query] @ pixel_direction[0, 0]
 
     def by_patch(function):
         gradient = torch.autograd.functional.jacobian(function, image)[0]
@@ -274,27 +264,40 @@ def test_several_models_in_one_picture_and_table(run, tmp_path):
 
 def test_mistakes_get_one_line_and_no_result(run, tmp_path):
     out = tmp_path / "out"
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad/one.jpg").write_bytes(b"no image")
-    full = golden("mae", "checkpoint_full")
-    synthetic = ("--dataset", "synthetic", "--num-images", 1)
+    (tmp_path / "own.py").write_text("import timm\n\ndef mine(weights):\n"
+                                     "    return timm.create_model('test_vit', num_classes=0, global_pool='')\n")
+    full, synthetic = golden("mae", "checkpoint_full"), ("--dataset", "synthetic", "--num-images", 1)
     for words, parts in (
         ((*golden("mae"), *synthetic), ["no decoder", "mae_pretrain_vit_base_full.pth", "--encoder-only"]),
-        ((*full, "--data-path", tmp_path / "bad"), ["one.jpg", "cannot be decoded"]),
-        ((*full, *synthetic, "--mask-ratios", 0.75, 1), ["--mask-ratios: '1'"]),
         ((*full, *synthetic, "--queries", 5), ["--queries 5", "4 of 16"]),
         (("--table",), ["results.jsonl", "run without --table first"]),
+        (("--model", f"{tmp_path}/own.py:mine", *synthetic), ["the attention of your own network is not known"]),
     ):
         _, err = run(*words, "--output-dir", out, status=2)
         assert len(err.splitlines()) == 1 and all(part in err for part in parts), err
         assert not (out / "results.jsonl").exists() and not list(out.glob("*.png"))
 
 
-def test_start_by_torchrun(tmp_path):
-    """As a user starts it, on two processes."""
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-                    "models.attention", *map(str, golden("mae", "checkpoint_full")), "--dataset", "synthetic",
-                    "--num-images", "3", "--workers", "1", "--device", "cpu", "--output-dir", str(tmp_path)],
-                   cwd=ROOT, check=True, timeout=600)
-    lines = results_of(tmp_path)
-    assert len(lines) == 6 and all(line["num_images"] == 3 and line["world_size"] == 2 for line in lines)
+@pytest.mark.parametrize("model", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "vit_small_patch16_rope_224"])
+def test_rotated_queries_and_keys_are_refused_in_one_line(run, tmp_path, model):
+    if not timm.is_model(model):
+        pytest.skip(f"timm {timm.__version__} has no {model}")
+    words = "--model", f"timm/{model}", "--weights", "random", "--dataset", "synthetic", "--num-images", 2
+    _, err = run(*words, "--output-dir", tmp_path, status=2)
+    assert "is not known here; use a plain ViT or BEiT" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("model", ["test_vit2", "test_vit3"])
+def test_models_of_timm_without_class_token(model):
+    """Averaged tokens, and an attention pool, both with registers: weights, and a gradient that reaches every patch."""
+    encoder = build_model(f"timm/{model}", "random")
+    count, prefix = encoder.vit.patch_embed.num_patches, encoder.vit.num_prefix_tokens
+    assert encoder.vit.cls_token is None
+    pictures = images(encoder.native_size[0], 2)
+    layers = check_weights(encoder.vit.blocks, lambda: encoder(pictures))
+    assert all(tokens.shape[1] == prefix + count for _, tokens, _ in layers)
+    sums = Sums(encoder.vit.blocks, math.isqrt(count), prefix, CPU)
+    queries, directions = torch.tensor([[3], [7]]), torch.randn(2, 1, encoder.embed_dim)
+    attention.add_encoder(encoder, pictures.requires_grad_(), queries, directions, sums)
+    total, seen = sums.fields["receptive_field"]
+    assert seen.sum() == 2 * count and (total[seen > 0] > 0).all() and sums.queries.sum() == 2 * count

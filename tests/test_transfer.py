@@ -18,7 +18,6 @@ from models import build_model
 from models.transfer import (
     chance,
     draw_pairs,
-    draw_transfer,
     pck,
     pck_of_features,
     transfer_keypoints,
@@ -91,8 +90,6 @@ def test_transfer_keypoints_equals_a_slow_loop(match):
     found = transfer_keypoints(source, target, points, match)
     expected = torch.tensor([slow_transfer(source, target, point, match) for point in points.tolist()])
     assert torch.allclose(found, expected.double(), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="neither 'cell' nor"):
-        transfer_keypoints(source, target, points, "best")
 
 
 @pytest.mark.parametrize("match", ["cell", "soft-argmax"])
@@ -144,10 +141,8 @@ def test_means_over_images_points_and_categories():
 
 
 def test_without_groups_and_from_numpy():
-    right, pair = np.repeat([[1], [0], [1]], 4, axis=1), np.array([0, 0, 1])
-    result = pck(right, pair, {})
+    result = pck(np.repeat([[1], [0], [1]], 4, axis=1), np.array([0, 0, 1]), {})
     assert result["pck_image"]["0.1"] == 75 and result["pck_point"]["0.2"] == pytest.approx(200 / 3)
-    assert "pck_category" not in result
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor, np.asarray])
@@ -166,11 +161,10 @@ def test_pck_of_own_features(kind):
 
 
 def test_a_distance_exactly_at_the_threshold_is_right():
-    # 3-4-5 triangles: distances 5, 10 and 20 of a box of side 100, and a hair more.
-    offsets = torch.tensor([[3, 4], [6, 8], [12, 16], [3, 4 + 1e-9]], dtype=torch.float64)
-    points, side = torch.full((4, 2), 50, dtype=torch.float64), torch.full((4,), 100, dtype=torch.float64)
-    assert within(points + offsets, points, side).tolist() == [
-        [True] * 4, [False, True, True, True], [False, False, False, True], [False, True, True, True]]
+    # 3-4-5 triangles: distances 5 and 10 of a box of side 100, and a hair more.
+    offsets = torch.tensor([[3, 4], [6, 8], [3, 4 + 1e-9]], dtype=torch.float64)
+    points, side = torch.full((3, 2), 50, dtype=torch.float64), torch.full((3,), 100, dtype=torch.float64)
+    assert within(points + offsets, points, side, (0.05, 0.1)).tolist() == [[True, True], [False, True], [False, True]]
 
 
 def test_chance_counts_cells():
@@ -336,19 +330,17 @@ def test_a_trained_network_knows_parts_of_real_birds():
     assert all(value < 10 for value in values["random"]) and 1.5 < metrics["chance"]["pck_image"]["0.1"] < 1.7
 
 
-def test_pictures():
-    grey = Image.new("RGB", (100, 50), (90, 90, 90))
-    points = torch.tensor([[20.0, 10.0], [80.0, 40.0]])
-    picture = np.array(draw_transfer(grey, grey, points, points, points, torch.tensor([True, False]), width=400))
-    assert picture.shape == (100, 400, 3)
-    lime, red = ((picture == colour).all(-1).nonzero() for colour in ((0, 255, 0), (255, 0, 0)))
-    # Twice as large: the right line leaves (40, 20), the wrong one (160, 80), 200 to the right.
-    assert set(lime[0]) <= {19, 20, 21} and 40 < lime[1].min() < 48 and 238 <= lime[1].max() <= 242
-    assert set(red[0]) <= {79, 80, 81} and 160 < red[1].min() < 168 and 358 <= red[1].max() <= 362
+def test_sheet_of_pairs():
     pairs = load_synthetic_pairs(64, 20, num_images=12)
-    _, predicted = run(PixelEncoder(), pairs)
-    sheet = draw_pairs(pairs, predicted, 3, "my run")
-    assert sheet.width == 960 and sheet.height > 3 * 300
+    predicted = pairs.target_points.clone()
+    predicted[::2] += 100
+    sheet = np.array(draw_pairs(pairs, predicted, 3, "my run", side=200))
+    assert sheet.shape == (56 + 3 * 208, 408, 3)
     # A title and a legend, and below them no band of more than 8 white lines.
-    rows = (np.array(sheet) == 255).all((1, 2))
-    assert not rows[8:48].all() and not any(rows[y:y + 9].all() for y in range(56, len(rows) - 9))
+    white = (sheet == 255).all((1, 2))
+    assert not white[8:48].all() and not any(white[y:y + 9].all() for y in range(56, len(white) - 9))
+    # Lines of both colours, and discs at the source's keypoints of the first pair.
+    assert all((sheet == colour).all(-1).sum() > 50 for colour in ((0, 255, 0), (255, 0, 0)))
+    at = pairs.pair == 0
+    for x, y in (pairs.source_points[at] / pairs.sizes[pairs.source[0]] * 200).round().int().tolist():
+        assert (sheet[56 + y - 4:56 + y + 5, max(x - 4, 0):x + 5] == (255, 255, 0)).all(-1).any()
