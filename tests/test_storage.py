@@ -2,7 +2,7 @@
 
 import os
 from functools import partial
-from pathlib import Path
+from io import FileIO
 from types import SimpleNamespace
 
 import pytest
@@ -38,7 +38,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     """/dev/full takes no byte, as torch.save finds out."""
     def main():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(storage, "open", lambda path, mode: Path("/dev/full").open(mode), raising=False)
+            patch.setattr(storage, "open", lambda path, mode: FileIO("/dev/full", mode), raising=False)
             save(tmp_path / "checkpoint.pth", {"x": torch.zeros(1000)})
 
     status, _, err = call_main(main, [])
