@@ -3,7 +3,6 @@
 import os
 import shutil
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,9 @@ from datasets.files import shared_images
 from datasets.segmentation import PAPER_PROTOCOLS as PROTOCOLS
 from datasets.segmentation import default_iterations, in_order, open_segmentation
 from datasets.segmentation_store import PixelStore, training_batches
-from datasets.segmentation_transforms import pack_pixels, rescale_size, resize_image
+from datasets.segmentation_transforms import rescale_size, resize_image
 from datasets.synthetic import OBJECT_NAMES, PART_NAMES
 from utils import UserError
-from utils.distributed import all_reduce, init_processes
 from utils.storage import prefetched
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
@@ -170,24 +168,6 @@ def test_large_images_are_kept_at_the_largest_size_that_is_needed(tmp_path):
     for images, labels in training_batches(store, range(3), 4, (128, 48), 48, MEAN, STD, seed=0):
         assert images.shape == (4, 3, 48, 48)
         assert labels.shape == (4, 48, 48)
-
-
-def fill_a_store(split, folder):
-    """One process of several: prints how many hold the right pixels, and where they are."""
-    init_processes("cpu")
-    lines = []
-    store = PixelStore(split, (64, 32), CPU, folder, "disk", 0, lines.append)
-    pixels = torch.cat([pack_pixels(*split.load(i)).flatten() for i in range(3)])
-    print(int(all_reduce(torch.tensor([int(torch.equal(store.pixels, pixels))]))), lines[0])
-
-
-def test_pixels_in_a_temporary_file_of_each_process(launch, tmp_path):
-    for i in range(3):
-        write_pair(tmp_path / "img/train", tmp_path / "ann/train", name=str(i), size=(40 + i, 30), label=i + 1)
-    split, before = open_segmentation("lip", tmp_path, "train"), sorted(tmp_path.iterdir())
-    out, _ = launch(partial(fill_a_store, split, tmp_path), [], processes=2)
-    assert out.startswith("2 3 training images, decoded: ") and "in a mapped file" in out
-    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_batches_start_anywhere(tmp_path):
