@@ -44,7 +44,7 @@ from utils import UserError
 from utils.distributed import all_reduce, is_main, shard, world_size
 from utils.drawing import COLOURS, PAGE, plot
 from utils.formats import render
-from utils.results import append_result, caveats, read_results, start_line, with_marks
+from utils.results import append_result, caveats, read_results, start_line
 from utils.run import OneLineParser, Progress, add_common_arguments, autocast, number, positive_int, run_main, setup
 
 from . import METHODS, Encoder, load_encoder
@@ -271,7 +271,7 @@ def latest(results: Sequence[dict]) -> dict[str, dict]:
     chosen = {}
     for result in results:
         part = "encoder" if result["part"] == "encoder" else f"decoder, mask ratio {result['mask_ratio']:g}"
-        chosen[f"{with_marks(result['name'], caveats(result))}, {part}"] = result
+        chosen[f"{result['name']}{caveats(result)}, {part}"] = result
     return chosen
 
 

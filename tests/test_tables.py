@@ -181,7 +181,7 @@ def test_figure_6_puts_objects_and_parts_of_any_data_set_side_by_side(tmp_path):
     panels = {title: dict(rows) for title, rows in figure6_panels(tmp_path).items()}
     assert list(panels) == ["ade20k", "pascal", "synthetic", "new in my-parts/x-part"]
     assert panels["ade20k"]["iBOT"] == [55.2, None, 32.2, 30.0] and len(panels["pascal"]) == 7
-    assert panels["ade20k"]["iBOT\n(seed 3)"] == [None, None, None, 9.0] and len(panels["ade20k"]) == 8
+    assert panels["ade20k"]["iBOT (seed 3)"] == [None, None, None, 9.0] and len(panels["ade20k"]) == 8
     assert panels["new in my-parts/x-part"] == {"mine": [None, 60.0, None, 40.0]}
     assert panels["synthetic"] == {"iBOT": [None, None, None, 10.0]}
 

@@ -50,19 +50,16 @@ def digest(*values: object) -> str:
     """SHA-256, in hexadecimal digits, of tensors (type, shape, content), plain values, and mappings and sequences of
     them."""
     found = hashlib.sha256()
-
-    def add(value):
+    for value in values:
         if isinstance(value, torch.Tensor):
-            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            found.update(f"{value.dtype} {tuple(value.shape)}\0".encode())
             found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(value, Mapping | list | tuple):
-            found.update(f"{type(value).__name__} {len(value)}".encode())
-            for one in value.items() if isinstance(value, Mapping) else value:
-                add(one)
+        elif isinstance(value, Mapping):
+            found.update(f"mapping {digest(*value, *value.values())}\0".encode())
+        elif isinstance(value, list | tuple):
+            found.update(f"sequence {digest(*value)}\0".encode())
         else:
             found.update(f"{value!r}\0".encode())
-
-    add(values)
     return found.hexdigest()
 
 
@@ -121,17 +118,13 @@ def start_line(task: str, args: Namespace, encoder: object) -> dict:
 def append_result(folder: Path, *results: dict) -> None:
     """Appends the results, and what run they are of, to results.jsonl, from the main process, in one write: runs may
     share a folder. Raises UserError, on all processes, where a figure is not finite."""
-    text = ""
-    for result in results:
-        for name, value in result.items():
-            try:
-                json.dumps(value, allow_nan=False)
-            except ValueError:
-                raise UserError(f"{name} of the result is not finite; no line is written") from None
-        text += json.dumps(result | this_run()) + "\n"
+    try:
+        lines = [json.dumps(result | this_run(), allow_nan=False) + "\n" for result in results]
+    except ValueError:
+        raise UserError("a figure of the result is not finite; no line is written") from None
     if is_main():
         with open(folder / "results.jsonl", "a") as file:
-            file.write(text)
+            file.write("".join(lines))
 
 
 def is_finished(folder: Path, probe: str, line: dict) -> bool:
@@ -164,16 +157,13 @@ def run_slug(name: str) -> str:
 
 
 def caveats(result: dict) -> str:
-    """What must stand wherever the result is printed: random weights, synthetic data; "" for neither."""
-    random = "random weights" if result.get("weights") == "random" else ""
-    synthetic = "synthetic data" if result["dataset"].startswith("synthetic") else ""
-    return ", ".join(filter(None, (random, synthetic)))
-
-
-def with_marks(name: str, marks: str, separator: str = " ") -> str:
-    return f"{name}{separator}({marks})" if marks else name
+    """What must stand wherever the result is printed: " (random weights, synthetic data)", or "" for neither."""
+    notes = {"random weights": result.get("weights") == "random",
+             "synthetic data": result["dataset"].startswith("synthetic")}
+    shown = ", ".join(note for note, holds in notes.items() if holds)
+    return f" ({shown})" if shown else ""
 
 
 def run_title(result: dict) -> str:
     """Model, data set and caveats of a result: "ibot on synthetic (random weights, synthetic data)"."""
-    return with_marks(f"{result['name']} on {result['dataset']}", caveats(result))
+    return f"{result['name']} on {result['dataset']}{caveats(result)}"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from . import UserError
 from .formats import STYLES, render
-from .results import NO_EFFECT, read_results, with_marks
+from .results import NO_EFFECT, read_results
 from .run import OneLineParser, run_main
 
 # {"models": {name: printed name}, "tasks": {task: title of tables that the paper has not}, task: {data set: {"title",
@@ -191,7 +191,7 @@ def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]
     for dataset, name, marks, column, figure in bars:
         title, kind, where = re.fullmatch(r"(\S+?)(-object|-part)?( in .*)?", dataset).groups("")
         if kind or dataset not in PAPER["segment"]:
-            row = with_marks(PAPER["models"].get(name, name), marks, "\n")
+            row = PAPER["models"].get(name, name) + (f" ({marks})" if marks else "")
             panels[title + where][row][column if kind == "-object" else column + 2] = figure
     return {title: [*rows.items()] for title, rows in panels.items()}
 
