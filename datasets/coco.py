@@ -25,12 +25,12 @@ def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int | 
     in part retrieval) or "val". Raises UserError for another layout, and as load_keypoints.
     """
     annotations = Path(root, "annotations", f"person_keypoints_{split}2017.json")
-    folders = [Path(root, "images", f"{split}2017"), Path(root, f"{split}2017")]
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    if folder is None or not annotations.is_file():
-        missing = annotations if folder else f"{folders[0]} (or {folders[1]})"
-        raise UserError(f"{missing} does not exist; --data-path must be a folder with "
-                        f"annotations/person_keypoints_{split}2017.json and images/{split}2017/*.jpg")
+    folder = Path(root, "images", f"{split}2017")
+    if not folder.is_dir():
+        folder = Path(root, f"{split}2017")
+    if not folder.is_dir() or not annotations.is_file():
+        raise UserError(f"{folder if annotations.is_file() else annotations} does not exist; --data-path must be a "
+                        f"folder with annotations/person_keypoints_{split}2017.json and images/{split}2017/*.jpg")
     return load_keypoints(annotations, folder, None, keypoints, crop_scale, transform, own=False)
 
 
