@@ -60,7 +60,7 @@ def test_numbers_that_cannot_be(monkeypatch, tmp_path, script):
     ("segment", ["--stride", "0"]), ("retrieval", ["--crop-scale", "0"]), ("segment", ["--weight-decay", "-0.1"])])
 def test_numbers_out_of_range(script, words):
     err = refused(parse(script), words)
-    assert words[0] in err and "number from" in err and ".0 (" not in err and ".py --help)" in err
+    assert words[0] in err and "is not from" in err and ".0 (" not in err and ".py --help)" in err
 
 
 def test_numbers_that_can_be():

@@ -138,12 +138,11 @@ def add_patch_arguments(parser: argparse.ArgumentParser, files: str) -> None:
 def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float]:
     """The argparse type of an int or a float from low to high."""
     def parse(text: str) -> float:
-        with suppress(ValueError):
-            # Not true of nan either.
-            if low <= (value := kind(text)) <= high:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {names[kind]} from {low} to {high}")
-    names = {int: "a whole number", float: "a number"}
+        value = kind(text)
+        if not low <= value <= high:  # nan is neither
+            raise argparse.ArgumentTypeError(f"{text!r} is not from {low} to {high}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"  # for argparse's message
     return parse
 
 
