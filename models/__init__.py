@@ -93,13 +93,12 @@ def _load(name: str, weights: str, num_heads: int | None, full: bool, weights_ke
 def _from_file(name: str, path: Path, method: ModuleType, weights_key: str | None, options: dict) -> Encoder:
     """Methods' files are told apart by their official structure: other places are read only where weights_key names
     them, and the one of a safetensors file, which is one state dictionary."""
-    checkpoint = content = open_checkpoint(path)
-    states = state_dicts(content)
+    checkpoint = open_checkpoint(path)
+    states = state_dicts(checkpoint)
     try:
         if weights_key is not None or path.suffix == ".safetensors":
-            checkpoint = states[weights_key or ""]
-            if method.NESTING:
-                checkpoint = {method.NESTING: checkpoint}
+            state = states[weights_key or ""]
+            checkpoint = {method.NESTING: state} if method.NESTING else state
         return method.from_checkpoint(checkpoint, **options)
     except Exception as error:  # keys or shapes that no method expects raise many kinds
         reason = f"missing keys: {error}" if isinstance(error, KeyError) else one_line(error)

@@ -146,20 +146,19 @@ def pck_of_features(source_maps: Sequence, target_maps: Sequence, source_points:
     return torch.stack(percent)
 
 
-def encode(encoder: Encoder, images, numbers: Sequence[int], layers: Sequence[int], norm: bool, batch_size: int,
+def encode(encoder: Encoder, pairs, numbers: Sequence[int], layers: Sequence[int], norm: bool, batch_size: int,
            workers: int, precision: str, log: Callable[[str], None]) -> torch.Tensor:
     """The patch tokens after the 0-based blocks layers of the images with these numbers, [L, n, D, h, w], on the
     encoder's device, in the type of the precision. batch_size: of this process."""
-    device, progress = encoder.mean.device, Progress(len(numbers) * world_size(), "encoding", "images")
-    batches = images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda")
-    tokens, done = None, 0
+    device, side, done = encoder.mean.device, pairs.image_size // encoder.patch_size, 0
+    tokens = torch.empty(len(layers), len(numbers), encoder.embed_dim, side, side, dtype=DTYPES[precision],
+                         device=device)
+    progress = Progress(len(numbers) * world_size(), "encoding", "images")
+    batches = pairs.images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda")
     for pixels, _ in log_waiting(batches, "encoding", log):
         with autocast(device, precision):
             maps = encoder.get_intermediate_layers(encoder.preprocess(pixels.to(device, non_blocking=True)), n=layers,
                                                    norm=norm)
-        if tokens is None:
-            shape = (len(layers), len(numbers), *maps[0].shape[1:])
-            tokens = torch.empty(shape, dtype=DTYPES[precision], device=device)
         for layer, found in zip(tokens, maps, strict=True):
             layer[done:done + len(pixels)] = found
         done += len(pixels)
@@ -211,7 +210,7 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     found = torch.empty(len(layers), len(ends[0]), 2, dtype=torch.float64, device=device)
     for first in range(0, len(layers) if len(images) else 0, per_pass):
         part = slice(first, first + per_pass)
-        tokens = encode(encoder, pairs.images, images.tolist(), layers[part], norm,
+        tokens = encode(encoder, pairs, images.tolist(), layers[part], norm,
                         max(1, batch_size * 224**2 // (size**2 * world_size())), workers, precision, log)
         found[part] = match_points(tokens, *ends, units[mine], match)
         del tokens
