@@ -11,6 +11,7 @@ samples (--num-images), have one that does not depend on their size (models/prob
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -282,15 +283,20 @@ def report(args: argparse.Namespace, probe: Probe, line: dict, testing: Part, en
 
 
 def mark_undertrained(lines: Sequence[dict], frequent: float, log: run.Log) -> None:
-    """Says and marks which heads are no measurement of the encoder. frequent: percent of the training patches that are
-    of their most frequent class."""
+    """Says and marks which heads are no measurement of the encoder: those no better in training than always the most
+    frequent class, which is right on that many percent of the training patches; those whose weights are the random
+    ones that they began with, changed by less than a tenth; and those under the nearest neighbours on the test set, by
+    ten points and two standard errors of the difference."""
     by_neighbours = max((line["best_acc1"] for line in lines if line["probe"] == "knn"), default=0)
-    for line in lines:
-        if "train_acc1" in line and (line["train_acc1"] <= frequent or line["best_acc1"] < by_neighbours - 10):
+    for line in (line for line in lines if line["probe"] != "knn"):
+        variance = sum(percent * (100 - percent) for percent in (line["best_acc1"], by_neighbours)) / line["num_test"]
+        behind = by_neighbours - line["best_acc1"] > max(10, 2 * math.sqrt(variance))
+        if line["train_acc1"] <= frequent or line["weights_moved"] < 0.1 or behind:
             line["undertrained"] = True
-            log(f"{line['probe']}: this head is not trained ({line['train_acc1']:.1f}% of the training patches right, "
-                f"the most frequent class {frequent:.1f}%; test {line['best_acc1']:.1f}%, nearest neighbours "
-                f"{by_neighbours:.1f}%): more --epochs, another --lr or a smaller --batch-size")
+            log(f"{line['probe']}: this head is no measurement ({line['train_acc1']:.1f}% of the training patches "
+                f"right, the most frequent class {frequent:.1f}%; weights moved by {line['weights_moved']:.2g} of their "
+                f"initial norm; test {line['best_acc1']:.1f}%, nearest neighbours {by_neighbours:.1f}%): more "
+                "--epochs, another --lr or a smaller --batch-size")
 
 
 def draw_plots(args: argparse.Namespace, probe: Probe, line: dict, prefix: Path) -> None:

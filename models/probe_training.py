@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from statistics import mean, stdev
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -160,8 +161,9 @@ class Probe:
         """Chooses the learning rate, and for every head the epoch, by the scores; percentages on the test set.
 
         acc1 and best_acc1 are means over the seeds at that rate, best_epochs (from 1) those of its seeds, best_epoch
-        and index those of its best head, train_acc1 its accuracy in the last epoch of training. Of rates that choose
-        equally well our recipe takes the middle one, since a held-out tenth of a small set tells few apart.
+        and index those of its best head, train_acc1 its accuracy in the last epoch of training, weights_moved how far
+        its class weights are from their initial ones, over the norm of these. Of rates that choose equally well our
+        recipe takes the middle one, since a held-out tenth of a small set tells few apart.
         """
         scores, test = (torch.tensor(rows, dtype=torch.float64) for rows in (self.scores, self.test))
         best, num_seeds = scores.max(0), len(set(self.seeds))
@@ -177,6 +179,7 @@ class Probe:
         chosen = heads[first:first + num_seeds]
         result = {"lr": self.rates[first], "index": index, "best_epoch": heads[index]["best_epoch"],
                   "best_epochs": [head["best_epoch"] for head in chosen], "train_acc1": self.trained[-1][index],
+                  "weights_moved": self.weights_moved()[index].item(),
                   "edge": len(by_rate) > 2 and first // num_seeds in (0, len(by_rate) - 1)}
         for name in ("acc1", "best_acc1"):
             of_seeds = [head[name] for head in chosen]
@@ -184,6 +187,13 @@ class Probe:
             if num_seeds > 1:
                 result[f"{name}_std"] = stdev(of_seeds)
         return result | {"heads": heads}
+
+    def weights_moved(self) -> torch.Tensor:
+        """[K]: the distance of every kept head's class weights from their initial ones, over the norm of these."""
+        heads = deepcopy(self.heads).cpu()
+        heads.initialise(self.seeds)
+        before, after = heads.weight.detach().flatten(1), self.best["weight"].cpu().flatten(1)
+        return (after - before).norm(dim=1) / before.norm(dim=1)
 
 
 def shuffled(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
