@@ -294,8 +294,8 @@ def mark_undertrained(lines: Sequence[dict], frequent: float, log: run.Log) -> N
         if line["train_acc1"] <= frequent or line["weights_moved"] < 0.1 or behind:
             line["undertrained"] = True
             log(f"{line['probe']}: this head is no measurement ({line['train_acc1']:.1f}% of the training patches "
-                f"right, the most frequent class {frequent:.1f}%; weights moved by {line['weights_moved']:.2g} of their "
-                f"initial norm; test {line['best_acc1']:.1f}%, nearest neighbours {by_neighbours:.1f}%): more "
+                f"right, the most frequent class {frequent:.1f}%; weights moved by {line['weights_moved']:.2g} of the "
+                f"norm they had; test {line['best_acc1']:.1f}%, nearest neighbours {by_neighbours:.1f}%): more "
                 "--epochs, another --lr or a smaller --batch-size")
 
 
