@@ -13,7 +13,7 @@ samples (--num-images), have one that does not depend on their size (models/prob
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from models.probe_training import RECIPES, Part, Probe, accuracy, batch_and_epoc
 from models.probes import HEADS, NEIGHBOURS, build_heads, head_of, knn_predict
 from utils import results, run
 from utils.distributed import all_reduce, gather_rows, is_main, rank, world_size
-from utils.drawing import draw_confusion, draw_curves, require_matplotlib
+from utils.drawing import draw_curves, require_matplotlib
 from utils.storage import load, save
 from utils.tables import paper_tables
 
@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--resume", action="store_true",
                        help="continue from the checkpoint in --output-dir, if there is one; repeat no finished run")
     group.add_argument("--evaluate", type=Path, metavar="HEAD", help="no training: test a head that was saved")
-    group.add_argument("--save-plots", action="store_true", help="accuracy over epochs, confusion matrix")
+    group.add_argument("--save-plots", action="store_true", help="accuracy over epochs")
     group.add_argument("--plot-format", choices=("png", "pdf"), default="png", help="(default: png)")
     args = parser.parse_args(arguments)
     # The numbers of a recipe may stand beside --evaluate and --probe knn: one command line serves all three.
@@ -101,7 +101,7 @@ def per_class(matrix: torch.Tensor) -> dict:
 
 
 def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews, order: torch.Tensor, epoch: int,
-                   precision: str, workers: int, log: Callable[[str], None] = print) -> None:
+                   precision: str, workers: int) -> None:
     """One epoch over images that are encoded as they come. order: ids (one per image) in the order of this epoch.
 
     Each process encodes every world_size-th image of the order, so an equal share of every probe's batches, whose sizes
@@ -129,7 +129,7 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
     progress = run.Progress(len(order) // world_size(), f"epoch {epoch + 1}", "images")
     batches = views.batches(order[rank()::world_size()].tolist(), encode_batch_size(device), workers,
                             pin_memory=device.type == "cuda")
-    for images, ids in run.log_waiting(batches, f"epoch {epoch + 1}", log):
+    for images, ids in batches:
         encoded, positions = encode_tokens(encoder, images.to(device, non_blocking=True), precision), position[ids]
         start = 0
         while start < len(ids):
@@ -211,8 +211,7 @@ def train_probes(args: argparse.Namespace, probes: Sequence[Probe], encoder: Enc
             if not views:
                 probe.train(training.features, order, epoch)
         if views:
-            train_on_views(probes, encoder, views, order, epoch, args.precision, args.workers,
-                           log if epoch == first else lambda line: None)
+            train_on_views(probes, encoder, views, order, epoch, args.precision, args.workers)
         for probe in probes:
             if probe.recipe.ours and epoch + 1 < epochs:
                 continue
@@ -299,19 +298,14 @@ def mark_undertrained(lines: Sequence[dict], frequent: float, log: run.Log) -> N
                 "--epochs, another --lr or a smaller --batch-size")
 
 
-def draw_plots(args: argparse.Namespace, probe: Probe, line: dict, prefix: Path) -> None:
-    """Test accuracy over epochs, where more than the last one was measured, and the confusion matrix."""
-    title, curves = f"{results.run_title(line)}, {probe.kind}", {}
+def draw_plot(args: argparse.Namespace, probe: Probe, line: dict, prefix: Path) -> None:
+    """Test accuracy over epochs."""
+    title, curves = f"{results.run_title(line)}, {probe.kind}: test accuracy by epoch", {}
     for k, rate in enumerate(probe.rates):
         curves.setdefault(f"lr {rate:g}", []).append([epoch[k] for epoch in probe.test])
     chosen = [head for head in line["heads"] if head["lr"] == line["lr"]]
-    if len(probe.test) > 1:
-        draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.{args.plot_format}"), f"{title}: test accuracy by epoch",
-                    curves, (f"lr {line['lr']:g}", [head["best_epoch"] for head in chosen],
-                             [head["best_acc1"] for head in chosen]))
-    if "confusion" in line:
-        draw_confusion(Path(f"{prefix}_{probe.kind}_confusion.{args.plot_format}"), title,
-                       torch.tensor(line["confusion"]), line["classes"])
+    draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.{args.plot_format}"), title, curves,
+                (f"lr {line['lr']:g}", [head["best_epoch"] for head in chosen], [head["best_acc1"] for head in chosen]))
 
 
 def evaluate(args: argparse.Namespace, encoder: Encoder, test: PatchDataset, line: dict, log: run.Log) -> dict:
@@ -399,8 +393,9 @@ def main() -> None:
     results.append_result(args.output_dir, *(one | {"seconds": time.monotonic() - started} for one in lines))
     if is_main():
         checkpoint.unlink(missing_ok=True)
-        for probe, one in zip(probes if args.save_plots else [], lines, strict=False):
-            draw_plots(args, probe, one, prefix)
+        for probe, one in zip(probes, lines, strict=False):
+            if args.save_plots and len(probe.test) > 1:
+                draw_plot(args, probe, one, prefix)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def mean_average_precision(ap: torch.Tensor, labels: torch.Tensor) -> tuple[floa
 
 
 def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[str], batch_size: int, workers: int,
-                   precision: str, log: Callable[[str], None] = print) -> dict[str, torch.Tensor]:
+                   precision: str) -> dict[str, torch.Tensor]:
     """Encodes this process's share of the images, each decoded once.
 
     features: of "cls", "avg", "projected". batch_size: patches, over all processes. Returns {feature: [n, D]}, float32
@@ -189,7 +189,7 @@ def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[s
     batches = dataset.batches(share, max(1, batch_size // world_size()), workers, pin_memory=device.type == "cuda")
     # A process without images has no rows, of the width of any.
     black = [] if share else [(torch.zeros(1, 3, *encoder.native_size, dtype=torch.uint8), ())]
-    for patches, ids in chain(black, run.log_waiting(batches, "encoding", log)):
+    for patches, ids in chain(black, batches):
         with torch.inference_mode(), run.autocast(device, precision):
             extracted = encoder.extract(encoder.preprocess(patches.to(device, non_blocking=True)), isometric=True)
         for name in features:
@@ -217,7 +217,7 @@ def encode_source(args: argparse.Namespace, device: torch.device, log: run.Log) 
     # Where the first token is the mean of the others, there is one feature, not two.
     tokens = ["avg"] if encoder.cls_from == "mean" else ["cls", "avg"]
     names = args.features or tokens + ["projected"] * encoder.has_projector
-    features = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision, log)
+    features = encode_patches(encoder, dataset, names, args.batch_size, args.workers, args.precision)
     line = results.start_line("retrieval", args, encoder) | {name: vars(args)[name] for name in PROTOCOL}
     return {"features": features, "labels": dataset.labels, "classes": dataset.classes,
             "paths": [image.path for image in dataset.images] if args.dataset == "imagenet" else [],

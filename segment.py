@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from datasets import segmentation as data
 from datasets.files import shared_images
 from datasets.label_maps import check_labels, require_labelled
-from datasets.segmentation_pictures import save_picture
+from datasets.segmentation_pictures import draw_figure6, figure6_panels, save_picture
 from datasets.segmentation_store import PixelStore, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
 from models import METHODS, Encoder, choose_layers, load_encoder
@@ -32,9 +32,8 @@ from models import segmentation_probe as linear
 from models.segmentation_head import LinearHead, PatchSegmenter
 from utils import UserError, results, run
 from utils.distributed import all_reduce, shard, world_size
-from utils.drawing import draw_figure6
 from utils.storage import prefetched, save
-from utils.tables import figure6_panels, paper_tables
+from utils.tables import paper_tables
 
 # Logits of one pass over sliding windows, in bytes.
 WINDOW_BYTES = {"cuda": 8 << 30, "cpu": 512 << 20}

@@ -1,15 +1,20 @@
-"""Pictures of label maps: image, ground truth and prediction side by side, and the prediction as a label map."""
+"""Pictures of segmentation: image, ground truth and prediction side by side, and the paper's figure 6."""
 
 import colorsys
 import math
-from collections.abc import Sequence
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.drawing import plot
 from utils.storage import atomic_write
+from utils.tables import PAPER, runs_of
 
 UNLABELLED = (225, 225, 225)
 
@@ -61,3 +66,38 @@ def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndar
     path.parent.mkdir(parents=True, exist_ok=True)
     for where, picture in ((path, sheet), (path.with_name(f"{path.stem}_labels.png"), labels)):
         atomic_write(where, partial(picture.save, format="PNG"))
+
+
+def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]]]]:
+    """{title: [(row, [objects published, ours, parts published, ours]), ...]} of figure 6, which draw_figure6 draws:
+    mIoU of linear segmentation in percent, None where there is none, of the paper's object and part data sets and of
+    all others. Raises UserError where there is no results.jsonl."""
+    bars = [(dataset, model, "", 0, figure) for dataset, paper in PAPER["segment"].items()
+            for model, figure in paper["figures"]["linear mIoU"].items()]
+    bars += [(run.dataset, run.name, run.marks, 1, run.figures["linear mIoU"]) for run in runs_of(folder, ["segment"])
+             if "linear mIoU" in run.figures]
+    panels = defaultdict(lambda: defaultdict(lambda: [None] * 4))
+    for dataset, name, marks, column, figure in bars:
+        title, kind, where = re.fullmatch(r"(\S+?)(-object|-part)?( in .*)?", dataset).groups("")
+        if kind or dataset not in PAPER["segment"]:
+            row = PAPER["models"].get(name, name) + (f" ({marks})" if marks else "")
+            panels[title + where][row][column if kind == "-object" else column + 2] = figure
+    return {title: [*rows.items()] for title, rows in panels.items()}
+
+
+def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[float | None]]]]) -> None:
+    """Plots object and part segmentation as grouped bars. panels: from figure6_panels."""
+    kinds = {"object, published": "#9ecae1", "object, ours": "#2171b5", "part, published": "#fdd0a2",
+             "part, ours": "#d94801"}
+    most = max(7, *map(len, panels.values()))
+    with plot(path, most, 2 * len(panels)) as figure:
+        for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+            axes.set(title=title, ylabel="mIoU, percent", ylim=(0, 100), xlim=(-0.6, most - 0.4))
+            axes.grid(axis="y")
+            for kind, (label, colour) in enumerate(kinds.items()):
+                heights = np.array([values[kind] for _, values in rows], dtype=float)
+                bars = axes.bar(np.arange(len(rows)) + 0.2 * kind - 0.3, heights, 0.19, color=colour, label=label)
+                axes.bar_label(bars, fmt="%.0f", padding=1)
+            # An inch a group of bars.
+            axes.set_xticks(range(len(rows)), [textwrap.fill(name, 16) for name, _ in rows])
+        figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper center")

@@ -16,7 +16,6 @@ from utils.run import DTYPES
 
 from .checkpoints import fetch, fetch_official, file_hash, is_of_transformers, one_line, open_checkpoint, state_dicts
 from .encoder import CheckpointError, Encoder, encoder_signature
-from .own import load_own
 
 METHODS = ("deit", "mocov3", "dino", "beit", "mae", "cae", "ibot")
 WITH_PROJECTOR = ("mocov3", "dino", "ibot")
@@ -41,7 +40,7 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if ".py:" in name:
-            encoder = load_own(name, weights)
+            encoder = importlib.import_module(".own", __name__).load_own(name, weights)
         else:
             encoder = _load(name, weights, num_heads, bool(projector or decoder), weights_key, method_options)
     if num_heads not in (None, encoder.num_heads):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from utils import UserError
 from utils.distributed import all_reduce, shard
-from utils.run import DTYPES, Progress, autocast, log_waiting
+from utils.run import DTYPES, Progress, autocast
 from utils.storage import allocate, prefetched
 
 from .encoder import Encoder
@@ -106,7 +106,7 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
         arrays["tokens"] = allocate(shape, dtype, device, tier, folder, f"{label}, {stop - start} patches", log)
     progress, finite = Progress(stop - start, f"encoding {label}", "patches"), torch.ones(1, device=device)
     batches = dataset.batches(images, encode_batch_size(device), workers, pin_memory=device.type == "cuda")
-    for patches, ids in log_waiting(batches, f"encoding {label}", log):
+    for patches, ids in batches:
         encoded = encode_tokens(encoder, patches.to(device, non_blocking=True), precision)
         first = int(ids[0]) - start
         for name, array in arrays.items():

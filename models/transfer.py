@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
 from utils.distributed import gather_rows, shard, world_size
-from utils.run import DTYPES, Progress, autocast, log_waiting
+from utils.run import DTYPES, Progress, autocast
 from utils.storage import free_on_all
 
 from .encoder import Encoder
@@ -147,7 +147,7 @@ def pck_of_features(source_maps: Sequence, target_maps: Sequence, source_points:
 
 
 def encode(encoder: Encoder, pairs, numbers: Sequence[int], layers: Sequence[int], norm: bool, batch_size: int,
-           workers: int, precision: str, log: Callable[[str], None]) -> torch.Tensor:
+           workers: int, precision: str) -> torch.Tensor:
     """The patch tokens after the 0-based blocks layers of the images with these numbers, [L, n, D, h, w], on the
     encoder's device, in the type of the precision. batch_size: of this process."""
     device, side, done = encoder.mean.device, pairs.image_size // encoder.patch_size, 0
@@ -155,7 +155,7 @@ def encode(encoder: Encoder, pairs, numbers: Sequence[int], layers: Sequence[int
                          device=device)
     progress = Progress(len(numbers) * world_size(), "encoding", "images")
     batches = pairs.images.batches(numbers, batch_size, workers, pin_memory=device.type == "cuda")
-    for pixels, _ in log_waiting(batches, "encoding", log):
+    for pixels, _ in batches:
         with autocast(device, precision):
             maps = encoder.get_intermediate_layers(encoder.preprocess(pixels.to(device, non_blocking=True)), n=layers,
                                                    norm=norm)
@@ -211,7 +211,7 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     for first in range(0, len(layers) if len(images) else 0, per_pass):
         part = slice(first, first + per_pass)
         tokens = encode(encoder, pairs, images.tolist(), layers[part], norm,
-                        max(1, batch_size * 224**2 // (size**2 * world_size())), workers, precision, log)
+                        max(1, batch_size * 224**2 // (size**2 * world_size())), workers, precision)
         found[part] = match_points(tokens, *ends, units[mine], match)
         del tokens
     predicted = gather_rows(found.transpose(0, 1)).transpose(0, 1).cpu()

@@ -63,8 +63,9 @@ def _process(main, words, environment, pipe):
 @pytest.fixture
 def launch():
     """launch(main, words, processes=1, status=0) -> (standard output of the first process, errors of all); the first
-    ends in status, all where that is 0. Several processes join through gloo, by torchrun's variables; they get main by pickle, so it is a function
-    of a module (or functools.partial of one), and see the environment of this process but nothing patched into it."""
+    ends in status, all where that is 0. Several processes join through gloo, by torchrun's variables; they get main by
+    pickle, so it is a function of a module (or functools.partial of one), and see the environment of this process but
+    nothing patched into it."""
     def run(main, words, processes=1, status=0):
         if processes == 1:
             results = [call_main(main, words)]

@@ -154,7 +154,6 @@ def test_one_run_all_probes_and_the_saved_heads(monkeypatch, cub, tmp_path, caps
         assert again["chance"] == pytest.approx(100 * matrix.sum(1).max() / 32) == result["chance"]
         assert again["best_epoch"] == result["best_epoch"] and again["num_train"] == 64
         assert Image.open(tmp_path / f"ibot_cub_{kind}_accuracy.png").size == (960, 560)
-        assert Image.open(tmp_path / f"ibot_cub_{kind}_confusion.png").width > 200
         assert load_head(path).info["classes"] == ["right eye", "right leg", "left wing", "tail"]
     assert set(found["knn"]["acc1_by_k"]) == {"10", "20", "100", "200"}
     assert found["knn"]["best_acc1"] == max(found["knn"]["acc1_by_k"].values())

@@ -1,7 +1,5 @@
 """What a machine with a GPU needs and one without can show."""
 
-import re
-import time
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from models.segmentation_probe import Segmenter
 from models.transfer import locate, transfer_keypoints
 from utils import UserError, distributed
 from utils.distributed import init_processes
-from utils.run import DTYPES, autocast, log_waiting
+from utils.run import DTYPES, autocast
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -238,20 +236,6 @@ def test_ranking_and_heads_on_cuda(fake_cuda):
     with Calls("bmm") as products:
         found = locate(torch.empty(2, 3, 48, device=fake_cuda), target, "cell")
     assert products.dtypes == {torch.bfloat16} and found.shape == (2, 3, 2)
-
-
-# What a run waits for
-
-def test_the_log_says_what_encoding_waited_for():
-    def batches():
-        for number in range(4):
-            time.sleep(0.05)
-            yield number
-
-    lines = []
-    assert list(log_waiting(batches(), "encoding", lines.append)) == [0, 1, 2, 3]
-    [waited] = re.findall(r"encoding: .+ s, (.+) s of it waiting for images to be decoded, ", lines[0])
-    assert float(waited) >= 0.2
 
 
 # --compile

@@ -1,4 +1,4 @@
-"""Plots: curves, confusion matrices and figure 6."""
+"""Plots: curves and figure 6."""
 
 import sys
 from contextlib import contextmanager
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from datasets.segmentation_pictures import draw_figure6
 from utils import UserError, drawing
-from utils.drawing import draw_confusion, draw_curves, draw_figure6, require_matplotlib
+from utils.drawing import draw_curves, require_matplotlib
 
 
 def test_accuracy_curves_are_a_colour_for_each_rate_a_band_over_seeds_and_each_seeds_best(monkeypatch, tmp_path):
@@ -58,7 +58,7 @@ def test_text_is_literal_and_no_matplotlibrc_matters(tmp_path):
     """What would be a formula, and one that cannot be set, is drawn as it stands; LaTeX and a colour of the user's are
     not taken, nor changed."""
     def drawn(name):
-        draw_confusion(tmp_path / "a.png", "a $\\frac$ of {x_1}^2", torch.eye(2).long(), ["$a_b$ \udc80", name])
+        draw_curves(tmp_path / "a.png", "a $\\frac$ of {x_1}^2", {name: [1.0, 2.0]})
         return (tmp_path / "a.png").read_bytes()
 
     literal = drawn("$\\frac")
@@ -73,12 +73,10 @@ def test_no_picture_of_a_plot_is_cut(tmp_path):
     draw_curves(tmp_path / "curves.png", f"{long}: test accuracy by epoch",
                 {f"lr {rate}, seed {seed}": [10.0, 20.0] for rate in range(6) for seed in range(5)},
                 ("lr 0, seed 0", [1], [10.0]))
-    names = [f"class {number} of a long name that goes on" for number in range(30)]
-    draw_confusion(tmp_path / "confusion.png", long, torch.eye(30).long(), names)
     rows = [(f"timm/vit_base_patch16_clip_224.laion2b_{number}\n(epochs 3, lr 0.1)", [None, 50.0, 40.0, None])
             for number in range(6)]
     draw_figure6(tmp_path / "figure6.png", {"ade20k": rows, "pascal": rows * 2})
-    for name in ("curves", "confusion", "figure6"):
+    for name in ("curves", "figure6"):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png"))
         for edge in (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:]):
             assert (edge == 255).all(), name

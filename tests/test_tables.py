@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
+from datasets.segmentation_pictures import figure6_panels
 from utils import UserError
 from utils.formats import STYLES, render, text_table
-from utils.tables import figure6_panels, main, paper_tables
+from utils.tables import main, paper_tables
 
 LINES = {
     "retrieval": {"dataset": "cub", "ap_cls": 40.0, "ap_avg": 51.25, "best": "avg", "num_queries": 30543,

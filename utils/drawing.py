@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from . import UserError
 from .storage import atomic_write
@@ -69,41 +68,3 @@ def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence],
             axes.plot(epochs, values, "o", color=COLOURS[list(curves).index(name) % len(COLOURS)],
                       markeredgecolor="black", label=f"best of each seed,\nmean {np.mean(values):.2f}")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-
-
-def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequence[str]) -> None:
-    """Plots a confusion matrix [C, C] (row = label), shaded by the share of the label's row. Up to 30 classes have
-    names and percentages; above, shades alone."""
-    share = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
-    with plot(path, PAGE, 0.92 * PAGE) as figure:
-        axes = figure.add_subplot(xlabel="prediction", ylabel="label")
-        figure.suptitle(textwrap.fill(title, 130), x=0.01, ha="left")
-        image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
-        figure.colorbar(image, shrink=0.6, label="percent of the label's row")
-        if len(classes) <= 30:
-            # Names of folders that are no UTF-8 cannot be drawn as they are.
-            names = [name.encode(errors="replace").decode() for name in classes]
-            names = [textwrap.shorten(name, 22, placeholder="...") for name in names]
-            axes.set_xticks(range(len(names)), names, rotation=90)
-            axes.set_yticks(range(len(names)), names)
-            for row, column in np.ndindex(share.shape):
-                axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center",
-                          color="white" if share[row, column] > 60 else "black")
-
-
-def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[float | None]]]]) -> None:
-    """Plots object and part segmentation as grouped bars. panels: from utils.tables.figure6_panels."""
-    kinds = {"object, published": "#9ecae1", "object, ours": "#2171b5", "part, published": "#fdd0a2",
-             "part, ours": "#d94801"}
-    most = max(7, *map(len, panels.values()))
-    with plot(path, most, 2 * len(panels)) as figure:
-        for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-            axes.set(title=title, ylabel="mIoU, percent", ylim=(0, 100), xlim=(-0.6, most - 0.4))
-            axes.grid(axis="y")
-            for kind, (label, colour) in enumerate(kinds.items()):
-                heights = np.array([values[kind] for _, values in rows], dtype=float)
-                bars = axes.bar(np.arange(len(rows)) + 0.2 * kind - 0.3, heights, 0.19, color=colour, label=label)
-                axes.bar_label(bars, fmt="%.0f", padding=1)
-            # An inch a group of bars.
-            axes.set_xticks(range(len(rows)), [textwrap.fill(name, 16) for name, _ in rows])
-        figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper center")

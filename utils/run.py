@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -164,7 +164,7 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     if args.data_path and args.dataset.startswith("synthetic"):
         raise UserError(f"--data-path {args.data_path}: --dataset {args.dataset} reads no files; name another data set")
     device = init_processes(args.device)
-    args.precision = args.precision or default_precision(device)
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     log = Log(args.output_dir)
     this_run.cache_clear()
@@ -175,11 +175,6 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     if device.type == "cpu" and args.precision == "bf16" and "bf16" not in Path("/proc/cpuinfo").read_text():
         log("this CPU has no bf16 instructions: --precision fp32 is several times faster")
     return device, log
-
-
-def default_precision(device: torch.device) -> str:
-    """The encoder's precision where the user names none; measured in tests/bench_retrieval.py."""
-    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -227,17 +222,3 @@ class Progress:
                 f"{timedelta(seconds=int(left))} left")
         start, end = ("\r\033[K", "\n" if share >= 1 else "") if self.terminal else ("", "\n")
         print(start + text, file=sys.stderr, end=end, flush=True)
-
-
-def log_waiting(batches: Iterable, what: str, log: Callable[[str], None]) -> Iterator:
-    """The same batches; at the end logs for how long they were waited for, and how long what is done with them took."""
-    start = before = time.monotonic()
-    waited = 0.0
-    for batch in batches:
-        waited += time.monotonic() - before
-        yield batch
-        before = time.monotonic()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    total = time.monotonic() - start
-    log(f"{what}: {total:.1f} s, {waited:.1f} s of it waiting for images to be decoded, the rest for the encoder")

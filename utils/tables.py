@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -177,23 +176,6 @@ def paper_tables(tasks: Sequence[str], folder: Path, style: str = "text") -> str
     if not tables:
         raise UserError(f"{folder / 'results.jsonl'} holds no run of {', '.join(tasks)}; run without --table first")
     return render(tables, [f"[{number}] {marks}" for number, marks in enumerate(notes, 1)], style)
-
-
-def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]]]]:
-    """{title: [(row, [objects published, ours, parts published, ours]), ...]} of figure 6, which draw_figure6 draws:
-    mIoU of linear segmentation in percent, None where there is none, of the paper's object and part data sets and of
-    all others. Raises UserError where there is no results.jsonl."""
-    bars = [(dataset, model, "", 0, figure) for dataset, paper in PAPER["segment"].items()
-            for model, figure in paper["figures"]["linear mIoU"].items()]
-    bars += [(run.dataset, run.name, run.marks, 1, run.figures["linear mIoU"]) for run in runs_of(folder, ["segment"])
-             if "linear mIoU" in run.figures]
-    panels = defaultdict(lambda: defaultdict(lambda: [None] * 4))
-    for dataset, name, marks, column, figure in bars:
-        title, kind, where = re.fullmatch(r"(\S+?)(-object|-part)?( in .*)?", dataset).groups("")
-        if kind or dataset not in PAPER["segment"]:
-            row = PAPER["models"].get(name, name) + (f" ({marks})" if marks else "")
-            panels[title + where][row][column if kind == "-object" else column + 2] = figure
-    return {title: [*rows.items()] for title, rows in panels.items()}
 
 
 def main() -> None:
