@@ -3,7 +3,7 @@
     python tests/bench_retrieval.py ranking      ours against cosine similarity and scikit-learn, query by query
     python tests/bench_retrieval.py encoder      images per second, eager and compiled, against the matrix rate
     python tests/bench_retrieval.py timm         timm/vit_base_patch16_224 against the same network as deit, in turns
-    python tests/bench_retrieval.py precision    AP at fp32, bf16, fp16 (--model, --weights as retrieval.py)
+    python tests/bench_retrieval.py precision    AP at fp32, bf16, on CUDA fp16 (--model, --weights as retrieval.py)
 
 Every figure stands beside the floor that this machine allows: operations over the rate of a plain product, and elements
 over the rate of a plain sort, both measured here in the same run.
@@ -22,9 +22,9 @@ from sklearn.metrics import average_precision_score
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.cub import load_cub
 from datasets.synthetic import load_synthetic_patches
-from models import build_model, compile_blocks
+from models import build_model
 from retrieval import average_precision, encode_patches, mean_average_precision
-from utils.run import autocast
+from utils.run import DTYPES, autocast
 
 VIT_B_FLOP = 35.1e9  # ViT-B/16 at 224, one image, a multiplication and an addition counted as two
 
@@ -80,16 +80,29 @@ def ranking(device, sizes, sample):
         print(line, flush=True)
 
 
+def measured_precisions(device):
+    """Those that the device multiplies in; a CPU would convert fp16, and many convert bf16."""
+    if device.type == "cuda":
+        return "fp32", "bf16", "fp16"
+    if "bf16" in Path("/proc/cpuinfo").read_text():
+        return "fp32", "bf16"
+    print("this CPU has no bf16 instructions: what bf16 gains cannot be measured here")
+    return ("fp32",)
+
+
 def encoder(device, batch, compiled):
     model = build_model("ibot", "random", projector=False).to(device)
     images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8).to(device)
-    rate = matrix_rate(device, torch.bfloat16, 8192 if device.type == "cuda" else 2048)
-    print(f"{device}: bf16 products {rate / 1e12:.2f} TFLOP/s; ViT-B/16 at 224, batches of {batch}")
-    first = None
+    precisions, first = measured_precisions(device), None
+    size = 8192 if device.type == "cuda" else 2048
+    rates = {precision: matrix_rate(device, DTYPES[precision], size) for precision in precisions}
+    print(f"{device}: ViT-B/16 at 224, batches of {batch}; products of matrices, TFLOP/s: "
+          + ", ".join(f"{precision} {rate / 1e12:.2f}" for precision, rate in rates.items()))
     for way in ("eager", "compiled") if compiled else ("eager",):
         if way == "compiled":
-            compile_blocks(model, 224, "bf16", print)
-        for precision in ("fp32", "bf16", "fp16"):
+            for block in model.vit.blocks:
+                block.forward = torch.compile(block.forward, dynamic=True)
+        for precision, rate in rates.items():
 
             def forward(precision=precision):
                 with torch.inference_mode(), autocast(device, precision):
@@ -98,7 +111,7 @@ def encoder(device, batch, compiled):
             per_second = batch / seconds(forward, device)
             first = first or per_second
             print(f"{precision} {way}: {per_second:,.1f} images/s, {per_second / first:.2f} times fp32 eager, "
-                  f"{100 * per_second * VIT_B_FLOP / rate:.0f}% of the bf16 matrix rate; {peak(device)}", flush=True)
+                  f"{100 * per_second * VIT_B_FLOP / rate:.0f}% of the rate of products; {peak(device)}", flush=True)
 
 
 def timm_path(device, batch, rounds=7):
@@ -125,13 +138,13 @@ def precision(device, model, weights, num_heads, data_path, num_images):
     network = build_model(model, weights, num_heads).to(device)
     names = ["cls", "avg"] + ["projected"] * network.has_projector
     reference = None
-    for name in ("fp32", "bf16", "fp16"):
-        features, ids = encode_patches(network, dataset, names, 64, 0, name, device)
-        ap = {key: mean_average_precision(average_precision(rows, dataset.labels[ids]), dataset.labels[ids])[0]
+    for name in ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16"):
+        features = encode_patches(network, dataset, names, 64, 0, name)
+        ap = {key: mean_average_precision(average_precision(rows, dataset.labels), dataset.labels)[0]
               for key, rows in features.items()}
         reference = reference or ap
         figures = ", ".join(f"{key} {ap[key]:.3f} ({ap[key] - reference[key]:+.3f})" for key in ap)
-        print(f"{model} {weights} {name}: {figures} on {len(ids)} patches", flush=True)
+        print(f"{model} {weights} {name}: {figures} on {dataset.num_patches} patches", flush=True)
 
 
 def main():

@@ -21,8 +21,7 @@ from datasets.segmentation_store import PixelStore, training_batches
 from datasets.segmentation_transforms import draw_augmentation, rescale_size, training_batch
 from models import build_model
 from models.segmentation_head import LinearHead, upsampled_cross_entropy
-from models.segmentation_probe import Segmenter, train
-from utils.run import default_precision
+from models.segmentation_probe import LinearProbe, Segmenter
 from utils.storage import prefetched
 
 SIZE = (512, 683)
@@ -35,7 +34,7 @@ class Noise:
     """A split of smooth noise with blobs of labels."""
 
     def __init__(self, count, num_classes):
-        self.count, self.num_classes = count, num_classes
+        self.count, self.num_classes, self.names = count, num_classes, [str(label) for label in range(num_classes)]
 
     def __len__(self):
         return self.count
@@ -153,34 +152,31 @@ def main():
         return
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
     encoder = build_model("ibot", "random").to(device)
-    head = LinearHead(4 * encoder.embed_dim, args.classes).to(device)
-    segmenter = Segmenter(encoder, head, (3, 5, 7, 11), default_precision(device))
-    optimizer = torch.optim.AdamW([{"params": head.parameters(), "initial_lr": 4e-4}], lr=4e-4, weight_decay=0.05,
-                                  fused=device.type == "cuda")
-    store = PixelStore(Noise(64, args.classes), PROTOCOL.base_scale, device, Path(),
-                       "gpu" if device.type == "cuda" else "cpu", 0)
+    head = LinearHead(4 * encoder.embed_dim, args.classes)
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    segmenter = Segmenter(encoder, head, (3, 5, 7, 11), precision).to(device).train()
+    probe = LinearProbe(segmenter, [4e-4], [0.05], decay_bias=True, seed=0)
+    store = PixelStore(Noise(16 if device.type == "cpu" else 64, args.classes), PROTOCOL.base_scale, device, Path(),
+                       "cpu" if device.type == "cpu" else "gpu", 0, lambda line: None)
 
     def batches(count):
         return training_batches(store, range(count), args.batch_size, PROTOCOL.base_scale, PROTOCOL.crop_size,
                                 encoder.mean, encoder.std, seed=0)
 
+    def step(images, labels):
+        probe.step(images, labels, args.batch_size, lambda lr: lr)
+
     endless = batches(10 ** 9)
     images, labels = next(endless)
     logits = segmenter.patch_logits(images)
-    for parameter in head.parameters():
-        parameter.grad = torch.zeros_like(parameter)
 
     def loss():
-        upsampled_cross_entropy(logits, labels).backward(retain_graph=True)
+        upsampled_cross_entropy(logits, labels, dtype=probe.loss_dtype).backward(retain_graph=True)
 
     stages = {"data": lambda: next(endless), "encoder and 1 x 1 convolution": lambda: segmenter.patch_logits(images),
-              "loss and gradient": loss, "optimiser": optimizer.step}
-    total = 0.0
+              "loss and gradient": loss, "a step, all but the data": lambda: step(images, labels)}
     for name, function in stages.items():
-        spent = milliseconds(function, device, args.repeats)
-        total += spent
-        print(f"{name}: {spent:.2f} ms")
-    print(f"sum: {total:.2f} ms at batch {args.batch_size}")
+        print(f"{name}: {milliseconds(function, device, args.repeats):.2f} ms at batch {args.batch_size}", flush=True)
     if device.type == "cuda":
         matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         rate = 2 * 8192 ** 3 / milliseconds(lambda: matrix @ matrix, device, args.repeats) / 1e9  # TFLOP per second
@@ -189,8 +185,8 @@ def main():
         torch.cuda.reset_peak_memory_stats()
         for count in (20, 20 + 10 * args.repeats):  # the first to warm up
             start = time.perf_counter()
-            train(segmenter, [segmenter.head], ["lr 4e-4"], optimizer, prefetched(batches(count), device), range(count),
-                  args.batch_size, 0, lambda done: None, count, None, None, lambda line: None)
+            for batch in prefetched(batches(count), device):
+                step(*batch)
             torch.cuda.synchronize()
             spent = 1000 * (time.perf_counter() - start) / count
         print(f"training, everything together: {spent:.2f} ms an iteration, {spent * 160_000 / 60_000:.0f} minutes for "
