@@ -387,7 +387,7 @@ def test_label_maps_of_ones_own(tmp_path):
     (("--data-path", "nowhere"), "nowhere does not hold"),
     (("--evaluate", __file__), "is not a checkpoint of segment.py"),
     (("--lr", "1e30"), "the loss is"),
-    (("--probe", "knn", "--memory-size", "4"), "--memory-size 4 is less than one patch"),
+    (("--probe", "knn", "--memory-size", "4"), "--memory-size 4: use one patch for each of 10"),
     (("--probe", "knn", "--batch-norm"), "--batch-norm has no effect with --probe knn"),
 ])
 def test_mistakes_are_one_line(lip, tmp_path, more, words):
