@@ -1,6 +1,6 @@
 """A frozen ViT encoder built on timm's VisionTransformer or Beit, and the functions that the method files share.
 
-To use a method in another project, copy its file and this one; neither imports anything else of this repository.
+To use a method in another project, copy its file and this one (for iBOT dino.py too); they import nothing else of ours.
 """
 
 import math
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         """[B, 3, H, W] -> {"cls": [B, D], "avg": [B, D], "projected": [B, P] where there is a projector}, float32.
 
         avg is the mean of the patch tokens. The projector runs in float32 even under autocast: it costs little.
-        isometric: "projected" in fewer coordinates with the same inner products (see WeightNormHead.isometric).
+        isometric: "projected" in fewer coordinates with the same inner products (see dino.WeightNormHead.isometric).
         """
         tokens = self(images).float()
         # A copy: a view would keep all tokens of the batch in memory as long as the class tokens.
@@ -142,58 +142,6 @@ def encoder_signature(encoder: Encoder) -> torch.Tensor:
         shuffle.set_state(drawn)
     picked = torch.arange(256, device=tokens.device) * (len(tokens) - 1) // 255
     return tokens[picked].float().cpu()
-
-
-class WeightNormHead(nn.Module):
-    """The projector of DINO and iBOT: Linear, GELU, Linear, GELU, Linear to the bottleneck, L2 normalisation, linear
-    without bias (facebookresearch/dino, vision_transformer.py, DINOHead; weight normalisation folded in)."""
-
-    def __init__(self, in_dim: int, hidden_dims: Sequence[int], bottleneck_dim: int, out_dim: int):
-        super().__init__()
-        widths, layers = (in_dim, *hidden_dims, bottleneck_dim), []
-        for before, after in zip(widths, widths[1:], strict=False):
-            layers += [nn.Linear(before, after), nn.GELU()]
-        self.mlp = nn.Sequential(*layers[:-1])
-        self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
-        for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-
-    def bottleneck(self, tokens: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.mlp(tokens), dim=-1)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, D] -> [B, out_dim]."""
-        return self.last_layer(self.bottleneck(tokens))
-
-    def isometric(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, D] -> [B, bottleneck_dim] with the same inner products and cosines as forward's [B, out_dim].
-
-        With the last layer W = Q R (orthonormal columns in Q), (W a) . (W b) = (R a) . (R b): DINO's 65,536 outputs
-        span at most 256 dimensions, and similarities cost 1/256 of the arithmetic and the memory.
-        """
-        weight = self.last_layer.weight
-        if weight.shape[0] <= weight.shape[1]:
-            return self(tokens)
-        if getattr(self, "_triangle", None) is None or self._triangle.device != tokens.device:
-            # A cached inference tensor could not be used by a later call that needs gradients.
-            with torch.inference_mode(False):
-                self._triangle = torch.linalg.qr(weight.double(), mode="r")[1].float()
-        return F.linear(self.bottleneck(tokens), self._triangle)
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, torch.Tensor]) -> "WeightNormHead":
-        """Built from an official head's keys: mlp.*, and last_layer.weight or, with weight normalisation, .weight_g and
-        .weight_v: the weight is g v / |v|, row by row. Raises CheckpointError; KeyError for a key that is missing."""
-        state = dict(state)
-        if "last_layer.weight_v" in state:
-            direction, length = state.pop("last_layer.weight_v"), state.pop("last_layer.weight_g")
-            state["last_layer.weight"] = F.normalize(direction, dim=1, eps=0) * length
-        widths = [state[f"mlp.{index}.weight"].shape[0] for index in layer_indices(state, r"mlp\.(\d+)\.weight")]
-        out_dim, bottleneck_dim = state["last_layer.weight"].shape
-        head = cls(state["mlp.0.weight"].shape[1], widths[:-1], bottleneck_dim, out_dim)
-        load_exactly(head, state)
-        return head
 
 
 def layer_indices(state: Mapping[str, object], pattern: str) -> list[int]:

@@ -4,10 +4,10 @@ The teacher file holds its backbone under `state_dict`. The full file holds `stu
 `backbone.*` and `head.*`; the projector is the head on the class token, `last_layer` (`last_layer2` is for patches).
 """
 
+from .dino import WeightNormHead
 from .encoder import (
     CheckpointError,
     Encoder,
-    WeightNormHead,
     bicubic_by_scale,
     drop_keys,
     plain_vit,

@@ -93,7 +93,7 @@ def test_a_method_alone(tmp_path):
     for form in forms:
         method = form.parent.name
         (tmp_path / f"vits_{method}").mkdir(exist_ok=True)
-        for name in (f"{method}.py", "encoder.py"):
+        for name in (f"{method}.py", "encoder.py", *(["dino.py"] if method == "ibot" else [])):
             shutil.copy(ROOT / "models" / name, tmp_path / f"vits_{method}")
         code += f"""
 from vits_{method}.{method} import from_checkpoint
@@ -129,8 +129,7 @@ def test_from_python(tmp_path, launch):
         text = text.replace(ours, theirs)
     code = text + "\nprint(tokens.shape[1:], blocks[1].shape[1:], logits.shape)"
     ap, knn, linear, pck, shapes = run(tmp_path, f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + code).splitlines()
-    assert float(ap) > 25 and 0 <= float(knn.removeprefix("tensor(").rstrip(")")) <= 1 and 0 <= float(linear) <= 100
-    assert 0 <= float(pck.split("(")[1].split(",")[0]) < 100
+    assert 25 < float(ap) < 50 and 0 <= float(knn) <= 1 and 0 <= float(linear) <= 100 and 0 <= float(pck) < 100
     assert "[101, 64]" in shapes and "[64, 10, 10]" in shapes
 
 
