@@ -16,7 +16,8 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 import classify
-from models.probe_training import EPOCHS, RECIPES, Probe, batch_and_epochs, linear_accuracy
+from models.own_features import linear_accuracy
+from models.probe_training import EPOCHS, RECIPES, Probe, batch_and_epochs
 
 SHARED = Path(__file__).parents[2] / "shared"
 WEIGHTS, CUB = SHARED / "weights" / "vit_tiny_patch16_224.pth", SHARED / "real" / "CUB_200_2011"
