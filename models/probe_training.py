@@ -161,8 +161,8 @@ class Probe:
 
         acc1 and best_acc1 are means over the seeds at that rate, best_epochs (from 1) those of its seeds, best_epoch
         and index those of its best head, train_acc1 its accuracy in the last epoch of training, weights_moved how far
-        its class weights then are from their initial ones, over the norm of these. Of rates that choose equally well our
-        recipe takes the middle one, since a held-out tenth of a small set tells few apart.
+        its class weights then are from their initial ones, over the norm of these. Of rates that choose equally well
+        our recipe takes the middle one, since a held-out tenth of a small set tells few apart.
         """
         scores, test = (torch.tensor(rows, dtype=torch.float64) for rows in (self.scores, self.test))
         best, num_seeds = scores.max(0), len(set(self.seeds))
@@ -188,7 +188,7 @@ class Probe:
         return result | {"heads": heads}
 
     def weights_moved(self) -> torch.Tensor:
-        """[K]: the distance of the class weights after the last epoch from their initial ones, over the norm of these."""
+        """[K]: the distance of the class weights after the last epoch from the initial ones, over the norm of these."""
         heads = deepcopy(self.heads).cpu()
         heads.initialise(self.seeds)
         before, after = (weight.detach().flatten(1).cpu() for weight in (heads.weight, self.heads.weight))
