@@ -153,7 +153,7 @@ def test_one_run_all_probes_and_the_saved_heads(monkeypatch, cub, tmp_path, caps
         assert again["acc1"] == pytest.approx(best) and again["confusion"] == result["confusion"]
         assert again["chance"] == pytest.approx(100 * matrix.sum(1).max() / 32) == result["chance"]
         assert again["best_epoch"] == result["best_epoch"] and again["num_train"] == 64
-        assert Image.open(tmp_path / f"ibot_cub_{kind}_accuracy.png").size == (960, 560)
+        assert Image.open(tmp_path / f"ibot_cub_{kind}_accuracy.png").width == 960
         assert load_head(path).info["classes"] == ["right eye", "right leg", "left wing", "tail"]
     assert set(found["knn"]["acc1_by_k"]) == {"10", "20", "100", "200"}
     assert found["knn"]["best_acc1"] == max(found["knn"]["acc1_by_k"].values())
@@ -415,5 +415,5 @@ def test_class_folders_that_do_not_fit(folder, tmp_path):
     assert train.classes == test.classes == ["cats", "emus"] and test.labels.tolist() == [1, 1, 1]
     (root / "val" / "emus").unlink()
     (root / "val").rmdir()
-    with pytest.raises(UserError, match="has no folder val or test"):
+    with pytest.raises(UserError, match="data/test has no class folders"):
         open_classification("folder", root)
