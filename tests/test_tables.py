@@ -107,6 +107,14 @@ def test_a_row_for_each_run_whose_arguments_differ(tmp_path):
     assert found["dino"] == ["epochs 1"] and "| dino | 48.9 | 51.2 | +2.4 | 31.7 | - | - | avg |" in text
 
 
+def test_each_data_set_has_its_own_defaults(tmp_path):
+    lines = [line_of("segment", change={"dataset": name}) for name in ("ade20k-part", "lip")]
+    for line, size in zip(lines, (512, 320), strict=True):
+        line["args"]["crop_size"], line["num_images"] = size, {512: 2000, 320: 10000}[size]
+    write(tmp_path, *lines)
+    assert marked(table(tmp_path))["ibot"] == ["", ""]
+
+
 def test_notes_of_what_a_line_says_beside_its_arguments(tmp_path):
     write(tmp_path, line_of("retrieval", change={"num_patches": 914}), line_of("segment", change={"num_images": 20}),
           line_of("classify", change={"recipe": "ours", "undertrained": True, "num_test_in_training": 7}),

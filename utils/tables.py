@@ -60,8 +60,8 @@ def measured(result: Mapping) -> tuple[dict, dict, dict]:
 
 def arguments_of(result: Mapping) -> tuple[dict, set]:
     """All arguments of a run that can change a figure, and the names of those that are not the default."""
-    # Column and title say the first two; features that were loaded have the arguments of the run that made them.
-    left_out = NO_EFFECT | {"dataset", "probe", "load_features"}
+    # Column, title and marks_of say the first three; loaded features have the arguments of the run that made them.
+    left_out = NO_EFFECT | {"dataset", "probe", "ours", "load_features"}
     values = {name: value for name, value in result["args"].items() if name not in left_out}
     values["weights"] = f"{result['weights']} {(result['sha256'] or '')[:8]}".strip()
     named = {"model"} if result["name"] != result["model"] else set()
@@ -79,7 +79,8 @@ def words(name: str, value: object) -> str:
 
 
 def marks_of(result: Mapping, counts: Iterable[int], alike: Sequence[tuple[dict, set]]) -> str:
-    """The marks of a results line's Run. counts: of what was measured. alike: arguments_of all runs of its name."""
+    """The marks of a results line's Run. counts: of what was measured. alike: arguments_of all runs of its name on
+    its data set."""
     values, changed = arguments_of(result)
     marks = []
     for name, value in values.items():
@@ -113,7 +114,7 @@ def runs_of(folder: Path, tasks: Iterable[str]) -> list[Run]:
     results = [result for result in read_results(folder) if result["task"] in tasks]
     arguments, runs = defaultdict(list), {}
     for result in results:
-        arguments[result["task"], result["name"]].append(arguments_of(result))
+        arguments[result["task"], dataset_title(result), result["name"]].append(arguments_of(result))
     for result in results:
         task, dataset, name = result["task"], dataset_title(result), result["name"]
         figures, about, baselines = measured(result)
@@ -121,7 +122,7 @@ def runs_of(folder: Path, tasks: Iterable[str]) -> list[Run]:
         about = {column: value for column, value in about.items() if value}
         counts = {column: value for column, value in about.items() if isinstance(value, int)}
         baselines = {title: chance | counts for title, chance in baselines.items()}
-        marks = marks_of(result, counts.values(), arguments[task, name])
+        marks = marks_of(result, counts.values(), arguments[task, dataset, name])
         runs[task, dataset, name, marks, str([*figures])] = Run(task, dataset, name, marks, figures, about, baselines)
     return sorted(runs.values(), key=lambda run: order((run.name, run.marks)))
 
