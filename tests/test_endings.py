@@ -140,3 +140,15 @@ def test_progress_that_is_no_terminal(capsys, monkeypatch):
     assert seen[1] == "testing: 2/1000 images, 0:00:11 elapsed, 1:31:29 left\n"
     assert [bool(line) for line in seen] == [False, True, False, True, False, True, False, True]
     assert seen[-1].startswith("testing: 1000/1000 images, 0:07:23 elapsed, 0:00:00 left")
+
+
+def test_progress_of_a_process_with_nothing_or_more_than_its_share(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    shown = []
+    for total, count in ((3, 0), (0, 1), (3, 5)):
+        progress = run.Progress(total, "encoding", "patches")
+        now[0] += 20
+        progress.update(count)
+        shown.append(capsys.readouterr().err)
+    assert shown == ["", "", "encoding: 3/3 patches, 0:00:20 elapsed, 0:00:00 left\n"]

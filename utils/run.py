@@ -205,8 +205,9 @@ class Progress:
         self.last, self.next_share = self.start, 0.0
 
     def update(self, count: int = 1) -> None:
-        self.done += count
-        if not is_main() or self.total == 0:
+        # A process's own share, from which the others' is estimated, may be more than theirs, or nothing.
+        self.done = min(self.done + count, self.total)
+        if not is_main() or self.done == 0:
             return
         now, share = time.monotonic(), self.done / self.total
         if self.terminal:
