@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -215,8 +216,11 @@ def train_probes(args: argparse.Namespace, probes: Sequence[Probe], encoder: Enc
         for probe in probes:
             if probe.recipe.ours and epoch + 1 < epochs:
                 continue
-            percent, score = (accuracy(confusion_of_heads(probe.heads, part, len(train.classes), probe.names,
-                                                          args.authors_defects)) for part in (testing, choosing))
+            measure = partial(confusion_of_heads, probe.heads, num_classes=len(train.classes), names=probe.names,
+                              authors_defects=args.authors_defects)
+            percent = score = accuracy(measure(testing))
+            if choosing is not testing:
+                score = accuracy(measure(choosing))
             probe.record(score, percent)
             if views or epoch % 10 == 9:
                 figures = zip(probe.test[-1], probe.names, strict=True)
