@@ -131,15 +131,15 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
     batches = views.batches(order[rank()::world_size()].tolist(), encode_batch_size(device), workers,
                             pin_memory=device.type == "cuda")
     for images, ids in batches:
-        encoded, positions = encode_tokens(encoder, images.to(device, non_blocking=True), precision), position[ids]
-        start = 0
+        cls, encoded = encode_tokens(encoder, images.to(device, non_blocking=True), precision)
+        positions, start = position[ids], 0
         while start < len(ids):
             train_up_to(int(positions[start]))
             if not ends:
                 break
             stop = start + int((positions[start:] < ends[0][0]).sum())
             for probe, rows in zip(probes, waiting, strict=True):
-                tokens = encoded.tokens if probe.heads.all_tokens else encoded.cls[:, None]
+                tokens = encoded if probe.heads.all_tokens else cls[:, None]
                 # A copy that blocks would wait for the encoder.
                 labels = views.labels[ids[start:stop]].to(device, non_blocking=True)
                 rows.append((tokens[start:stop], labels))

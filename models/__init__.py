@@ -22,9 +22,6 @@ WITH_PROJECTOR = ("mocov3", "dino", "ibot")
 # The blocks whose features the paper's segmentation uses, as shares of the depth.
 DEPTH_SHARES = (4 / 12, 6 / 12, 8 / 12, 1)
 
-__all__ = ["METHODS", "WITH_PROJECTOR", "CheckpointError", "Encoder", "build_model", "choose_layers",
-           "encoder_signature", "load_encoder"]
-
 
 def build_model(name: str, weights: str = "official", num_heads: int | None = None, *, projector: bool | None = None,
                 decoder: bool = False, seed: int = 0, weights_key: str | None = None, **method_options) -> Encoder:

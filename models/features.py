@@ -31,12 +31,6 @@ class Batch(NamedTuple):
     labels: torch.Tensor
 
 
-class Encoded(NamedTuple):
-    """Class tokens [B, D] as the encoder gives them, and all tokens [B, 1 + N, D], normalised."""
-    cls: torch.Tensor
-    tokens: torch.Tensor
-
-
 @dataclass
 class Features:
     """The rows of this process: of the patches with ids first_id, first_id + 1, and so on.
@@ -47,7 +41,7 @@ class Features:
     first_id: int
     labels: torch.Tensor
     cls: torch.Tensor
-    tokens: torch.Tensor | None
+    tokens: torch.Tensor | None = None
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Sorted row numbers, on the CPU, of those ids that this process holds."""
@@ -80,13 +74,14 @@ class Features:
 
 
 @torch.inference_mode()
-def encode_tokens(encoder: Encoder, images: torch.Tensor, precision: str) -> Encoded:
-    """uint8 [B, 3, H, W] on the encoder's device -> tokens in the precision's type."""
+def encode_tokens(encoder: Encoder, images: torch.Tensor, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [B, 3, H, W] on the encoder's device -> class tokens [B, D] as the encoder gives them, and all tokens
+    [B, 1 + N, D], normalised, in the precision's type."""
     with autocast(images.device, precision):
         tokens = encoder(encoder.preprocess(images))
     # Class tokens are a copy: a view would keep all tokens of the batch alive. Normalised before the cast: afterwards
     # an error of the mean would stay.
-    return Encoded(tokens[:, 0].to(DTYPES[precision], copy=True), normalise(tokens.float()).to(DTYPES[precision]))
+    return tokens[:, 0].to(DTYPES[precision], copy=True), normalise(tokens.float()).to(DTYPES[precision])
 
 
 def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, precision: str, workers: int, tier: str,
@@ -99,25 +94,24 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
     device, dtype = encoder.mean.device, DTYPES[precision]
     images = shard(len(dataset))
     start, stop = int(dataset.first_id[images.start]), int(dataset.first_id[images.stop])
-    arrays = {"cls": torch.empty(stop - start, encoder.embed_dim, dtype=dtype, device=device)}
+    arrays = [torch.empty(stop - start, encoder.embed_dim, dtype=dtype, device=device)]
     if with_tokens:
         height, width = encoder.grid(dataset.cut(Image.new("RGB", (64, 64)), None))
         shape = stop - start, 1 + height * width, encoder.embed_dim
-        arrays["tokens"] = allocate(shape, dtype, device, tier, folder, f"{label}, {stop - start} patches", log)
+        arrays.append(allocate(shape, dtype, device, tier, folder, f"{label}, {stop - start} patches", log))
     progress, finite = Progress(stop - start, f"encoding {label}", "patches"), torch.ones(1, device=device)
     batches = dataset.batches(images, encode_batch_size(device), workers, pin_memory=device.type == "cuda")
     for patches, ids in batches:
         encoded = encode_tokens(encoder, patches.to(device, non_blocking=True), precision)
         first = int(ids[0]) - start
-        for name, array in arrays.items():
-            values = getattr(encoded, name)
+        for array, values in zip(arrays, encoded, strict=False):
             finite *= values.isfinite().all()
             array[first:first + len(ids)].copy_(values, non_blocking=True)
         progress.update(len(ids))
     if all_reduce(1 - finite):
         raise UserError(f"{label}: the encoder gave features that are not finite at --precision {precision}; "
                         "use bf16 or fp32")
-    return Features(start, dataset.labels[start:stop].to(device), arrays["cls"], arrays.get("tokens"))
+    return Features(start, dataset.labels[start:stop].to(device), *arrays)
 
 
 def encode_batch_size(device: torch.device) -> int:

@@ -18,7 +18,7 @@ def linear_accuracy(train: torch.Tensor, labels: torch.Tensor, test: torch.Tenso
     train, labels, test, test_labels = map(torch.as_tensor, (train, labels, test, test_labels))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held, fit = order.tensor_split([max(1, len(train) // 10)])
-    features, recipe = Features(0, labels, train.float(), None), RECIPES["ours"]["linear"]
+    features, recipe = Features(0, labels, train.float()), RECIPES["ours"]["linear"]
     classes = int(labels.max()) + 1
     size, epochs = batch_and_epochs(recipe, len(fit))
     shape = SimpleNamespace(embed_dim=train.shape[1], num_heads=1, mean=train)
@@ -26,7 +26,7 @@ def linear_accuracy(train: torch.Tensor, labels: torch.Tensor, test: torch.Tenso
     probe.fix_norm(features, fit)
     for epoch in range(epochs):
         probe.train(features, shuffled(fit, seed, epoch), epoch)
-    testing = Part(Features(0, test_labels, test.float(), None), torch.arange(len(test)))
+    testing = Part(Features(0, test_labels, test.float()), torch.arange(len(test)))
     probe.record(*(accuracy(confusion_of_heads(probe.heads, part, classes, probe.names))
                    for part in (Part(features, held), testing)))
     return probe.summary()["best_acc1"]

@@ -116,7 +116,7 @@ def plain_way(encoder, train, test, precision, workers, batch_size, device, now,
             order = torch.randperm(len(dataset)).tolist() if learn else range(len(dataset))
             for patches, ids in dataset.batches(order, min(batch_size, encode_batch_size(device)), workers,
                                               pin_memory=device.type == "cuda"):
-                waiting.append((encode_tokens(encoder, patches.to(device, non_blocking=True), precision).tokens, ids))
+                waiting.append((encode_tokens(encoder, patches.to(device, non_blocking=True), precision)[1], ids))
                 if sum(len(ids) for _, ids in waiting) >= batch_size or not learn:
                     apply(dataset, torch.cat([tokens for tokens, _ in waiting]),
                           torch.cat([ids for _, ids in waiting]), learn)

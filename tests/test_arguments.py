@@ -96,8 +96,6 @@ def test_options_that_this_mode_does_not_read(tmp_path, script, words, options, 
 
 
 @pytest.mark.parametrize(("words", "parts"), [
-    (["--name", "a\nb"], ["--name 'a\\nb': use characters that can be printed, on one line"]),
-    (["--name", "a\x1b[2Jb"], ["--name 'a\\x1b[2Jb'"]),
     (["--data-path", "x"], ["--data-path x: --dataset synthetic reads no files; name another data set"]),
     (["--dataset", "none"], ["--dataset", "'none'"]),
     (["--wieghts", "random"], ["--wieghts random"])])

@@ -185,7 +185,7 @@ def test_encoders_on_cuda(encoder, fake_cuda, model, precision):
     assert all(value.is_cuda and value.dtype == torch.float32 for value in found.values())
     assert all(layer.is_cuda and layer.shape[2:] == (4, 6) for layer in layers)
     assert encoder.vit.blocks[0].mlp.fc1.weight.dtype == DTYPES[precision]
-    tokens = encode_tokens(encoder, pixels, precision).tokens
+    tokens = encode_tokens(encoder, pixels, precision)[1]
     assert tokens.is_cuda and tokens.dtype == DTYPES[precision]
 
 

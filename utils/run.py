@@ -157,8 +157,6 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     """Starts a run: joins the processes, chooses device, precision and name (kept in args), makes the output folder,
     and logs run, revision, versions, processes and arguments. Raises UserError and OSError."""
     args.name = args.name or args.model
-    if not args.name.isprintable():
-        raise UserError(f"--name {args.name!r}: use characters that can be printed, on one line")
     if args.dataset != "keypoints" and any(vars(args).get(name) for name in ("annotations", "images", "category")):
         raise UserError(f"--annotations, --images and --category are for --dataset keypoints, not for {args.dataset}")
     if args.data_path and args.dataset.startswith("synthetic"):
