@@ -17,7 +17,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
 from itertools import chain
 from pathlib import Path
 
@@ -52,16 +51,16 @@ def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: 
     """Average precision of rows as queries, by cosine similarity in float32 against all rows.
 
     features [N, D], any float type, on any device, or an array; labels [N], integers: rows of the query's class are
-    positives.
-    queries: row numbers [Q], all N rows by default. exclude_query: leave a query out of its own ranking (the published
-    code counts it, as a positive). device: where to compute, by default where the features are; what does not fit
-    there goes through in blocks of columns. N x N is never held.
+    positives. queries: row numbers [Q], all N rows by default. exclude_query: leave a query out of its own ranking (the
+    published code counts it, as a positive). device: where to compute, by default where the features are. N x N is
+    never held.
 
     Returns AP [Q], float64 on the CPU, in the sense of scikit-learn's average_precision_score: equal similarities share
     a threshold. NaN where a query has no positive left. Raises ValueError for features that are not finite.
     """
     features, labels = torch.as_tensor(features), torch.as_tensor(labels).cpu()
     device = torch.device(device or features.device)
+    features = features.to(device, torch.float32)
     queries = torch.arange(len(features)) if queries is None else queries.cpu()
     result = torch.full((len(queries),), float("nan"), dtype=torch.float64)
     if len(queries) == 0:
@@ -69,28 +68,17 @@ def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: 
     # Rows sorted by class: the positives of a query are one slice of its similarities.
     order = labels.argsort(stable=True)
     position = order.argsort()
-    order = order.to(device)
-
-    # One block of columns that stays on the device where it fits, else blocks brought in anew for every chunk of
-    # queries. A block takes three times its size: it is copied, then divided, then put in order.
-    resident = features.numel() * 4 * 3 <= free_memory(device) / 2
-    columns = features.shape[1] if resident else max(1, int(free_memory(device) / 4 / (len(features) * 4 * 3)))
-    parts = features.split(columns, dim=1)
-    norms = reduce(torch.hypot, (torch.linalg.vector_norm(part.to(device, torch.float32), dim=1) for part in parts))
+    norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     if not norms.isfinite().all():
         raise ValueError("features are not finite: a row holds NaN or infinity")
-    norms = norms.clamp_min(1e-12)[:, None]
-    held = [(features.to(device, torch.float32) / norms)[order]] if resident else None
+    features = (features / norms.clamp_min(1e-12))[order.to(device)]
 
     for label in labels[queries].unique():
         start = int((labels < label).sum())
         stop = start + int((labels == label).sum())
         for chunk in (labels[queries] == label).nonzero()[:, 0].split(rows_per_chunk(len(features), device)):
             at = position[queries[chunk]].to(device)
-            similarity = torch.empty(len(chunk), len(features), device=device)
-            blocks = held or ((part.to(device, torch.float32) / norms)[order] for part in parts)
-            for number, block in enumerate(blocks):
-                similarity.addmm_(block[at], block.T, beta=min(number, 1))
+            similarity = features[at] @ features.T
             if exclude_query:
                 # Below every cosine, so that it is the last of the positives, which the ranking then skips.
                 similarity[torch.arange(len(chunk), device=device), at] = -1.5

@@ -77,10 +77,9 @@ def test_some_rows_as_queries_and_none():
     assert average_precision(torch.empty(0, 8), torch.empty(0, dtype=torch.int64)).shape == (0,)
 
 
-def test_memory_sets_the_block_of_columns_and_the_chunk_of_queries(monkeypatch):
+def test_chunks_of_queries(monkeypatch):
     generator, seen = torch.Generator().manual_seed(0), []
     features, labels = torch.randn(90, 500, generator=generator), torch.randint(0, 3, (90,), generator=generator)
-    monkeypatch.setattr(retrieval, "free_memory", lambda device: 90 * 500 * 4 * 3)
     monkeypatch.setattr(retrieval, "ranked_precision_cpu",
                         lambda similarity, *rest, **more: seen.append(len(similarity)) or
                         ranked_precision(similarity, *rest, **more))
