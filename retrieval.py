@@ -214,8 +214,8 @@ def encode_source(args: argparse.Namespace, device: torch.device, log: run.Log) 
 
 
 def load_features(paths: Sequence[Path], log: Callable[[str], None]) -> list[dict]:
-    """Reads files of --save-features; of the rows, this process's share of the images. Raises UserError, also for files
-    of different data."""
+    """Reads files of --save-features, of the rows this process's share. Raises UserError, also for files of different
+    data."""
     sources = [load(path, "a whole feature file", FEATURE_FILE, "--load-features ") for path in paths]
     for path, source in zip(paths, sources, strict=True):
         results.check_same(path, source["data"], sources[0]["data"], "--load-features", "name files of one data set")
@@ -361,7 +361,8 @@ def parse_arguments() -> argparse.Namespace:
     if args.load_features:
         parser.check_used(args, "--load-features", *pairs, "pca", *MAKE_FEATURES)
     elif args.dataset in PAIR_DATASETS:
-        parser.check_used(args, f"--dataset {args.dataset}", *features, *ranking, *sheets)
+        drawn = () if args.dataset == "synthetic-pairs" else ("num_images",)
+        parser.check_used(args, f"--dataset {args.dataset}", *features, *ranking, *sheets, *drawn)
     elif args.pca:
         parser.check_used(args, "--pca", *features, *ranking, *sheets, *pairs)
     elif args.dataset == "imagenet":

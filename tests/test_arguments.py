@@ -89,6 +89,7 @@ def test_a_stride_above_the_crop():
     ("retrieval", ["--dataset", "spair", "--save-features", "x"], "--save-features", "--dataset spair"),
     ("retrieval", ["--dataset", "imagenet", "--pca", "--top", "3"], "--top", "--pca"),
     ("retrieval", ["--dataset", "cub", "--no-norm"], "--norm", "--dataset cub"),
+    ("retrieval", ["--dataset", "spair", "--num-images", "9"], "--num-images", "--dataset spair"),
     ("attention", ["--model", "ibot", "--mask-ratios", "0.5"], "--mask-ratios", "--model ibot")])
 def test_options_that_this_mode_does_not_read(tmp_path, script, words, options, mode):
     err = refused(parse(script), [*words, "--output-dir", tmp_path / "out"])
