@@ -21,7 +21,7 @@ from .label_maps import label_map_size, pair_files, read_label_map, reduce_label
 from .patches import draw_numbers
 from .segmentation_classes import class_names
 from .segmentation_transforms import IGNORE
-from .synthetic import NUM_IMAGES, OBJECT_NAMES, PART_NAMES, synthetic_segmentation
+from .synthetic import NUM_IMAGES, OBJECT_NAMES, PART_NAMES, draw_figure, image_seeds
 
 
 class Protocol(NamedTuple):
@@ -203,8 +203,8 @@ class SyntheticSplit(Split):
         return self.draw(self.items[index])
 
     def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        image, label = synthetic_segmentation(number, self.split, self.kind)
-        return np.array(image), reduce_label(label)
+        picture = draw_figure(image_seeds(self.split)[number])
+        return np.array(picture.image), reduce_label(picture.part_mask if self.kind == "part" else picture.object_mask)
 
 
 def hold_out(split: Split, seed: int) -> tuple[Split, Split]:

@@ -60,13 +60,10 @@ class Picture:
         return paint(self)
 
 
-def draw_figure(seed: int, size: tuple[int, int] | None = None, num_figures: int | None = None) -> Picture:
-    """One picture with its masks and keypoints.
-
-    size: (width, height), or None to draw sides of 256 to 384. num_figures: 1, 2, or None to draw one of them.
-    """
+def draw_figure(seed: int, num_figures: int | None = None) -> Picture:
+    """One picture, of sides of 256 to 384, with its masks and keypoints. num_figures: 1, 2, or None to draw it too."""
     dice = random.Random(2 * seed)
-    size = size or (dice.randrange(256, 385, 32), dice.randrange(256, 385, 32))
+    size = dice.randrange(256, 385, 32), dice.randrange(256, 385, 32)
     num_figures = num_figures or dice.choice((1, 1, 1, 2, 2))
     species = [dice.randint(1, len(OBJECT_NAMES)) for _ in range(num_figures)]
     bodies = [(biped, quadruped, bird)[label - 1](dice) for label in species]
@@ -281,10 +278,3 @@ def load_synthetic_species(split: str, num_images: int | None = None, seed: int 
     images = [PatchImage(number, None, [draw_figure(number, num_figures=1).species[0] - 1])
               for number in image_seeds(split, num_images, seed)]
     return PatchDataset(images, OBJECT_NAMES, transform, partial(draw_image, num_figures=1))
-
-
-def synthetic_segmentation(index: int, split: str, kind: str = "object") -> tuple[Image.Image, np.ndarray]:
-    """The index-th picture of a split and its label map, uint8 [H, W]: 0 = other, i + 1 = OBJECT_NAMES[i] where kind is
-    "object", PART_NAMES[i] where it is "part"."""
-    picture = draw_figure(image_seeds(split, index + 1)[index])
-    return picture.image, {"object": picture.object_mask, "part": picture.part_mask}[kind]
