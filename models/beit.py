@@ -15,15 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models.beit import Beit, gen_relative_position_index
 
-from .encoder import (
-    Encoder,
-    bicubic_to_size,
-    drop_keys,
-    layer_norm,
-    load_exactly,
-    unwrap,
-    vit_shape,
-)
+from .encoder import Encoder, bicubic_to_size, drop_keys, layer_norm, load_exactly, unwrap, vit_shape
 
 NESTING = "model"  # of the weights in the backbone file
 OFFICIAL = {

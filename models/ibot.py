@@ -5,16 +5,7 @@ The teacher file holds its backbone under `state_dict`. The full file holds `stu
 """
 
 from .dino import WeightNormHead
-from .encoder import (
-    CheckpointError,
-    Encoder,
-    bicubic_by_scale,
-    drop_keys,
-    plain_vit,
-    random_vit,
-    take_prefix,
-    unwrap,
-)
+from .encoder import CheckpointError, Encoder, bicubic_by_scale, drop_keys, plain_vit, random_vit, take_prefix, unwrap
 
 URL = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/vitb_16_rand_mask"
 NESTING = "state_dict"  # of the weights in the backbone file

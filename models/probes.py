@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from utils import UserError
 from utils.distributed import all_reduce
 
 LAYER_NORM_EPS = 1e-6
@@ -105,7 +106,8 @@ class AttentiveHeads(nn.Module):
     def __init__(self, count: int, width: int, num_classes: int, num_heads: int):
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"width {width} is not divisible by {num_heads} attention heads")
+            raise UserError(f"the tokens' width, {width}, is not divisible by {num_heads} attention heads; give your "
+                            "network an attribute num_heads")
         self.num_heads = num_heads
 
         def parameter(*shape, value=0.0):
@@ -235,7 +237,7 @@ class HeadSGD:
             parameter.grad = None
 
 
-def cosine_learning_rate(base: float, epoch: float, epochs: int, warmup: int = 0, minimum: float = 0.0) -> float:
+def cosine_learning_rate(base: float, epoch: float, epochs: int, warmup: float = 0, minimum: float = 0.0) -> float:
     """Linear warm-up from 0 over the first epochs, then half a cosine from base to minimum."""
     if epoch < warmup:
         return base * epoch / warmup
@@ -246,7 +248,8 @@ def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, n
                 ks: Sequence[int] = NEIGHBOURS, temperature: float = 0.07) -> dict[int, torch.Tensor]:
     """Nearest neighbours by cosine similarity s, with votes exp(s / temperature) (facebookresearch/dino, eval_knn.py).
 
-    train [N, D] with labels [N], test [M, D], tensors or arrays -> {k: predicted classes [M]}; a k above N counts all.
+    train [N, D] with labels [N], test [M, D], arrays or tensors on one device -> {k: predicted classes [M]}; a k above
+    N counts all.
     """
     train, labels, test = map(torch.as_tensor, (train, labels, test))
     train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
@@ -258,7 +261,7 @@ def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, n
         for k in ks:
             scores = votes.new_zeros(len(part), num_classes).scatter_add_(1, labels[index[:, :k]], votes[:, :k])
             predictions[k].append(scores.argmax(1))
-    return {k: torch.cat(parts) if parts else labels[:0] for k, parts in predictions.items()}
+    return {k: torch.cat(parts) for k, parts in predictions.items()}
 
 
 def build_heads(kind: str, count: int, width: int, num_classes: int, num_heads: int, batch_norm: bool) -> nn.Module:

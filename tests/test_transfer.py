@@ -15,15 +15,7 @@ from scipy.ndimage import map_coordinates
 from datasets.pairs import load_cub_pairs, load_pairs, load_spair, load_synthetic_pairs
 from datasets.synthetic import draw_figure
 from models import build_model
-from models.transfer import (
-    chance,
-    draw_pairs,
-    pck,
-    pck_of_features,
-    transfer_keypoints,
-    transfer_run,
-    within,
-)
+from models.transfer import chance, draw_pairs, pck, pck_of_features, transfer_keypoints, transfer_run, within
 from utils import UserError, storage
 from utils.distributed import init_processes, is_main
 
