@@ -25,7 +25,7 @@ from datasets.files import shared_images
 from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
-from models.features import Batch, encode_batch_size, encode_features, encode_tokens
+from models.features import ENCODE_BATCH, Batch, encode_features, encode_tokens
 from models.probe_training import RECIPES, Part, Probe, accuracy, batch_and_epochs, confusion_of_heads, shuffled
 from models.probes import HEADS, NEIGHBOURS, build_heads, head_of, knn_predict
 from utils import results, run
@@ -128,7 +128,7 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
             waiting[number].clear()
 
     progress = run.Progress(len(order) // world_size(), f"epoch {epoch + 1}", "images")
-    batches = views.batches(order[rank()::world_size()].tolist(), encode_batch_size(device), workers,
+    batches = views.batches(order[rank()::world_size()].tolist(), ENCODE_BATCH[device.type], workers,
                             pin_memory=device.type == "cuda")
     for images, ids in batches:
         cls, encoded = encode_tokens(encoder, images.to(device, non_blocking=True), precision)

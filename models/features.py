@@ -5,7 +5,6 @@ layer-normalised, as attentive heads use them, class tokens as the encoder gives
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,9 @@ from utils.storage import allocate, prefetched
 from .encoder import Encoder
 from .probes import normalise
 
+# Images in one pass of the encoder.
+ENCODE_BATCH = {"cuda": 256, "cpu": 16}
+
 
 class Batch(NamedTuple):
     """This process's part of a global batch: tokens[rows] (all where rows is None) and their labels.
@@ -31,8 +33,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor
 
 
-@dataclass
-class Features:
+class Features(NamedTuple):
     """The rows of this process: of the patches with ids first_id, first_id + 1, and so on.
 
     labels int64 [n] and cls [n, D] lie on the device, tokens ([n, N, D] or None) where they have room.
@@ -100,7 +101,7 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
         shape = stop - start, 1 + height * width, encoder.embed_dim
         arrays.append(allocate(shape, dtype, device, tier, folder, f"{label}, {stop - start} patches", log))
     progress, finite = Progress(stop - start, f"encoding {label}", "patches"), torch.ones(1, device=device)
-    batches = dataset.batches(images, encode_batch_size(device), workers, pin_memory=device.type == "cuda")
+    batches = dataset.batches(images, ENCODE_BATCH[device.type], workers, pin_memory=device.type == "cuda")
     for patches, ids in batches:
         encoded = encode_tokens(encoder, patches.to(device, non_blocking=True), precision)
         first = int(ids[0]) - start
@@ -112,7 +113,3 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
         raise UserError(f"{label}: the encoder gave features that are not finite at --precision {precision}; "
                         "use bf16 or fp32")
     return Features(start, dataset.labels[start:stop].to(device), *arrays)
-
-
-def encode_batch_size(device: torch.device) -> int:
-    return 256 if device.type == "cuda" else 16

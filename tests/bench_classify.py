@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import classify
 from datasets.classification import open_classification
 from models import build_model
-from models.features import encode_batch_size, encode_tokens
+from models.features import ENCODE_BATCH, encode_tokens
 from models.probe_training import RECIPES, batch_and_epochs
 from utils.run import DTYPES
 
@@ -114,7 +114,7 @@ def plain_way(encoder, train, test, precision, workers, batch_size, device, now,
                 head.train(learn)
             start, waiting, heads_before = clock(), [], seconds["linear"] + seconds["attentive"]
             order = torch.randperm(len(dataset)).tolist() if learn else range(len(dataset))
-            for patches, ids in dataset.batches(order, min(batch_size, encode_batch_size(device)), workers,
+            for patches, ids in dataset.batches(order, min(batch_size, ENCODE_BATCH[device.type]), workers,
                                               pin_memory=device.type == "cuda"):
                 waiting.append((encode_tokens(encoder, patches.to(device, non_blocking=True), precision)[1], ids))
                 if sum(len(ids) for _, ids in waiting) >= batch_size or not learn:

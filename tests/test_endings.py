@@ -84,8 +84,8 @@ def test_ctrl_c(tmp_path):
 
 
 @pytest.mark.parametrize(("body", "said"), [
-    ("barrier() if is_main() else OneLineParser().error('wrong')", "error: wrong (all options: script.py --help)"),
-    ("barrier() if is_main() else 1 / 0", "ZeroDivisionError: division by zero")])
+    ("dist.barrier() if is_main() else OneLineParser().error('wrong')", "error: wrong (all options: script.py --help)"),
+    ("dist.barrier() if is_main() else 1 / 0", "ZeroDivisionError: division by zero")])
 def test_torchrun_ends_all_and_names_the_error_of_one_in_its_report(tmp_path, body, said):
     status, _, err, seconds = start(script(tmp_path, body), 2)
     before, _, report = err.partition("FAILED")

@@ -55,21 +55,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 @contextmanager
 def local_main_first() -> Iterator[None]:
     """The first process of every machine runs the body before the others: one download, then the others find the
     file."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        barrier()
+    if dist.is_initialized() and not first:
+        dist.barrier()
     yield
-    if first:
-        barrier()
+    if dist.is_initialized() and first:
+        dist.barrier()
 
 
 def shard(count: int) -> range:

@@ -170,8 +170,6 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     log(f"{Path(sys.argv[0]).name} run {run['run']}, {run['date']}, revision {run['revision']}, "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + f", processes {world_size()}")
     log(" ".join(f"{name}={value}" for name, value in sorted(args_to_json(args).items())))
-    if device.type == "cpu" and args.precision == "bf16" and "bf16" not in Path("/proc/cpuinfo").read_text():
-        log("this CPU has no bf16 instructions: --precision fp32 is several times faster")
     return device, log
 
 
