@@ -307,9 +307,7 @@ def draw_plot(args: argparse.Namespace, probe: Probe, line: dict, prefix: Path) 
     title, curves = f"{results.run_title(line)}, {probe.kind}: test accuracy by epoch", {}
     for k, rate in enumerate(probe.rates):
         curves.setdefault(f"lr {rate:g}", []).append([epoch[k] for epoch in probe.test])
-    chosen = [head for head in line["heads"] if head["lr"] == line["lr"]]
-    draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.{args.plot_format}"), title, curves,
-                (f"lr {line['lr']:g}", [head["best_epoch"] for head in chosen], [head["best_acc1"] for head in chosen]))
+    draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.{args.plot_format}"), title, curves)
 
 
 def evaluate(args: argparse.Namespace, encoder: Encoder, test: PatchDataset, line: dict, log: run.Log) -> dict:

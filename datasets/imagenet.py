@@ -7,7 +7,7 @@ from pathlib import Path
 from utils import UserError
 
 from .files import read_rgb
-from .patches import PatchDataset, PatchImage, Transform, draw_numbers
+from .patches import PatchDataset, PatchImage, Transform
 
 # What torchvision's ImageFolder takes.
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -55,15 +55,3 @@ def image_files(folder: str | Path) -> tuple[list[str], list[str]]:
 def notes_of(others: list[str], reason: str) -> list[str]:
     """What the log says of files that were not read."""
     return [f"{len(others)} files were not read ({reason}), the first {min(others)}"] if others else []
-
-
-def list_images(folder: str | Path, num_images: int | None = None, seed: int = 0) -> tuple[list[str], list[str]]:
-    """The sorted paths of the image files below a folder, at any depth, and notes for the log; with num_images, a
-    sample drawn by the seed. Raises UserError where there is no image."""
-    images, others = image_files(folder)
-    if not images:
-        raise UserError(f"no image ({', '.join(IMG_EXTENSIONS)}) below {folder}; --data-path must be a folder of "
-                        "images")
-    images.sort()
-    chosen = [images[number] for number in draw_numbers(len(images), num_images, seed)]
-    return chosen, notes_of(others, "another suffix")

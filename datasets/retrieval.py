@@ -7,9 +7,8 @@ from . import check_data_path
 from .coco import load_coco, open_keypoints
 from .cub import load_cub
 from .files import read_rgb
-from .imagenet import list_images
 from .patches import PatchDataset, PatchImage, draw_numbers, resize_center_crop, resize_square, some_images
-from .sheets import load_grid
+from .sheets import list_images, load_grid
 from .synthetic import draw_image, image_seeds, load_synthetic_patches
 
 LOADERS = {"cub": load_cub, "coco": load_coco}

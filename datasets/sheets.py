@@ -13,8 +13,8 @@ from utils.distributed import all_reduce, gather_rows, is_main, rank
 from utils.storage import atomic_write
 
 from .files import read_rgb
-from .imagenet import list_images
-from .patches import PatchDataset, PatchImage
+from .imagenet import IMG_EXTENSIONS, image_files, notes_of
+from .patches import PatchDataset, PatchImage, draw_numbers
 
 # Boxes (left, upper, right, lower) of the grid in the 224 x 224 image, row by row: 56 x 56, stride 28.
 GRID_BOXES = tuple((x, y, x + 56, y + 56) for y in range(0, 169, 28) for x in range(0, 169, 28))
@@ -38,6 +38,18 @@ def grid_patches(image: Image.Image, size: int = 224) -> torch.Tensor:
     image = central(image).resize((4 * size, 4 * size), Image.BICUBIC)
     windows = torch.from_numpy(np.array(image)).unfold(0, size, size // 2).unfold(1, size, size // 2)
     return windows.reshape(49, 3, size, size)
+
+
+def list_images(folder: str | Path, num_images: int | None = None, seed: int = 0) -> tuple[list[str], list[str]]:
+    """The sorted paths of the image files below a folder, at any depth, and notes for the log; with num_images, a
+    sample drawn by the seed. Raises UserError where there is no image."""
+    images, others = image_files(folder)
+    if not images:
+        raise UserError(f"no image ({', '.join(IMG_EXTENSIONS)}) below {folder}; --data-path must be a folder of "
+                        "images")
+    images.sort()
+    chosen = [images[number] for number in draw_numbers(len(images), num_images, seed)]
+    return chosen, notes_of(others, "another suffix")
 
 
 class GridDataset(PatchDataset):

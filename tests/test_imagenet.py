@@ -11,9 +11,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
 from datasets.classification import open_classification
-from datasets.imagenet import list_images, load_image_folder
+from datasets.imagenet import load_image_folder
 from datasets.patches import resize_center_crop
-from datasets.sheets import GRID_BOXES, grid_patches, load_grid, overlap, query_image, write_sheets
+from datasets.sheets import GRID_BOXES, grid_patches, list_images, load_grid, overlap, query_image, write_sheets
 from utils import UserError
 
 
