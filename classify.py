@@ -81,9 +81,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.check_used(args, "--probe knn", "save_plots")
     whole_images = args.dataset in data.CLASSIFICATION_IMAGES
     parser.check_used(args, f"--dataset {args.dataset}", "crop_scale" if whole_images else "augment")
+    args.ours = args.dataset in ("folder", "keypoints") or args.num_images is not None
+    if args.ours:
+        mode = "--num-images" if args.num_images else f"--dataset {args.dataset}"
+        parser.check_used(args, f"{mode}, whose recipe measures the last epoch alone", "save_plots")
     if args.save_plots:
         require_matplotlib()
-    args.ours = args.dataset in ("folder", "keypoints") or args.num_images is not None
     args.select = args.select or ("held-out" if args.ours else "test")
     if args.augment is None:
         args.augment = whole_images and not args.ours
@@ -307,7 +310,9 @@ def draw_plot(args: argparse.Namespace, probe: Probe, line: dict, prefix: Path) 
     title, curves = f"{results.run_title(line)}, {probe.kind}: test accuracy by epoch", {}
     for k, rate in enumerate(probe.rates):
         curves.setdefault(f"lr {rate:g}", []).append([epoch[k] for epoch in probe.test])
-    draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.{args.plot_format}"), title, curves)
+    chosen = [head for head in line["heads"] if head["lr"] == line["lr"]]
+    draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.{args.plot_format}"), title, curves,
+                (f"lr {line['lr']:g}", [head["best_epoch"] for head in chosen], [head["best_acc1"] for head in chosen]))
 
 
 def evaluate(args: argparse.Namespace, encoder: Encoder, test: PatchDataset, line: dict, log: run.Log) -> dict:
@@ -396,7 +401,7 @@ def main() -> None:
     if is_main():
         checkpoint.unlink(missing_ok=True)
         for probe, one in zip(probes, lines, strict=False):
-            if args.save_plots and len(probe.test) > 1:
+            if args.save_plots:
                 draw_plot(args, probe, one, prefix)
 
 

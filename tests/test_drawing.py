@@ -24,14 +24,20 @@ def test_accuracy_curves_are_a_colour_for_each_rate_a_band_over_seeds_and_each_s
 
     monkeypatch.setattr(drawing, "plot", kept)
     seeds = np.random.default_rng(0).uniform(61, 68, (2, 3, 90))
-    draw_curves(tmp_path / "a.png", "title", {"lr 0.1": seeds[0], "lr 0.2": seeds[1].tolist()})
+    epochs, best = seeds[1].argmax(1) + 1, seeds[1].max(1)
+    draw_curves(tmp_path / "a.png", "title", {"lr 0.1": seeds[0], "lr 0.2": seeds[1].tolist()},
+                ("lr 0.2", epochs.tolist(), best.tolist()))
     axes, = figures[0].axes
-    assert len({line.get_color() for line in axes.lines}) == 2
-    for line, band, values in zip(axes.lines, axes.collections, seeds, strict=True):
+    *lines, marks = axes.lines
+    assert len({line.get_color() for line in lines}) == 2
+    for line, band, values in zip(lines, axes.collections, seeds, strict=True):
         assert np.allclose(line.get_ydata(), values.mean(0)) and list(line.get_xdata()) == list(range(1, 91))
         low, high = band.get_paths()[0].get_extents().intervaly
         assert np.allclose((low, high), (values.min(), values.max()))
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["lr 0.1", "lr 0.2"]
+    assert np.allclose(marks.get_xydata(), np.column_stack([epochs, best])) and len(set(epochs)) == 3
+    assert marks.get_color() == lines[1].get_color()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "lr 0.1", "lr 0.2", f"best of each seed,\nmean {best.mean():.2f}"]
     for ticks in (axes.get_xticks(), axes.get_yticks()):
         step = np.diff(ticks)[0]
         assert round(step / 10 ** np.floor(np.log10(step)), 6) in (1, 2, 5)
@@ -40,7 +46,7 @@ def test_accuracy_curves_are_a_colour_for_each_rate_a_band_over_seeds_and_each_s
 def test_plots_are_png_or_pdf_by_their_suffix(tmp_path):
     curves = {"lr 0.1": [50.0, 60.0, 55.0], "lr 0.2": [40.0, 70.0, 65.0]}
     for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF")):
-        draw_curves(tmp_path / f"curves{suffix}", "title", curves)
+        draw_curves(tmp_path / f"curves{suffix}", "title", curves, ("lr 0.2", [2], [70.0]))
         assert (tmp_path / f"curves{suffix}").read_bytes().startswith(start)
     with pytest.raises(UserError, match=r"curves.txt cannot be written as a plot; use .* ends in .png or .pdf"):
         draw_curves(tmp_path / "curves.txt", "title", curves)
@@ -65,7 +71,8 @@ def test_no_picture_of_a_plot_is_cut(tmp_path):
     """Long titles, names and legends: the margin all around stays white."""
     long = "timm/vit_base_patch16_clip_224.laion2b on partimagenet-part (random weights, synthetic data), attentive"
     draw_curves(tmp_path / "curves.png", f"{long}: test accuracy by epoch",
-                {f"lr {rate}, seed {seed}": [10.0, 20.0] for rate in range(6) for seed in range(5)})
+                {f"lr {rate}, seed {seed}": [10.0, 20.0] for rate in range(6) for seed in range(5)},
+                ("lr 0, seed 0", [1], [10.0]))
     rows = [(f"timm/vit_base_patch16_clip_224.laion2b_{number}\n(epochs 3, lr 0.1)", [None, 50.0, 40.0, None])
             for number in range(6)]
     draw_figure6(tmp_path / "figure6.png", {"ade20k": rows, "pascal": rows * 2})
@@ -79,3 +86,9 @@ def test_without_matplotlib_plots_are_refused_at_the_start(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         require_matplotlib()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_that_the_font_lacks(tmp_path):
+    draw_curves(tmp_path / "a.png", "猫$x on folder", {"$\\frac": [1, 2]})
+    assert (tmp_path / "a.png").stat().st_size > 1000

@@ -1,6 +1,7 @@
 """Pictures: plots for a paper's column by matplotlib (PNG or PDF)."""
 
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -39,7 +40,8 @@ def plot(path: Path, width: float, height: float) -> Iterator:
     from matplotlib import rc_context, rcdefaults, rcParams
     from matplotlib.figure import Figure
 
-    with rc_context():
+    with rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a name may be missing from the font
         rcdefaults()
         rcParams.update(STYLE)
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -47,10 +49,11 @@ def plot(path: Path, width: float, height: float) -> Iterator:
         atomic_write(path, partial(figure.savefig, format=path.suffix[1:]))
 
 
-def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence], first: int = 1, xlabel: str = "epoch",
-                ylabel: str = "accuracy, percent") -> None:
+def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence],
+                chosen: tuple[str, Sequence[int], Sequence[float]] | None = None,
+                first: int = 1, xlabel: str = "epoch", ylabel: str = "accuracy, percent") -> None:
     """Plots curves by name: [epochs], or [seeds, epochs], whose mean is a line in a band from the least to the largest;
-    epochs (or layers) are counted from first."""
+    epochs (or layers) are counted from first. chosen: a curve's name, and the epoch and value of each seed's best."""
     # Room for a legend of any length.
     with plot(path, COLUMN, max(1.9, 0.85 + 0.125 * len(curves))) as figure:
         figure.suptitle(textwrap.fill(title, 60), x=0.01, ha="left")
@@ -62,4 +65,8 @@ def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence], first: i
             numbers = range(first, values.shape[1] + first)
             axes.fill_between(numbers, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
             axes.plot(numbers, values.mean(0), ".-", label=name, color=colour)
+        if chosen:
+            name, epochs, values = chosen
+            axes.plot(epochs, values, "o", color=COLOURS[list(curves).index(name) % len(COLOURS)],
+                      markeredgecolor="black", label=f"best of each seed,\nmean {np.mean(values):.2f}")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
