@@ -14,7 +14,7 @@ from utils.distributed import local_main_first
 from utils.results import digest
 from utils.run import DTYPES
 
-from .checkpoints import fetch, fetch_official, file_hash, is_of_transformers, one_line, open_checkpoint, state_dicts
+from .checkpoints import fetch, fetch_official, file_hash, one_line, open_checkpoint, state_dicts
 from .encoder import CheckpointError, Encoder, encoder_signature
 
 METHODS = ("deit", "mocov3", "dino", "beit", "mae", "cae", "ibot")
@@ -99,7 +99,7 @@ def _from_file(name: str, path: Path, method: ModuleType, weights_key: str | Non
     except Exception as error:  # keys or shapes that no method expects raise many kinds
         reason = f"missing keys: {error}" if isinstance(error, KeyError) else one_line(error)
         mend = "another --model, --num-heads or --weights-key may help"
-        if is_of_transformers(states):
+        if any("embeddings." in key for state in states.values() for key in state):
             mend = "Hugging Face's transformers wrote it: --model FILE.py:FUNCTION takes it (README, own encoder)"
         raise CheckpointError(f"{path} is not a file of {name}: {reason}; it has weights at "
                               f"{', '.join(map(repr, states)) or 'no place'}; {mend}") from error

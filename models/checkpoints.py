@@ -104,9 +104,3 @@ def state_dicts(content: object, path: str = "") -> dict[str, dict[str, torch.Te
     for name in NESTINGS:
         found |= state_dicts(content.get(name), f"{path}/{name}".lstrip("/"))
     return found
-
-
-def is_of_transformers(states: dict[str, dict]) -> bool:
-    """Whether the keys of state_dicts are those of Hugging Face's transformers."""
-    pattern = r"(^|\.)(embeddings\.(cls_token|class_embedding|patch_embedding)|encoder\.layer\.\d+\.)"
-    return any(re.search(pattern, key) for state in states.values() for key in state)

@@ -273,12 +273,11 @@ def build_heads(kind: str, count: int, width: int, num_classes: int, num_heads: 
 
 def head_of(content: Mapping) -> nn.Module:
     """The head in a file that classify.py saved (its content), in evaluation mode: tokens [B, 1 + N, D] -> logits
-    [1, B, classes]. Its attribute info holds what else the file says: classes, model, weights, dataset, accuracy."""
+    [1, B, classes]."""
     state = content["head"]
     _, num_classes, width = state["weight"].shape
     heads = build_heads(content["kind"], 1, width, num_classes, content["num_heads"], "norm.running_mean" in state)
     heads.load_state_dict(state)
-    heads.info = {key: value for key, value in content.items() if key != "head"}
     return heads.eval().requires_grad_(False)
 
 
