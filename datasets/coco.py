@@ -64,7 +64,7 @@ def load_keypoints(annotations: Path, folder: Path, categories: Sequence[str] | 
     paths = {image: str(folder / name) for image, (name, _) in images.items()}
     sizes = {image: images[image][1] or picture_size(paths[image], upright=own)
              for image in {image for image, _, _ in objects}}
-    num_outside = check_keypoints(annotations, names, objects, sizes, own)
+    outside = check_keypoints(annotations, names, objects, sizes, own)
 
     names = dict(enumerate(names, 1))
     keypoints = choose_keypoints(keypoints, names, "keypoint", annotations)
@@ -78,13 +78,13 @@ def load_keypoints(annotations: Path, folder: Path, categories: Sequence[str] | 
     by_path = ((paths[image], points[image], size) for image, (_, size) in images.items())
     dataset = keypoint_patches(by_path, keypoints, names, "keypoint", crop_scale, transform,
                                partial(read_rgb, upright=own))
-    dataset.num_outside = num_outside
+    dataset.num_outside, dataset.notes = outside
     return dataset
 
 
 def check_keypoints(path: Path, names: Sequence[str], objects: Sequence[tuple], sizes: Mapping[int, tuple[int, int]],
-                    own: bool) -> int:
-    """The number of visible keypoints outside of their pictures. names, objects: as of read_keypoints; sizes: image id
+                    own: bool) -> tuple[int, list[str]]:
+    """What count_outside gives of the visible keypoints. names, objects: as of read_keypoints; sizes: image id
     -> (width, height). Raises UserError for more than count_outside takes, for keypoints none of which is visible or
     whose unit is not the pixel, and for one of the user's own that is visible at (0, 0)."""
     values = np.array([values for _, _, values in objects]).reshape(-1, len(names), 3)
@@ -118,6 +118,8 @@ def read_keypoints(path: Path, categories: Sequence[str] | None = None) -> tuple
         content = json.loads(path.read_text(encoding="utf-8"))
         names, wanted = choose_categories(path, content["categories"], categories)
         images = {image["id"]: (image["file_name"], stated_size(image)) for image in content["images"]}
+        if len(images) < len(content["images"]):
+            raise ValueError("two of its images have the same id")
         objects = [(one["image_id"], one["id"], [float(value) for value in one.get("keypoints", ())])
                    for one in content["annotations"] if one["category_id"] in wanted]
         for image, annotation, values in objects:

@@ -31,7 +31,7 @@ def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | s
 
     sizes = {image: picture_size(path) for image, path in paths.items() if points[image]}
     visible = [(image, part) for image in sizes for part in points[image]]
-    dataset.num_outside = count_outside(
+    dataset.num_outside, dataset.notes = count_outside(
         [points[image][part] for image, part in visible], [sizes[image] for image, _ in visible],
         lambda number: "{}, image {}, part {}".format(root / "parts/part_locs.txt", *visible[number]))
     return dataset
@@ -39,11 +39,15 @@ def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | s
 
 def read_cub(root: Path) -> tuple[dict, dict, dict]:
     """By image id, the paths and the (x, y) of the visible parts by part id; and the names of the parts by part id.
-    Raises UserError as read_table."""
+    Raises UserError as read_table, and where a part of an image has no row."""
     images = dict(read_table(root, "images.txt", (int, str)))
     names = dict(read_table(root, "parts/parts.txt", (int, str)))
     points = {image: {} for image in images}
-    for image, part, x, y, visible in read_table(root, "parts/part_locs.txt", (int, int, float, float, int), images):
+    rows = read_table(root, "parts/part_locs.txt", (int, int, float, float, int), images)
+    if len(rows) != len(images) * len(names):
+        raise UserError(f"{root / 'parts/part_locs.txt'} has {len(rows)} rows, not one for each of {len(names)} "
+                        f"parts of {len(images)} images; take the whole list")
+    for image, part, x, y, visible in rows:
         if visible:
             points[image][part] = x, y
     return {image: str(root / "images" / name) for image, name in images.items()}, points, names

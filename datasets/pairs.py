@@ -92,8 +92,9 @@ class PairDataset:
         self.box_side = (boxes[:, 2:] - boxes[:, :2]).amax(1)
         points, ends = torch.cat([self.source_points, self.target_points]), torch.cat([self.source, self.target])
         pair = torch.cat([self.pair, self.pair + len(self.pairs)])
-        self.num_outside = count_outside(points, self.sizes[ends[pair]],
-                                         lambda number: f"pair {self.pairs[self.pair[number % len(self.pair)]].name}")
+        self.num_outside, _ = count_outside(
+            points, self.sizes[ends[pair]],
+            lambda number: f"pair {self.pairs[self.pair[number % len(self.pair)]].name}")
 
     def rows(self) -> list[dict]:
         """The pairs as plain values, to be written beside the result."""
@@ -157,7 +158,7 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
         raise UserError(f"{annotations} does not exist; --data-path must be a folder SPair-71k/{{JPEGImages, "
                         "PairAnnotation/{trn,val,test}} and --split one of trn, val, test")
     names = [name for line in read_lines(layout) for name in line.split()] if layout.is_file() else sorted(
-        path.stem for path in annotations.glob("*.json"))
+        path.stem for path in annotations.glob("[!.]*.json"))
     pairs, stated = [], {}
     for name in draw(names, num_pairs, seed):
         path = annotations / f"{name}.json"
@@ -165,7 +166,10 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
             path = annotations / f"{name.replace(':', '_')}.json"
         pair, sizes = read_spair(name, path, root / "JPEGImages")
         pairs.append(pair)
-        stated |= sizes
+        for image, size in sizes.items():
+            if stated.setdefault(image, size) != size:
+                raise UserError(f"{path} says that {image} has {size[0]} x {size[1]} pixels, another pair that it has "
+                                f"{stated[image][0]} x {stated[image][1]}; take the annotations of one release")
     return PairDataset(pairs, image_size, stated=stated)
 
 

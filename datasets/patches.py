@@ -197,18 +197,22 @@ def keypoint_patches(points: Iterable[tuple], chosen: Sequence[int], names: dict
 
 
 def count_outside(points: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]],
-                  where: Callable[[int], str]) -> int:
-    """How many keypoints lie outside of their pictures: a mistake or two of the annotators, or pictures of another
-    size. points: visible ones, (x, y) in pixels; sizes: (width, height) of the picture of each; where: its number in
-    the list -> where it stands. Raises UserError where they are more than one in a hundred, or one is not finite."""
+                  where: Callable[[int], str]) -> tuple[int, list[str]]:
+    """How many keypoints lie outside of their pictures, a mistake or two of the annotators or pictures of another size,
+    and what the log says of them. points: visible ones, (x, y) in pixels; sizes: (width, height) of the picture of
+    each; where: its number in the list -> where it stands. Raises UserError where they are more than one in a hundred,
+    or one is not finite."""
     points, sizes = (np.asarray(values, dtype=np.float64).reshape(-1, 2) for values in (points, sizes))
     outside = np.flatnonzero(~((points >= 0) & (points <= sizes)).all(1))
+    if len(outside) == 0:
+        return 0, []
+    (x, y), (width, height) = points[outside[0]], sizes[outside[0]]
+    note = (f"{len(outside)} of {len(points)} visible keypoints lie outside of their pictures, the first "
+            f"({where(outside[0])}) at ({x:g}, {y:g}) of {width:g} x {height:g} pixels")
     if 100 * len(outside) > len(points) or not np.isfinite(points).all():
-        (x, y), (width, height) = points[outside[0]], sizes[outside[0]]
-        raise UserError(f"{len(outside)} of {len(points)} visible keypoints lie outside of their pictures, the first "
-                        f"({where(outside[0])}) at ({x:g}, {y:g}) of {width:g} x {height:g} pixels; the pictures are "
-                        "mostly resized, cropped or of another release: use those that were annotated")
-    return len(outside)
+        raise UserError(f"{note}; the pictures are mostly resized, cropped or of another release: use those that were "
+                        "annotated")
+    return len(outside), [note]
 
 
 def draw_numbers(count: int, num: int | None, seed: int) -> list[int]:

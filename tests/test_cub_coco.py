@@ -92,6 +92,7 @@ def test_cub_whole_has_one_part_outside_of_its_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(cub_module, "picture_size", sizes.__getitem__)
     dataset = load_cub(tmp_path)
     assert (dataset.num_patches, len(dataset), dataset.num_outside) == (30543, 11231, 1)
+    assert "1 of 141407 visible keypoints" in dataset.notes[0] and ", part 4) at" in dataset.notes[0]
     monkeypatch.setattr(cub_module, "picture_size", lambda path: (sizes[path][0] // 2, sizes[path][1] // 2))
     expect_line(["of 141407 visible keypoints lie outside", "part_locs.txt, image 1, part "], load_cub, tmp_path)
 
@@ -208,6 +209,7 @@ def test_small_cub(cub):
     ("parts/part_locs.txt", 2, b"1 2 nan 10 1", ["1 of 4 visible keypoints", "image 1, part 2", "(nan, 10)"]),
     ("images.txt", 3, b"", ["image 3 is in one of", "images.txt and", "part_locs.txt only", "both shortened"]),
     ("images.txt", 2, b"2 001.B\xefrd/2.jpg", ["images.txt is not UTF-8"]),
+    ("parts/part_locs.txt", 9, b"", ["part_locs.txt has 8 rows, not one for each of 3 parts of 3 images"]),
     ("train_test_split.txt", 3, b"", ["image 3 is in one of", "train_test_split.txt only"]),
 ])
 def test_cub_bad_lines(cub, name, line, bad, words):
@@ -329,6 +331,7 @@ def test_coco_malformed_json_names_the_line(coco):
     (lambda c: c["annotations"][0]["keypoints"].pop(), ["annotation 1 has 50 keypoint values", "expected 51"]),
     (lambda c: c["annotations"][0]["keypoints"].__setitem__(1, float("inf")), ["1 of 7 visible", "(10, inf)"]),
     (lambda c: c["annotations"][0].update(image_id=99), ["annotation 1", "image 99"]),
+    (lambda c: c["images"].append(c["images"][0]), ["two of its images have the same id"]),
     (lambda c: c.pop("images"), ["not a COCO keypoints file", "'images'"]),
     (lambda c: c["categories"].append({"id": 2, "name": "bicycle"}), ["category bicycle has no keypoints",
                                                                       "choose --category from person"]),
@@ -462,7 +465,8 @@ def test_up_to_one_in_a_hundred_keypoints_outside_are_counted(zoo):
     change(zoo[0], add)
     assert load_keypoints(*zoo, ["cat", "dog"]).num_outside == 1
     parts = open_classification("keypoints", None, files=([zoo[0]], [zoo[1]], ["cat", "dog"]))
-    assert [part.num_outside for part in parts] == [1, 0]
+    assert [(part.num_outside, len(part.notes)) for part in parts] == [(1, 1), (0, 0)]
+    assert "visible keypoints lie outside of their pictures, the first" in parts[0].notes[0]
 
 
 def test_as_many_files_as_the_task_takes(zoo):

@@ -42,6 +42,16 @@ def test_a_picture_of_another_size_than_stated_is_named(tmp_path):
         pairs.images[0]
 
 
+def test_two_stated_sizes_of_one_picture_are_refused_and_hidden_files_passed_over(tmp_path):
+    write_spair(tmp_path)
+    first = tmp_path / "PairAnnotation/test/a.json"
+    (tmp_path / "PairAnnotation/test/._a.json").write_bytes(b"\xff")
+    assert len(load_spair(tmp_path, 32).pairs) == 1
+    first.with_name("b.json").write_text(first.read_text().replace("[60, 40, 3]", "[120, 80, 3]"))
+    with pytest.raises(UserError, match="b.json says that .*a.jpg has 120 x 80 pixels, another pair that .* 60 x 40"):
+        load_spair(tmp_path, 32)
+
+
 def pairs_of(tmp_path, points, box=(0, 0, 60, 40)):
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     inside = [(1, 1)] * len(points)

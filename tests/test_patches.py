@@ -244,7 +244,9 @@ def test_keypoints_outside_of_their_pictures():
     with pytest.raises(UserError, match=r"100 of 400 .* \(line 3\) at \(60.5, 5\) of 60 x 40 pixels.*resized, cropped"):
         count_outside(points, sizes, lambda number: f"line {number}")
     few = points[2:3] * 297 + [(-1, 0), (0, -0.5), (9, 41)]
-    assert count_outside(few, sizes[:300], str) == 3 and count_outside([], [], str) == 0
+    assert count_outside([], [], str) == (0, [])
+    assert count_outside(few, sizes[:300], str) == (3, [
+        "3 of 300 visible keypoints lie outside of their pictures, the first (297) at (-1, 0) of 60 x 40 pixels"])
     with pytest.raises(UserError, match=r"3 of 299 .*\(296\) at \(-1, 0\)"):
         count_outside(few[1:], sizes[1:300], str)
 
