@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from utils import UserError
 
 # What Pillow raises for a picture that is missing, truncated, not an image, or far too large.
-BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError,
+             Warning)  # the last under python -W error
 ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
 
 
@@ -55,6 +56,7 @@ def read_rgb(path: str | Path, size: tuple[int, int] | None = None, upright: boo
         if image.mode.startswith("I"):
             # PNG has mode I before Pillow 11, PGM always; Pillow's own conversion cuts off what is above 255.
             chosen = Image.fromarray((np.asarray(chosen) >> 8).astype(np.uint8))
+        chosen.info.pop("transparency", None)  # of which Pillow would warn
         return chosen.convert("RGB")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from utils import UserError
 
@@ -49,15 +50,20 @@ def label_map_size(pair: tuple[Path, Path]) -> tuple[int, int]:
     return height, width
 
 
+def require_png(path: Path, image: Image.Image) -> None:
+    """Raises UserError where the picture in a file of labels is in another format, as JPEG, which changes labels."""
+    if image.format != "PNG":
+        raise UserError(f"{path} is a {image.format} file; save the label map as PNG, from where it was made")
+
+
 def read_label_map(path: Path, largest: int) -> np.ndarray:
     """The numbers in a PNG of one channel, integers [H, W]: indices of a palette, grey values of 1 to 16 bits as they
-    are. Raises UserError for another format (JPEG changes labels), colours, and a label above largest but 255."""
+    are. Raises UserError for another format, colours, and a label above largest but 255."""
     with open_image(path) as image:
-        if image.format != "PNG":
-            raise UserError(f"{path} is a {image.format} file; save the label map as PNG, from where it was made")
+        require_png(path, image)
         if image.mode not in GREY_OR_PALETTE:
             raise UserError(f"{path} is a picture of mode {image.mode}; a label map holds one class number per pixel")
-        raw = np.asarray(image)
+        raw = np.asarray(image, dtype=np.uint8 if image.mode == "1" else None)
         if image.mode == "L":
             # Pillow scales the values of 2 and 4 bits to 0 to 255; the depth is in the first chunk of a PNG.
             with open(path, "rb") as file:
@@ -79,20 +85,20 @@ def reduce_label(raw: np.ndarray, background: int = 0) -> np.ndarray:
 
 
 def require_labelled(pixels: Sequence[int], what: str) -> None:
-    """Raises UserError where no pixel has a class. pixels: of each class. what: whose, "training" or "test"."""
+    """Raises UserError where no pixel has a class. pixels: of each class. what: whose, as "training"."""
     if not any(pixels):
         raise UserError(f"no pixel of the {what} label maps has a class: all are 0, 255 or background")
 
 
-def check_labels(train_split, test_split, workers: int, log: Callable[[str], None]) -> None:
+def check_labels(train_split, test_split, workers: int, log: Callable[[str], None], held_out=None) -> None:
     """Reads the label maps of one's own data set once, before anything is trained on them.
 
-    train_split (or None), test_split: FolderSplit. Raises UserError where a split has no labelled pixel, and where
-    label 0 occurs in them and the last name's label does not: then the names are mostly one off. Where images were
-    drawn, or there is no training split, the last label may be elsewhere: the same is logged.
+    train_split, held_out (or None), test_split: FolderSplit. Raises UserError where a split has no labelled pixel, and
+    where label 0 occurs in them and the last name's label does not: then the names are mostly one off. Where images
+    were drawn, or there is no training split, the last label may be elsewhere: the same is logged.
     """
     total = 0
-    for what, split in (("training", train_split), ("test", test_split)):
+    for what, split in (("training", train_split), ("held-out", held_out), ("test", test_split)):
         if split is not None:
             counts = split.count_labels(workers)
             first = int(not split.background)

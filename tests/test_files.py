@@ -44,6 +44,17 @@ def test_pictures_whose_white_is_not_known_are_refused(tmp_path, values):
     refused(["depth.tif cannot be decoded", "32 bits", "save it with 8 bits"], one.__getitem__, 0)
 
 
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_which_pillow_warns(tmp_path):
+    """A palette with a transparency for each colour is read in silence; under -W error a warning is a UserError."""
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "palette.png", transparency=bytes([0, 128]))
+    assert read_rgb(tmp_path / "palette.png").getpixel((0, 0)) == (10, 20, 30)
+    Image.new("RGB", (8, 8)).save(tmp_path / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
+    refused(["exif.jpg cannot be decoded", "EXIF"], read_rgb, tmp_path / "exif.jpg", None, True)
+
+
 # Frames
 
 def save_turned(path, orientation, width=30, height=20):

@@ -163,6 +163,9 @@ def test_label_maps_without_a_label_are_refused(tmp_path):
             check_labels(train, val, 2, print)
     with pytest.raises(UserError, match="no pixel of the training label maps"):
         PixelStore(open_segmentation("folder", tmp_path / "a", "train"), (32, 32), CPU, tmp_path)
+    train, val = write_folder(tmp_path / "held", [[1, 2], [255]], [[1, 2]])
+    with pytest.raises(UserError, match="no pixel of the held-out label maps has a class"):
+        check_labels(train.subset([0]), val, 0, print, train.subset([1]))
     require_labelled(torch.tensor([0, 3]), "test")
     lines = []
     train, _ = write_folder(tmp_path / "c", [[0, 3], [3, 255]], [[1]], "left\nright\ntop\n")

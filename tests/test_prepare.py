@@ -260,6 +260,11 @@ def test_more_pairs_than_labels_and_parts_without_an_object(tmp_path):
     names = np.array([f"n{index}" for index in range(1, 902)], dtype=object)
     savemat(release / "index_ade20k.mat", {"index": {"objectnames": names}})
     damaged = release / "images" / "training" / "a" / "ADE_train_00000003_parts_1.png"
+    whole = damaged.read_bytes()
+    Image.open(damaged).save(damaged, "JPEG")
+    with pytest.raises(UserError, match="ADE_train_00000003_parts_1.png is a JPEG file"):
+        run("ade20k-part", release, tmp_path)
+    damaged.write_bytes(whole)
     damaged.write_bytes(b"no PNG")
     with pytest.raises(UserError, match="ADE_train_00000003_parts_1.png cannot be decoded"):
         run("ade20k-part", release, tmp_path)
@@ -363,7 +368,7 @@ def test_lip_with_bad_labels_and_into_its_own_folder(made_lip, tmp_path):
         picture.save(bad)
         with pytest.raises(UserError, match=why):
             run("lip", made_lip, tmp_path)
-    Image.new("L", (6, 5), 1).save(bad)
+    Image.new("1", (6, 5), 1).save(bad)
     run("lip", made_lip, tmp_path)
     for path, label in (("train/a.png", 3), ("train/b.png", 1), ("val/a.png", 19)):
         assert (read_map(made_lip / "ann" / path) == label).all()

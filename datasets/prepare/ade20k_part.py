@@ -16,6 +16,7 @@ import numpy as np
 from utils import UserError
 
 from ..files import open_image
+from ..label_maps import require_png
 
 NUM_TRAIN = 20210
 
@@ -30,6 +31,7 @@ def list_images(release: Path, split: str) -> list[tuple[Path, Path]]:
 def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Class indices and instance codes, each uint16 [height, width], of a _seg.png or _parts_N.png. Or UserError."""
     with open_image(path) as image:
+        require_png(path, image)
         pixels = np.asarray(image.convert("RGB"), dtype=np.uint16)
     return pixels[..., 0] // 10 * 256 + pixels[..., 1], pixels[..., 2]
 
