@@ -302,8 +302,7 @@ def transfer(args: argparse.Namespace, device: torch.device, log: run.Log, write
     write(line | metrics)
     if not is_main():
         return
-    rows = json.dumps(pairs.rows())
-    atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(rows))
+    atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(json.dumps(pairs.rows())))
     if args.pictures:
         sheet = draw_pairs(pairs, predicted, args.pictures, title)
         atomic_write(Path(f"{prefix}_pairs.{args.plot_format}"), lambda path: sheet.save(path, format=args.plot_format))
@@ -318,6 +317,8 @@ def principal_components(args: argparse.Namespace, device: torch.device, log: ru
                          write: Callable[..., None]) -> None:
     """Principal components as colours (models/pca.py), on a sheet."""
     images = open_images(args.dataset, args.data_path, args.num_images or 6, args.seed, args.image_size)
+    for note in images.notes:
+        log(note)
     encoder = load_encoder(args, device, log, projector=False)
     path, found = pca_run(encoder, images, args.name, args.pca, args.precision, args.output_dir)
     log(f"principal components of {found['num_images']} images in {path}")

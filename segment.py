@@ -200,13 +200,13 @@ def segmentation_metrics(confusion: torch.Tensor) -> dict:
 
 @torch.inference_mode()
 def evaluate(segmenter: PatchSegmenter, split, test_scale: tuple[int, int], crop_size: int, stride: int, workers: int,
-             num_heads: int = 1, picture_folder: Path | None = None, num_pictures: int = 0) -> list[dict]:
+             num_heads: int = 1, num_pictures: int = 0, pictures: list | None = None) -> list[dict]:
     """For each head, segmentation_metrics of a split at full resolution, each image once over all processes,
     num_images, and chance, the metrics of the largest class everywhere.
 
-    num_heads: whose logits the segmenter gives, one head's classes after another's. The first num_pictures images are
-    written to picture_folder, as the last head sees them. Raises UserError, on all processes, for logits that are not
-    finite, and where no pixel of the split has a class."""
+    num_heads: whose logits the segmenter gives, one head's classes after another's. pictures: gets (name, image, truth,
+    last head's prediction) of this process's among the first num_pictures images. Raises UserError, on all processes,
+    for logits that are not finite, and where no pixel of the split has a class."""
     segmenter.eval().all_finite = True
     mean, std = segmenter.encoder.mean, segmenter.encoder.std
     device, classes = mean.device, split.num_classes
@@ -227,8 +227,7 @@ def evaluate(segmenter: PatchSegmenter, split, test_scale: tuple[int, int], crop
                 pred = upsampled_argmax(of_head, truth.shape)
                 confusion += confusion_matrix(pred, label, classes)
             if number < num_pictures:
-                path = picture_folder / f"{split.name(number)}.png"
-                save_picture(path, picture, truth, pred.cpu().numpy(), split.names, int(not split.background))
+                pictures.append((split.name(number), picture, truth, pred.cpu().numpy()))
             progress.update()
         group, num_windows = [], 0
     if all_reduce(1 - torch.as_tensor(segmenter.all_finite).long()):
@@ -254,15 +253,15 @@ def open_data(args: argparse.Namespace, log: run.Log) -> tuple:
         if train_split.names != test_split.names:
             raise UserError(f"the training and the test split below {args.data_path} have different names.txt")
         shared = shared_images(train_split, test_split, args.dataset == "folder")
+    if train_split and args.select == "held-out":
+        train_split, held_out = data.hold_out(train_split, args.seed)
     if args.dataset == "folder":
-        check_labels(train_split, test_split, args.workers, log)
+        check_labels(train_split, test_split, args.workers, log, held_out)
     notes = [*test_split.notes, *(train_split.notes if train_split else [])]
     for note in dict.fromkeys(notes + [data.PARTIMAGENET_NOTE] * args.dataset.startswith("partimagenet")):
         log(note)
     if shared:
         log(f"{shared} of {len(test_split)} test images are training images too")
-    if train_split and args.select == "held-out":
-        train_split, held_out = data.hold_out(train_split, args.seed)
     if args.iterations is None:
         args.iterations = 160_000
         if args.dataset == "folder" and train_split:
@@ -406,13 +405,15 @@ def main() -> None:
             found |= {name: vars(args)[name] for name in ("iterations", "layers", "norm", "batch_norm")}
         else:
             segmenter, found = fill_knn(args, encoder, batches, len(train_split), len(names), log)
-        pictures = checkpoint_path(args, probe).with_suffix("").name.removesuffix("_segment")
-        [metrics] = test(segmenter, picture_folder=args.output_dir / f"{pictures}_pictures",
-                         num_pictures=args.save_pictures)
+        pictures = []
+        [metrics] = test(segmenter, num_pictures=args.save_pictures, pictures=pictures)
         log(f"{results.run_title(line)}, {probe}: {linear.summary(metrics)}")
         log(linear.class_table(metrics, names))
         results.append_result(args.output_dir, line | {"probe": probe} | found | linear.metrics_for_json(metrics, names)
                               | {"seconds": time.monotonic() - started})
+        folder = Path(f"{checkpoint_path(args, probe)}".removesuffix("_segment.pt") + "_pictures")
+        for name, *picture in pictures:
+            save_picture(folder / f"{name}.png", *picture, names, int(not test_split.background))
 
 
 if __name__ == "__main__":
