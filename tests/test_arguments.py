@@ -79,6 +79,8 @@ def test_a_stride_above_the_crop():
     ("classify", ["--evaluate", "x", "--resume", "--select", "held-out"], "--resume --select", "--evaluate"),
     ("classify", ["--probe", "knn", "--save-plots"], "--save-plots", "--probe knn"),
     ("classify", ["--dataset", "folder", "--crop-scale", "1"], "--crop-scale", "--dataset folder"),
+    ("classify", ["--num-images", "9", "--save-plots"], "--save-plots",
+     "--num-images, whose recipe measures the last epoch alone"),
     ("segment", ["--evaluate", "x", "--resume"], "--resume", "--evaluate"),
     ("segment", ["--evaluate", "x", "--probe", "knn"], "--probe", "--evaluate"),
     ("segment", ["--memory-size", "7"], "--memory-size", "--probe linear"),
