@@ -11,6 +11,7 @@ import torch
 from conftest import call_main
 from PIL import Image
 
+import segment
 from utils import UserError, run
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,26 @@ def test_what_a_user_can_mend_is_one_line(name):
 def test_memory_that_really_runs_out_is_one_line():
     status, _, err = call_main(lambda: torch.empty(1 << 50, dtype=torch.uint8), [])
     assert status == 2 and err.startswith("error: memory ran out (") and len(err.splitlines()) == 1
+
+
+def test_output_that_nobody_reads_on_is_no_defect():
+    """As in --table | head."""
+    body = "import sys; sys.path.insert(0, '.'); from utils.run import run_main; run_main(lambda: print('x' * 10**6))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", body], cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
+
+
+@pytest.mark.parametrize(("flags", "said"), [("avx2 avx512_bf16", False), ("avx2", True)])
+def test_bf16_on_a_cpu_without_it_is_said(tmp_path, monkeypatch, flags, said):
+    monkeypatch.setattr(sys, "argv", ["", "--precision", "bf16", "--device", "cpu", "--output-dir", str(tmp_path)])
+    args = segment.parse_arguments()
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *words, **options: f"flags: {flags}"
+                        if str(path) == "/proc/cpuinfo" else read(path, *words, **options))
+    run.setup(args)
+    assert (b"this CPU has no instructions for bf16" in (tmp_path / "log.txt").read_bytes()) == said
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("x"), OSError("no name"), RuntimeError("shapes differ")])
@@ -109,8 +130,8 @@ def classify_folder(tmp_path, *names):
             for index in range(3):
                 Image.new("RGB", (64, 64), (100 * number, 80 * index, 9)).save(
                     tmp_path / "data" / split / name / f"{index}.png")
-    return ["classify.py", *DINO, "--dataset", "folder", "--data-path", tmp_path / "data", "--output-dir", tmp_path,
-            "--select", "test", "--epochs", 2, "--save-plots"]
+    return ["classify.py", *DINO, "--dataset", "imagenet", "--data-path", tmp_path / "data", "--output-dir", tmp_path,
+            "--epochs", 2, "--save-plots"]
 
 
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C"}])
@@ -118,7 +139,7 @@ def test_names_that_the_terminal_cannot_show_end_no_run(tmp_path, environment):
     """Class names in Chinese, and bytes that are no text. The log says what the terminal does."""
     words = [*classify_folder(tmp_path, "猫", b"\xff".decode(errors="surrogateescape")), "--name", "猫"]
     status, out, err, _ = start(words, **environment)
-    assert status == 0 and (tmp_path / "results.jsonl").exists(), err
+    assert status == 0 and (tmp_path / "results.jsonl").exists() and list(tmp_path.glob("*_accuracy.png")), err
     said = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert "name=猫" in said and out in (said, said.encode("ascii", "backslashreplace").decode())
 
