@@ -60,7 +60,8 @@ class Encoder(nn.Module):
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] uint8 -> float32, normalised as in the encoder's training. Raises TypeError for other types."""
         if images.dtype != torch.uint8:
-            raise TypeError(f"preprocess takes uint8 images with values from 0 to 255, not {images.dtype}")
+            raise TypeError("preprocess takes a tensor of uint8, images with values from 0 to 255, not "
+                            f"{type(images).__name__} of {images.dtype}")
         return (images.float() / 255 - self.mean) / self.std
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:

@@ -226,7 +226,7 @@ def test_frozen_whole_and_equal_for_any_seed(method):
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert (encoder.embed_dim, encoder.depth, encoder.patch_size, encoder.num_heads) == (48, 4, 16, 3)
     assert encoder.has_projector == (method in WITH_PROJECTOR)
-    with pytest.raises(TypeError, match="uint8 images with values from 0 to 255, not torch.float32"):
+    with pytest.raises(TypeError, match="uint8, images with values from 0 to 255, not Tensor of torch.float32"):
         encoder.preprocess(image)
 
 
