@@ -26,9 +26,10 @@ from datasets.label_maps import check_labels, require_labelled
 from datasets.segmentation_pictures import draw_figure6, figure6_panels, save_picture
 from datasets.segmentation_store import PixelStore, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
-from models import METHODS, Encoder, choose_layers, load_encoder
+from models import METHODS, Encoder, load_encoder
 from models import knn_segmentation as knn
 from models import segmentation_probe as linear
+from models.layers import choose_layers
 from models.segmentation_head import LinearHead, PatchSegmenter
 from utils import UserError, results, run
 from utils.distributed import all_reduce, shard, world_size
@@ -101,8 +102,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                        help="(default: 160,000; of --dataset folder from the number of images, 2,000 at least)")
     group.add_argument("--lr", type=run.positive_float, nargs="+", default=[4e-4],
                        help="one or several: a head for each pair with --weight-decay (default: 4e-4)")
-    group.add_argument("--weight-decay", type=run.non_negative_float, nargs="+", default=[0.05],
-                       help="(default: 0.05)")
+    group.add_argument("--weight-decay", type=run.non_negative_float, nargs="+", default=[0.05], help="(default: 0.05)")
     group.add_argument("--select", choices=("test", "held-out"), default="test",
                        help="what chooses among several heads: the test images (default), or a tenth of the training "
                             "images, which are then not trained on")

@@ -2,7 +2,7 @@
 
 import argparse
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,8 +19,6 @@ from .encoder import CheckpointError, Encoder, encoder_signature
 
 METHODS = ("deit", "mocov3", "dino", "beit", "mae", "cae", "ibot")
 WITH_PROJECTOR = ("mocov3", "dino", "ibot")
-# The blocks whose features the paper's segmentation uses, as shares of the depth.
-DEPTH_SHARES = (4 / 12, 6 / 12, 8 / 12, 1)
 
 
 def build_model(name: str, weights: str = "official", num_heads: int | None = None, *, projector: bool | None = None,
@@ -103,20 +101,6 @@ def _from_file(name: str, path: Path, method: ModuleType, weights_key: str | Non
             mend = "Hugging Face's transformers wrote it: --model FILE.py:FUNCTION takes it (README, own encoder)"
         raise CheckpointError(f"{path} is not a file of {name}: {reason}; it has weights at "
                               f"{', '.join(map(repr, states)) or 'no place'}; {mend}") from error
-
-
-def choose_layers(words: Sequence[str] | None, depth: int) -> list[int]:
-    """0-based blocks of an encoder of that depth: numbers, "last", "last4", "all", or None for the paper's shares of
-    the depth (3 5 7 11 of 12). Raises UserError."""
-    named = {"last": range(depth - 1, depth), "last4": range(max(0, depth - 4), depth), "all": range(depth)}
-    if words is None:
-        return sorted({max(1, round(share * depth)) - 1 for share in DEPTH_SHARES})
-    if len(words) == 1 and words[0] in named:
-        return list(named[words[0]])
-    if not all(word.isdecimal() and int(word) < depth for word in words):
-        raise UserError(f"--layers {' '.join(words)}: this encoder has blocks 0 to {depth - 1}; "
-                        "or use last, last4, all")
-    return list(dict.fromkeys(map(int, words)))
 
 
 def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[str], None], **options) -> Encoder:
