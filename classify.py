@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Sequence
 from copy import copy
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--resume", action="store_true",
                        help="continue from the checkpoint in --output-dir, if there is one; repeat no finished run")
     group.add_argument("--evaluate", type=Path, metavar="HEAD", help="no training: test a head that was saved")
-    group.add_argument("--save-plots", action="store_true", help="accuracy over epochs")
+    group.add_argument("--save-plots", action="store_true", help="accuracy over epochs, of the published recipes")
     group.add_argument("--plot-format", choices=("png", "pdf"), default="png", help="(default: png)")
     args = parser.parse_args(arguments)
     # The numbers of a recipe may stand beside --evaluate and --probe knn: one command line serves all three.
@@ -219,12 +218,10 @@ def train_probes(args: argparse.Namespace, probes: Sequence[Probe], encoder: Enc
         for probe in probes:
             if probe.recipe.ours and epoch + 1 < epochs:
                 continue
-            measure = partial(confusion_of_heads, probe.heads, num_classes=len(train.classes), names=probe.names,
-                              authors_defects=args.authors_defects)
-            percent = score = accuracy(measure(testing))
-            if choosing is not testing:
-                score = accuracy(measure(choosing))
-            probe.record(score, percent)
+            percent = [accuracy(confusion_of_heads(probe.heads, part, len(train.classes), probe.names,
+                                                   args.authors_defects))
+                       for part in ([testing] if choosing is testing else [testing, choosing])]
+            probe.record(percent[-1], percent[0])
             if views or epoch % 10 == 9:
                 figures = zip(probe.test[-1], probe.names, strict=True)
                 log(f"epoch {epoch + 1}: {probe.kind} {', '.join(f'{value:.2f} ({name})' for value, name in figures)}")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import retrieval
+import segment
 from models import CheckpointError, build_model, encoder_signature
 
 # One small model of a family, where its first token comes from.
@@ -292,6 +293,9 @@ def test_own_network_through_a_script(own, tmp_path, launch):
     for function in ("without_class", "feature_map"):
         out, _ = launch(retrieval.main, ["--model", f"{own}:{function}", *words])
         assert "mean 0." in out and "AP" in out
+    out, _ = launch(segment.main, ["--model", f"{own}:feature_map", "--layers", "last", "--iterations", 1,
+                                   "--batch-size", 1, *words])
+    assert "linear: mIoU" in out and '"layers": [0]' in (tmp_path / "out/results.jsonl").read_text()
 
 
 @pytest.mark.parametrize("method", ["dino", "ibot"])
