@@ -111,13 +111,12 @@ def read_keypoints(path: Path, categories: Sequence[str] | None = None) -> tuple
     """(keypoint names, image id -> (file name, (width, height) or None), objects in the file's order), an object being
     (image id, annotation id, [x, y, visibility of each keypoint]). categories: as of choose_categories. Raises
     UserError for another kind of file."""
-    def stated_size(image: dict) -> tuple[int, int] | None:
-        return (int(image["width"]), int(image["height"])) if "width" in image and "height" in image else None
-
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names, wanted = choose_categories(path, content["categories"], categories)
-        images = {image["id"]: (image["file_name"], stated_size(image)) for image in content["images"]}
+        images = {image["id"]: (image["file_name"],
+                                (int(image["width"]), int(image["height"])) if "width" in image else None)
+                  for image in content["images"]}
         if len(images) < len(content["images"]):
             raise ValueError("two of its images have the same id")
         objects = [(one["image_id"], one["id"], [float(value) for value in one.get("keypoints", ())])

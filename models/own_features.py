@@ -13,8 +13,7 @@ def linear_accuracy(train: torch.Tensor, labels: torch.Tensor, test: torch.Tenso
     """Percent of the test features that a linear head of our recipe has right; its learning rate is chosen on a tenth
     of the training features, drawn by the seed.
 
-    train [N, D] with labels [N], whole numbers from 0; test [M, D] with test_labels [M]: arrays, or tensors on one
-    device.
+    train [N, D] with labels [N], whole numbers from 0; test [M, D] with test_labels [M]: tensors or arrays.
     """
     train, labels, test, test_labels = map(torch.as_tensor, (train, labels, test, test_labels))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))

@@ -248,8 +248,7 @@ def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, n
                 ks: Sequence[int] = NEIGHBOURS, temperature: float = 0.07) -> dict[int, torch.Tensor]:
     """Nearest neighbours by cosine similarity s, with votes exp(s / temperature) (facebookresearch/dino, eval_knn.py).
 
-    train [N, D] with labels [N], test [M, D], arrays or tensors on one device -> {k: predicted classes [M]}; a k above
-    N counts all.
+    train [N, D] with labels [N], test [M, D], tensors or arrays -> {k: predicted classes [M]}; a k above N counts all.
     """
     train, labels, test = map(torch.as_tensor, (train, labels, test))
     train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)

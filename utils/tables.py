@@ -79,8 +79,7 @@ def words(name: str, value: object) -> str:
 
 
 def marks_of(result: Mapping, counts: Iterable[int], alike: Sequence[tuple[dict, set]]) -> str:
-    """The marks of a results line's Run. counts: of what was measured. alike: arguments_of all runs of its name on
-    its data set."""
+    """The marks of a line's Run. counts: of what was measured. alike: arguments_of runs of its name and data."""
     values, changed = arguments_of(result)
     marks = []
     for name, value in values.items():
