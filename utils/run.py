@@ -37,6 +37,8 @@ def run_main(main: Callable[[], None]) -> None:
         leave("stopped by Ctrl-C; --resume goes on from the last checkpoint", 130)
     except Exception as error:
         text = " ".join(str(error).split())
+        if isinstance(error, BrokenPipeError):
+            os._exit(1)  # nobody reads on, as in "| head"; a regular end would write once more
         if isinstance(error, UserError):
             leave(f"error: {text}", 2)
         if isinstance(error, OSError) and error.filename:
@@ -172,6 +174,9 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     log(f"{Path(sys.argv[0]).name} run {run['run']}, {run['date']}, revision {run['revision']}, "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + f", processes {world_size()}")
     log(" ".join(f"{name}={value}" for name, value in sorted(args_to_json(args).items())))
+    # x86 says avx512_bf16 or amx_bf16, ARM bf16.
+    if args.precision == "bf16" and device.type == "cpu" and "bf16" not in Path("/proc/cpuinfo").read_text():
+        log("this CPU has no instructions for bf16: --precision fp32 is several times faster on it")
     return device, log
 
 
