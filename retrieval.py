@@ -303,7 +303,8 @@ def transfer(args: argparse.Namespace, device: torch.device, log: run.Log, write
     write(line | metrics)
     if not is_main():
         return
-    atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(json.dumps(pairs.rows())))
+    listed = json.dumps([pair._asdict() for pair in pairs.pairs])
+    atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(listed))
     if args.pictures:
         sheet = draw_pairs(pairs, predicted, args.pictures, title)
         atomic_write(Path(f"{prefix}_pairs.{args.plot_format}"), lambda path: sheet.save(path, format=args.plot_format))

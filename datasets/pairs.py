@@ -96,10 +96,6 @@ class PairDataset:
             points, self.sizes[ends[pair]],
             lambda number: f"pair {self.pairs[self.pair[number % len(self.pair)]].name}")
 
-    def rows(self) -> list[dict]:
-        """The pairs as plain values, to be written beside the result."""
-        return [pair._asdict() for pair in self.pairs]
-
 
 def check_pair(pair: Pair, target_size: tuple[int, int]) -> None:
     """Raises UserError where a pair has no keypoints or they do not match, and where the target's box has no size or

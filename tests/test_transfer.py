@@ -243,7 +243,7 @@ def test_spair(tmp_path, separator):
     metrics, _ = run(PixelEncoder(), pairs)
     assert {name: list(metrics[f"by_{name}"]) for name in ("viewpoint", "scale", "truncation", "occlusion")} == {
         "viewpoint": ["easy", "medium"], "scale": ["hard"], "truncation": ["both"], "occlusion": ["source"]}
-    assert json.loads(json.dumps(pairs.rows()))[0]["category"] == "cat"
+    assert json.loads(json.dumps([pairs.pairs[0]._asdict()]))[0]["category"] == "cat"
     assert len(load_spair(tmp_path, 32, num_pairs=1).pairs) == 1
     with pytest.raises(UserError, match="no split 'val'"):
         load_pairs("synthetic-pairs", None, 32, "val")

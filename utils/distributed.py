@@ -34,7 +34,9 @@ def init_processes(device: str = "auto") -> torch.device:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     found = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT)
+        # NCCL's barriers would guess the GPU from the rank, wrongly where machines differ in their GPUs.
+        backend, device_id = ("nccl", found) if use_cuda else ("gloo", None)
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
     return found
 
 
