@@ -45,8 +45,7 @@ def read_cub(root: Path) -> tuple[dict, dict, dict]:
     points = {image: {} for image in images}
     rows = read_table(root, "parts/part_locs.txt", (int, int, float, float, int), images)
     if len(rows) != len(images) * len(names):
-        raise UserError(f"{root / 'parts/part_locs.txt'} has {len(rows)} rows, not one for each of {len(names)} "
-                        f"parts of {len(images)} images; take the whole list")
+        raise UserError(f"{root}/parts/part_locs.txt has {len(rows)} rows, not {len(images)} images x {len(names)} parts")
     for image, part, x, y, visible in rows:
         if visible:
             points[image][part] = x, y

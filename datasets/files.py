@@ -12,9 +12,8 @@ from PIL import Image, ImageOps
 
 from utils import UserError
 
-# What Pillow raises for a picture that is missing, truncated, not an image, or far too large.
-BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError,
-             Warning)  # the last under python -W error
+# What Pillow raises for a picture that is missing, truncated, not an image, or far too large (-W error: and warns of).
+BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError, Warning)
 ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
 
 

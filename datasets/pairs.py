@@ -92,9 +92,8 @@ class PairDataset:
         self.box_side = (boxes[:, 2:] - boxes[:, :2]).amax(1)
         points, ends = torch.cat([self.source_points, self.target_points]), torch.cat([self.source, self.target])
         pair = torch.cat([self.pair, self.pair + len(self.pairs)])
-        self.num_outside, _ = count_outside(
-            points, self.sizes[ends[pair]],
-            lambda number: f"pair {self.pairs[self.pair[number % len(self.pair)]].name}")
+        self.num_outside, _ = count_outside(points, self.sizes[ends[pair]], lambda number: (
+            f"pair {self.pairs[self.pair[number % len(self.pair)]].name}"))
 
 
 def check_pair(pair: Pair, target_size: tuple[int, int]) -> None:
@@ -164,8 +163,7 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
         pairs.append(pair)
         for image, size in sizes.items():
             if stated.setdefault(image, size) != size:
-                raise UserError(f"{path} says that {image} has {size[0]} x {size[1]} pixels, another pair that it has "
-                                f"{stated[image][0]} x {stated[image][1]}; take the annotations of one release")
+                raise UserError(f"{path}: {image} has size {size}, in another pair {stated[image]}; correct one")
     return PairDataset(pairs, image_size, stated=stated)
 
 

@@ -48,7 +48,7 @@ def test_two_stated_sizes_of_one_picture_are_refused_and_hidden_files_passed_ove
     (tmp_path / "PairAnnotation/test/._a.json").write_bytes(b"\xff")
     assert len(load_spair(tmp_path, 32).pairs) == 1
     first.with_name("b.json").write_text(first.read_text().replace("[60, 40, 3]", "[120, 80, 3]"))
-    with pytest.raises(UserError, match="b.json says that .*a.jpg has 120 x 80 pixels, another pair that .* 60 x 40"):
+    with pytest.raises(UserError, match=r"b.json: .*a.jpg has size \(120, 80\), in another pair \(60, 40\)"):
         load_spair(tmp_path, 32)
 
 
