@@ -45,7 +45,7 @@ def read_cub(root: Path) -> tuple[dict, dict, dict]:
     points = {image: {} for image in images}
     rows = read_table(root, "parts/part_locs.txt", (int, int, float, float, int), images)
     if len(rows) != len(images) * len(names):
-        raise UserError(f"{root}/parts/part_locs.txt has {len(rows)} rows, not {len(images)} images x {len(names)} parts")
+        raise UserError(f"{root}/parts/part_locs.txt has {len(rows)} rows, not {len(images)} x {len(names)}: shortened")
     for image, part, x, y, visible in rows:
         if visible:
             points[image][part] = x, y

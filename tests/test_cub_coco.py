@@ -209,7 +209,7 @@ def test_small_cub(cub):
     ("parts/part_locs.txt", 2, b"1 2 nan 10 1", ["1 of 4 visible keypoints", "image 1, part 2", "(nan, 10)"]),
     ("images.txt", 3, b"", ["image 3 is in one of", "images.txt and", "part_locs.txt only", "both shortened"]),
     ("images.txt", 2, b"2 001.B\xefrd/2.jpg", ["images.txt is not UTF-8"]),
-    ("parts/part_locs.txt", 9, b"", ["part_locs.txt has 8 rows, not 3 images x 3 parts"]),
+    ("parts/part_locs.txt", 9, b"", ["part_locs.txt has 8 rows, not 3 x 3"]),
     ("train_test_split.txt", 3, b"", ["image 3 is in one of", "train_test_split.txt only"]),
 ])
 def test_cub_bad_lines(cub, name, line, bad, words):
