@@ -24,12 +24,11 @@ Transform = Callable[[Image.Image], torch.Tensor]  # PIL RGB image -> uint8 [3, 
 PATCHES_PER_GROUP = 64
 
 
-def select_keypoints(points, crop_scale: float = 0.5, minimum: float = 20.0,
-                     maximum: float = 1000.0) -> tuple[np.ndarray, np.ndarray]:
+def select_keypoints(points, crop_scale: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
     """Which keypoints of one image give a patch, and the sizes of the patches.
 
     points: [n, 2] (x, y) in pixels, or [n, 3] with a third coordinate that separates groups. d is a point's L2 distance
-    to the nearest other point that does not coincide with it. A point is kept if minimum < d / 2 < maximum, at any
+    to the nearest other point that does not coincide with it. A point is kept if 20 < d / 2 < 1000, at any
     crop_scale; its patch spans (x - h, y - h, x + h, y + h) with h = round(d * crop_scale / 2), half to even.
     Returns (indices kept [m], half sides h [m]), int64. Raises UserError where crop_scale makes a patch empty.
     """
@@ -39,7 +38,7 @@ def select_keypoints(points, crop_scale: float = 0.5, minimum: float = 20.0,
     distances = np.sqrt(((points[:, None] - points[None]) ** 2).sum(-1))
     distances[distances == 0] = np.inf
     nearest = distances.min(1)
-    kept = np.flatnonzero((nearest / 2 > minimum) & (nearest / 2 < maximum))
+    kept = np.flatnonzero((nearest / 2 > 20) & (nearest / 2 < 1000))
     half_sides = np.rint(nearest[kept] * crop_scale / 2)
     if not (half_sides >= 1).all():
         raise UserError(f"crop scale {crop_scale} makes patches empty; use a larger one (published: 0.5)")
