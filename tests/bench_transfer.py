@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.pairs import PairDataset, draw, load_synthetic_pairs
 from models import build_model
 from models.transfer import match_points, transfer_run
-from utils.run import autocast, default_precision
+from utils.run import autocast
 
 # SPair-71k, test; and assumed of an H200: operations per second in bf16, bytes per second, cores that decode.
 IMAGES, POINTS = 1800, 88000
@@ -84,7 +84,7 @@ def main():
     parser.add_argument("--sample", type=int, default=20, help="pairs of the plain way, scaled to 200")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision, encoder = default_precision(device), build_model(args.model, args.weights).to(device)
+    precision, encoder = ("bf16" if device.type == "cuda" else "fp32"), build_model(args.model, args.weights).to(device)
     every = load_synthetic_pairs(args.size, 10**9, num_images=120)
     chosen = set(every.source[every.category == 0].unique()[:20].tolist())
     among = [pair for pair, *ends in zip(every.pairs, every.source.tolist(), every.target.tolist(), strict=True)

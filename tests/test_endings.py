@@ -1,6 +1,7 @@
 """How runs end: a mistake in one line, a defect with its traceback, and once, not once a process, under torchrun."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -94,8 +95,10 @@ def start(words, processes=0, options=(), **environment):
     """(exit status, output, errors, seconds) of a script as a user starts it, or, with processes, torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes else []
     started = time.monotonic()
+    # A shell has the jobs that it starts in the background ignore Ctrl-C, and they hand that on.
     done = subprocess.run([sys.executable, *options, *map(str, [*torchrun, *words])], cwd=ROOT, capture_output=True,
-                          encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=300)
+                          encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=300,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return done.returncode, done.stdout, done.stderr, time.monotonic() - started
 
 
