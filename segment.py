@@ -262,11 +262,11 @@ def open_data(args: argparse.Namespace, log: run.Log) -> tuple:
         log(note)
     if shared:
         log(f"{shared} of {len(test_split)} test images are training images too")
-    if args.iterations is None:
-        args.iterations = 160_000
-        if args.dataset == "folder" and train_split:
-            args.iterations = data.default_iterations(len(train_split), args.batch_size)
-            log(f"{args.iterations} iterations, for {len(train_split)} training images; --iterations gives others")
+    if args.iterations is None and args.dataset == "folder" and train_split:
+        args.iterations = data.default_iterations(len(train_split), args.batch_size)
+        args.changed.append("iterations")  # a mark in tables
+        log(f"{args.iterations} iterations, for {len(train_split)} training images; --iterations gives others")
+    args.iterations = args.iterations or 160_000
     if args.warmup_iterations is None:
         args.warmup_iterations = min(1500, args.iterations // 10)
     log(f"{len(test_split.names)} classes, {len(train_split or ())} training and {len(test_split)} test images")

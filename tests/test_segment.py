@@ -376,6 +376,7 @@ def test_label_maps_of_ones_own(tmp_path):
     assert "2000 iterations, for 5 training images" in out and "1 of 8 test images are training images too" in out
     result = json.loads((tmp_path / "out" / "results.jsonl").read_text())
     assert result["num_test_in_training"] == 1 and set(result["iou_per_class"]) == {"background", *"abcde"}
+    assert result["args"]["iterations"] == 2000 and "iterations" in result["args"]["changed"], "tables mark it"
 
 
 # What users get wrong
