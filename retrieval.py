@@ -284,8 +284,10 @@ def retrieve(args: argparse.Namespace, device: torch.device, log: run.Log, write
         write(*(line | retrieval_metrics(source, args.exclude_query, device, log)
                 for line, source in zip(lines, sources, strict=True)))
         return
+    for source in sources:
+        source["features"] = {name: rows.to(device) for name, rows in source["features"].items()}
     files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed, args.other_images,
-                         args.output_dir, device)
+                         args.output_dir, args.plot_format)
     log(f"{len(files)} sheets in {args.output_dir}")
     write(lines[0] | {"task": "retrieval-sheets", "sheets": files, "models": [line["model"] for line in lines]})
 
@@ -353,11 +355,11 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--match", choices=("cell", "soft-argmax"), default="cell",
                        help="the prediction: centre of the most similar cell, or a mean around it (default: cell)")
     group.add_argument("--pictures", type=run.non_negative_int, default=0, metavar="N", help="draw N pairs on a sheet")
-    group.add_argument("--plot-format", choices=("png", "pdf"), default="png", help="of that sheet and of the plot")
+    group.add_argument("--plot-format", choices=("png", "pdf"), default="png", help="of sheets and plots")
     add_sheet_arguments(parser)
     args = parser.parse_args()
     # Options by the modes that read them.
-    pairs = ("split", "num_pairs", "layers", "norm", "match", "pictures", "plot_format")
+    pairs = ("split", "num_pairs", "layers", "norm", "match", "pictures")
     sheets = ("queries", "query", "top", "other_images", "columns")
     ranking = ("exclude_query", "crop_scale", "keypoints")
     features = ("features", "save_features", "load_features", "authors_defects")
@@ -367,11 +369,11 @@ def parse_arguments() -> argparse.Namespace:
         drawn = () if args.dataset == "synthetic-pairs" else ("num_images",)
         parser.check_used(args, f"--dataset {args.dataset}", *features, *ranking, *sheets, *drawn)
     elif args.pca:
-        parser.check_used(args, "--pca", *features, *ranking, *sheets, *pairs)
+        parser.check_used(args, "--pca", *features, *ranking, *sheets, *pairs, "plot_format")
     elif args.dataset == "imagenet":
         parser.check_used(args, "picture sheets (--dataset imagenet)", *ranking, *pairs)
     else:
-        parser.check_used(args, f"--dataset {args.dataset}", *sheets, *pairs)
+        parser.check_used(args, f"--dataset {args.dataset}", *sheets, *pairs, "plot_format")
     if args.pca and args.dataset != "imagenet":
         raise UserError(f"--pca draws a folder of images: use --dataset imagenet --data-path DIR, not {args.dataset}")
     return args

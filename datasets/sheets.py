@@ -105,8 +105,9 @@ def find_query(text: str, paths: Sequence[str]) -> int:
 
 
 def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: int, top: int, columns: int, seed: int,
-                 other_images: bool, folder: Path, device: torch.device) -> list[str]:
-    """Writes a sheet per query, a row of blocks for each source in it; returns the files' names.
+                 other_images: bool, folder: Path, suffix: str = "png") -> list[str]:
+    """Writes a sheet per query, a row of blocks for each source in it, PNG or PDF by the suffix; returns the files'
+    names.
 
     sources: one for each model, {"features": {name: [n, D], this process's share of the patches in their order},
     "paths": of the images, "line": with "name" and "weights" of the model}. chosen: queries as PATH:POSITION, PATH the
@@ -123,12 +124,11 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
         queries = drawn[:num_queries].tolist()
     found = []
     for source in sources:
-        features = {name: rows.to(device) for name, rows in source["features"].items()}
-        count = torch.tensor([len(next(iter(features.values())))])
+        count = torch.tensor([len(next(iter(source["features"].values())))])
         first = int(gather_rows(count)[:rank()].sum())
         ids = torch.arange(first, first + int(count))
         found.append({name: nearest_patches(rows, ids, torch.tensor(queries), top, per_image if other_images else 1)
-                      for name, rows in features.items()})
+                      for name, rows in source["features"].items()})
     files = []
     for number, query in enumerate(queries if is_main() else []):
         path, position = paths[query // per_image], query % per_image
@@ -140,7 +140,7 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
                 shown = [(shown_patch(paths[patch // per_image], patch % per_image), overlap(patch, query))
                          for patch in patches[number].tolist()]
                 rows[-1].append((f"{model}: {feature}", shown))
-        files.append(f"sheet_{number:03}_{Path(path).stem}_{position}.png")
+        files.append(f"sheet_{number:03}_{Path(path).stem}_{position}.{suffix}")
         draw_sheet(folder / files[-1], query_image(path, position), rows, columns)
     return files
 

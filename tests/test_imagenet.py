@@ -176,11 +176,13 @@ def test_a_sheet_for_every_query(root, other_images):
     sources = [{"features": {"cls": torch.randn(dataset.num_patches, 8, generator=generator)}, "paths":
                 [image.path for image in dataset.images], "line": {"name": name, "weights": name}}
                for name in ("official", "random")]
-    options = {"top": 6, "columns": 3, "seed": 3, "other_images": other_images, "folder": root, "device": "cpu"}
+    options = {"top": 6, "columns": 3, "seed": 3, "other_images": other_images, "folder": root}
     assert write_sheets(sources, ["a.JPEG:7", "y.png:48"], 5, **options) == ["sheet_000_a_7.png", "sheet_001_y_48.png"]
     drawn = write_sheets(sources, [], 5, **options)
     assert len(set(drawn)) == 5 and drawn == write_sheets(sources, [], 5, **options)
     assert all(Image.open(root / name).width > 452 + 3 * 100 for name in drawn)
+    pdf, = write_sheets(sources, ["a.JPEG:7"], 5, **options, suffix="pdf")
+    assert (root / pdf).read_bytes().startswith(b"%PDF")
     if other_images:
         lonely = [sources[0] | {"paths": sources[0]["paths"][:1]}]
         with pytest.raises(UserError, match="two images"):
