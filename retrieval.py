@@ -383,7 +383,7 @@ def add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("picture sheets (--dataset imagenet: any folder of images)")
     group.add_argument("--pca", choices=("first", "none"), nargs="?", const="first",
                        help="principal components of patch tokens as colours; the foreground by the first component, "
-                            "or none. A row per model, of all runs with the same images in --output-dir")
+                            "or none. Each run adds a row to --output-dir's pca.png; other images begin anew")
     group.add_argument("--queries", type=run.positive_int, default=10, metavar="N",
                        help="query patches, drawn by the seed (default: %(default)s)")
     group.add_argument("--query", nargs="+", default=[], metavar="PATH:POSITION", help="these instead")

@@ -24,7 +24,7 @@ ERRORS = {
     "memory": (MemoryError(), 2, "error: memory ran out (): use a smaller --batch-size, fewer --workers\n"),
     "CUDA": (torch.OutOfMemoryError("CUDA out of memory."), 2,
              "error: memory ran out (CUDA out of memory.): use a smaller --batch-size, fewer --workers\n"),
-    "Ctrl-C": (KeyboardInterrupt(), 130, "stopped by Ctrl-C; --resume goes on from the last checkpoint\n")}
+    "Ctrl-C": (KeyboardInterrupt(), 130, "stopped by Ctrl-C; --resume goes on from a checkpoint, where there is one\n")}
 
 
 def raising(error):

@@ -34,7 +34,7 @@ def run_main(main: Callable[[], None]) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        leave("stopped by Ctrl-C; --resume goes on from the last checkpoint", 130)
+        leave("stopped by Ctrl-C; --resume goes on from a checkpoint, where there is one", 130)
     except Exception as error:
         text = " ".join(str(error).split())
         if isinstance(error, BrokenPipeError):
