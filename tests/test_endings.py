@@ -92,18 +92,17 @@ def script(tmp_path, body):
 
 
 def start(words, processes=0, options=(), **environment):
-    """(exit status, output, errors, seconds) of a script as a user starts it, or, with processes, torchrun."""
+    """(exit status, output, errors) of a script as a user starts it, or, with processes, torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes else []
-    started = time.monotonic()
     # A shell has the jobs that it starts in the background ignore Ctrl-C, and they hand that on.
     done = subprocess.run([sys.executable, *options, *map(str, [*torchrun, *words])], cwd=ROOT, capture_output=True,
                           encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=300,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - started
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_ctrl_c(tmp_path):
-    status, _, err, _ = start(script(tmp_path, "os.kill(os.getpid(), signal.SIGINT); time.sleep(50)"))
+    status, _, err = start(script(tmp_path, "os.kill(os.getpid(), signal.SIGINT); time.sleep(50)"))
     assert status == 130 and err == ERRORS["Ctrl-C"][2]
 
 
@@ -111,15 +110,15 @@ def test_ctrl_c(tmp_path):
     ("dist.barrier() if is_main() else OneLineParser().error('wrong')", "error: wrong (all options: script.py --help)"),
     ("dist.barrier() if is_main() else 1 / 0", "ZeroDivisionError: division by zero")])
 def test_torchrun_ends_all_and_names_the_error_of_one_in_its_report(tmp_path, body, said):
-    status, _, err, seconds = start(script(tmp_path, body), 2)
+    status, _, err = start(script(tmp_path, body), 2)
     before, _, report = err.partition("FAILED")
-    assert status == 1 and before.splitlines().count(said) == 1 and seconds < 60
+    assert status == 1 and before.splitlines().count(said) == 1
     assert said.removeprefix("error: ") in report, err
 
 
 def test_a_wrong_path_under_torchrun(tmp_path):
     words = ["retrieval.py", *DINO, "--dataset", "cub", "--data-path", tmp_path / "none", "--output-dir", tmp_path]
-    status, _, err, _ = start(words, 2)
+    status, _, err = start(words, 2)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 1 and len(lines) == 1 and f"{tmp_path}/none" in lines[0]
     assert f"{tmp_path}/none" in err.partition("FAILED")[2] and not (tmp_path / "results.jsonl").exists()
@@ -141,14 +140,14 @@ def classify_folder(tmp_path, *names):
 def test_names_that_the_terminal_cannot_show_end_no_run(tmp_path, environment):
     """Class names in Chinese, and bytes that are no text. The log says what the terminal does."""
     words = [*classify_folder(tmp_path, "猫", b"\xff".decode(errors="surrogateescape")), "--name", "猫"]
-    status, out, err, _ = start(words, **environment)
+    status, out, err = start(words, **environment)
     assert status == 0 and (tmp_path / "results.jsonl").exists() and list(tmp_path.glob("*_accuracy.png")), err
     said = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert "name=猫" in said and out in (said, said.encode("ascii", "backslashreplace").decode())
 
 
 def test_warnings_as_errors(tmp_path):
-    status, out, err, _ = start(classify_folder(tmp_path, "cats", "dogs"), options=["-W", "error"])
+    status, out, err = start(classify_folder(tmp_path, "cats", "dogs"), options=["-W", "error"])
     assert status == 0 and (tmp_path / "log.txt").read_text() == out and "classify.py run " in out, err
 
 

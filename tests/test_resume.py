@@ -71,11 +71,12 @@ def test_killed_at_random_and_resumed_to_the_same_bits(launch, data, tmp_path, s
     whole = tmp_path / "whole"
     seconds = seconds_of(main, [*words, "--output-dir", whole], whole / checkpoint)
     expected, moments = torch.load(whole / head, weights_only=True)["head"], []
-    for number in range(KILLS):
+    for number in range(20 * KILLS):
         out, moment = tmp_path / str(number), random.random() * seconds
         seconds_of(main, [*words, "--output-dir", out], out / checkpoint, moment)
         if (out / "results.jsonl").exists():
-            continue  # on a machine that became faster it ended before
+            seconds /= 2  # the machine became faster since, and the run ended before
+            continue
         said, _ = launch(main, [*words, "--output-dir", out, "--resume"])
         done = [int(line.split()[-1]) for line in said.splitlines() if line.startswith("resumed after")]
         moments += done
@@ -84,5 +85,7 @@ def test_killed_at_random_and_resumed_to_the_same_bits(launch, data, tmp_path, s
         assert len((out / "results.jsonl").read_text().splitlines()) == len(
             (whole / "results.jsonl").read_text().splitlines())
         assert not [path for path in out.iterdir() if path.suffix == ".pth" and "checkpoint" in path.name]
-    print(f"{script}: {seconds:.1f} s of training, killed and resumed after {moments}")
-    assert moments
+        if len(moments) == KILLS:
+            break
+    print(f"{script}: killed and resumed after {moments}")
+    assert len(moments) == KILLS
