@@ -300,7 +300,7 @@ def transfer(args: argparse.Namespace, device: torch.device, log: run.Log, write
     line, layers = results.start_line("transfer", args, encoder), choose_layers(args.layers, encoder.depth)
     title, prefix = results.run_title(line), f"{args.output_dir}/{results.run_slug(args.name)}_{args.dataset}"
     log(title)
-    metrics, predicted = transfer_run(encoder, pairs, layers, args.norm, args.match, args.batch_size, args.workers,
+    metrics, predicted = transfer_run(encoder, pairs, layers, args.norm, args.batch_size, args.workers,
                                       args.precision, log)
     write(line | metrics)
     if not is_main():
@@ -352,14 +352,12 @@ def parse_arguments() -> argparse.Namespace:
                        help="blocks, counted from 0; last, last4 or all (default: last)")
     group.add_argument("--norm", action=argparse.BooleanOptionalAction, default=True,
                        help="the encoder's final norm on the tokens (default: yes)")
-    group.add_argument("--match", choices=("cell", "soft-argmax"), default="cell",
-                       help="the prediction: centre of the most similar cell, or a mean around it (default: cell)")
     group.add_argument("--pictures", type=run.non_negative_int, default=0, metavar="N", help="draw N pairs on a sheet")
     group.add_argument("--plot-format", choices=("png", "pdf"), default="png", help="of sheets and plots")
     add_sheet_arguments(parser)
     args = parser.parse_args()
     # Options by the modes that read them.
-    pairs = ("split", "num_pairs", "layers", "norm", "match", "pictures")
+    pairs = ("split", "num_pairs", "layers", "norm", "pictures")
     sheets = ("queries", "query", "top", "other_images", "columns")
     ranking = ("exclude_query", "crop_scale", "keypoints")
     features = ("features", "save_features", "load_features", "authors_defects")

@@ -6,9 +6,8 @@ SPair-71k, Min et al. 2019). Images are squashed to a square, as in DIFT (arXiv:
 the original pixels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -21,21 +20,17 @@ from utils.storage import free_on_all
 from .encoder import Encoder
 
 ALPHAS = (0.05, 0.1, 0.15, 0.2)
-# Of the windowed soft-argmax: GeoAware-SC's values (arXiv:2311.17034).
-TEMPERATURE, WINDOW = 0.02, 15
 
 
-def transfer_keypoints(source: torch.Tensor, target: torch.Tensor, points: torch.Tensor,
-                       match: str = "cell") -> torch.Tensor:
-    """Where the keypoints of one image are in another, by cosine similarity of features.
+def transfer_keypoints(source: torch.Tensor, target: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Where the keypoints of one image are in another: at the centres of the cells that are most similar, by cosine.
 
     source [D, h, w] and target [D, H, W], arrays or tensors: features that cover the whole image. points [n, 2]:
-    (x, y) in the source, from 0 to 1; beyond the outermost centres of cells features are constant. match: "cell", the
-    centre of the most similar cell, or "soft-argmax", the mean of the centres around it, weighted by
-    softmax(similarity / temperature). Returns [n, 2], from 0 to 1 in the target.
+    (x, y) in the source, from 0 to 1; beyond the outermost centres of cells features are constant. Returns [n, 2], from
+    0 to 1 in the target.
     """
     source, target, points = map(torch.as_tensor, (source, target, points))
-    return locate(sample(source[None], points), target[None], match)[0].to(points.dtype)
+    return locate(sample(source[None], points), target[None])[0].to(points.dtype)
 
 
 def sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -46,25 +41,20 @@ def sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return F.normalize(found[:, :, 0], dim=1).mT
 
 
-def locate(queries: torch.Tensor, target: torch.Tensor, match: str) -> torch.Tensor:
-    """Unit vectors [L, n, D] in the features [L, D, h, w] of an image -> [L, n, 2], (x, y) from 0 to 1, float64. The
-    product is in float32 on a CPU, on CUDA in the features' type."""
-    (height, width), window = target.shape[2:], {"cell": 1, "soft-argmax": WINDOW}[match]
+def locate(queries: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Unit vectors [L, n, D] in the features [L, D, h, w] of an image -> [L, n, 2], (x, y) from 0 to 1, float64, NaN
+    where a similarity is. The product is in float32 on a CPU, on CUDA in the features' type."""
+    height, width = target.shape[2:]
     dtype = target.dtype if target.is_cuda else torch.float32
     similarity = queries.to(dtype) @ F.normalize(target.float(), dim=1).flatten(2).to(dtype)
-    best = similarity.argmax(-1)[..., None, None]
-    offsets = torch.arange(window, device=best.device) - window // 2
-    row, column = best // width + offsets[:, None], best % width + offsets
-    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    cells = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-    logits = similarity.gather(-1, cells.flatten(-2)).double() / TEMPERATURE
-    weights = logits.masked_fill(~inside.flatten(-2), -torch.inf).softmax(-1).view(cells.shape)
-    return torch.stack([(weights * ((place + 0.5) / size)).sum((-2, -1))
-                        for place, size in ((column, width), (row, height))], dim=-1)
+    highest, best = similarity.max(-1)
+    cells = torch.stack([best % width, best // width], dim=-1).double()
+    centres = (cells + 0.5) / cells.new_tensor([width, height])
+    return centres.masked_fill(highest.isnan()[..., None], torch.nan)
 
 
-def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tensor, points: torch.Tensor,
-                 match: str) -> torch.Tensor:
+def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tensor,
+                 points: torch.Tensor) -> torch.Tensor:
     """transfer_keypoints for many pairs and layers, each image once as a source and once as a target.
 
     tokens [L, n, D, h, w]: of n images. source, target [m]: their numbers, by point; points [m, 2]: from 0 to 1 in the
@@ -72,12 +62,12 @@ def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tenso
     """
     queries = torch.empty(len(tokens), len(points), tokens.shape[2], device=tokens.device)
     for image in source.unique().tolist():
-        here = (source == image).nonzero()[:, 0]
+        here = source == image
         queries[:, here] = sample(tokens[:, image], points[here])
     found = torch.empty(len(tokens), len(points), 2, dtype=torch.float64, device=tokens.device)
     for image in target.unique().tolist():
-        here = (target == image).nonzero()[:, 0]
-        found[:, here] = locate(queries[:, here], tokens[:, image], match)
+        here = target == image
+        found[:, here] = locate(queries[:, here], tokens[:, image])
     return found
 
 
@@ -89,24 +79,22 @@ def within(predicted: torch.Tensor, points: torch.Tensor, side: torch.Tensor,
     return distance[..., None] <= side[:, None] * torch.tensor(alphas, dtype=torch.float64, device=side.device)
 
 
-def chance(points: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """The share of the cells of grid (h, w) whose centre would be right, [n, A]: what a random cell expects. points
+def chance(points: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, cells: int) -> torch.Tensor:
+    """The share of the cells x cells cells whose centre would be right, [n, A]: what a random cell expects. points
     [n, 2] in images of sizes [n, 2], side [n], as in within."""
-    rows, columns = ((torch.arange(size, dtype=torch.float64, device=points.device) + 0.5) / size for size in grid)
-    centres = torch.cartesian_prod(columns, rows)[:, None]
+    middles = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+    centres = torch.cartesian_prod(middles, middles)[:, None]
     return torch.cat([within(centres * size, point, s).double().mean(0) for point, size, s in
                       zip(points.split(256), sizes.split(256), side.split(256), strict=True)])
 
 
-def pck(right: torch.Tensor, pair: torch.Tensor, groups: Mapping[str, Sequence[str]]) -> dict:
+def pck(right: torch.Tensor, pair: torch.Tensor, categories: Sequence[str]) -> dict:
     """PCK in percent, by alpha, from right [n, A], 1 where a point is right, and pair [n], the pair it belongs to.
 
-    groups: of every pair its "category", its level of other attributes, or neither. pck_image is the mean over pairs of
-    the pair's PCK, pck_point the mean over points, pck_category the mean over categories of their pck_image; by_NAME
-    has the first two for every level of each of groups.
+    categories: of every pair. pck_image is the mean over pairs of the pair's PCK, pck_point the mean over points,
+    pck_category the mean over categories of their pck_image; by_category has the first two of each.
     """
-    right, pair = torch.as_tensor(right).double(), torch.as_tensor(pair)
-    counts = pair.bincount().double()
+    right, counts = right.double(), pair.bincount().double()
     per_pair = right.new_zeros(len(counts), right.shape[1]).index_add_(0, pair, right)
 
     def named(values):
@@ -117,30 +105,26 @@ def pck(right: torch.Tensor, pair: torch.Tensor, groups: Mapping[str, Sequence[s
                 "pck_image": named((per_pair[chosen] / counts[chosen, None]).mean(0)),
                 "pck_point": named(per_pair[chosen].sum(0) / counts[chosen].sum())}
 
-    result = figures(counts >= 0)
-    for name, levels in groups.items():
-        levels = np.array(levels)
-        result[f"by_{name}"] = {str(level): figures(torch.from_numpy(levels == level)) for level in np.unique(levels)}
-    if "category" in groups:
-        categories = [list(row["pck_image"].values()) for row in result["by_category"].values()]
-        result["pck_category"] = named(torch.tensor(categories, dtype=torch.float64).mean(0) / 100)
-    return result
+    by_category = {name: figures(torch.tensor([category == name for category in categories]))
+                   for name in sorted({*categories})}
+    means = torch.tensor([[*found["pck_image"].values()] for found in by_category.values()], dtype=torch.float64)
+    return figures(counts > 0) | {"by_category": by_category, "pck_category": named(means.mean(0) / 100)}
 
 
 def pck_of_features(source_maps: Sequence, target_maps: Sequence, source_points: Sequence, target_points: Sequence,
-                    box_sides: Sequence[float], target_sizes: Sequence | None = None, alpha: float = 0.1,
-                    match: str = "cell") -> torch.Tensor:
+                    box_sides: Sequence[float], target_sizes: Sequence | None = None,
+                    alpha: float = 0.1) -> torch.Tensor:
     """PCK of one's own features, in percent, of every pair of images [P], float64; its mean is PCK per image.
 
     By pair: source_maps and target_maps [D, h, w], arrays or tensors; source_points and target_points [n, 2], (x, y)
     from 0 to 1 of the image's width and height; box_sides: max(w, h) of the target's box, in the unit of target_sizes,
-    the target's (width, height), without which images are squares of side 1. match: as in transfer_keypoints.
+    the target's (width, height), without which images are squares of side 1.
     """
     percent = []
     for pair, (source, target) in enumerate(zip(source_maps, target_maps, strict=True)):
         size = torch.as_tensor(target_sizes[pair] if target_sizes is not None else (1, 1)).double()
         start, end = (torch.as_tensor(points[pair]).double() for points in (source_points, target_points))
-        found = transfer_keypoints(source, target, start, match).cpu()
+        found = transfer_keypoints(source, target, start).cpu()
         side = torch.as_tensor(box_sides[pair]).double().expand(len(end))
         percent.append(100 * within(found * size, end.cpu() * size, side, (alpha,)).double().mean())
     return torch.stack(percent)
@@ -166,26 +150,24 @@ def encode(encoder: Encoder, pairs, numbers: Sequence[int], layers: Sequence[int
     return tokens
 
 
-def measure(pairs, predicted: torch.Tensor, layers: Sequence[int], grid: Sequence[int]) -> dict:
+def measure(pairs, predicted: torch.Tensor, layers: Sequence[int], cells: int) -> dict:
     """The metrics of predictions [L, n, 2] in pixels: pck's of the last layer; by_layer of several; chance, of a random
-    cell of grid (h, w); and same_place, of the source's own coordinates."""
+    one of cells x cells cells; and same_place, of the source's own coordinates."""
     source, target, side = pairs.source[pairs.pair], pairs.target[pairs.pair], pairs.box_side[pairs.pair]
-    levels = {"category": [pair.category for pair in pairs.pairs]}
-    for name in pairs.pairs[0].attributes:
-        levels[name] = [pair.attributes[name] for pair in pairs.pairs]
-    by_layer = {str(layer): pck(right, pairs.pair, levels) for layer, right in
+    categories = [pair.category for pair in pairs.pairs]
+    by_layer = {str(layer): pck(right, pairs.pair, categories) for layer, right in
                 zip(layers, within(predicted, pairs.target_points, side), strict=True)}
     metrics = dict(by_layer[str(layers[-1])])
     same_place = pairs.source_points / pairs.sizes[source] * pairs.sizes[target]
-    for name, right in (("chance", chance(pairs.target_points, pairs.sizes[target], side, grid)),
+    for name, right in (("chance", chance(pairs.target_points, pairs.sizes[target], side, cells)),
                         ("same_place", within(same_place, pairs.target_points, side))):
-        found = pck(right, pairs.pair, levels)
+        found = pck(right, pairs.pair, categories)
         metrics[name] = {key: value for key, value in found.items() if key.startswith("pck")}
     return metrics | ({"by_layer": by_layer} if len(layers) > 1 else {})
 
 
 @torch.inference_mode()
-def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, match: str, batch_size: int, workers: int,
+def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, batch_size: int, workers: int,
                  precision: str, log: Callable[[str], None]) -> tuple[dict, torch.Tensor]:
     """Transfers the keypoints of all pairs (a datasets.pairs.PairDataset) and measures PCK, all processes together.
 
@@ -196,35 +178,33 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, mat
     finite.
     """
     device, size, layers = encoder.mean.device, pairs.image_size, sorted(set(layers))
-    grid = (size // encoder.patch_size,) * 2
+    cells, batch_size = size // encoder.patch_size, max(1, batch_size * 224**2 // (size**2 * world_size()))
     source, target = pairs.source[pairs.pair], pairs.target[pairs.pair]
-    units, share = pairs.source_points / pairs.sizes[source], shard(len(pairs.pairs))
+    points, share = pairs.source_points / pairs.sizes[source], shard(len(pairs.pairs))
     mine = (pairs.pair >= share.start) & (pairs.pair < share.stop)
-    images = torch.cat([source[mine], target[mine]]).unique()
-    ends = [torch.searchsorted(images, end[mine]) for end in (source, target)]
+    images, ends = torch.stack([source[mine], target[mine]]).unique(return_inverse=True)
 
-    need = max(1, len(images) * grid[0] * grid[1] * encoder.embed_dim * DTYPES[precision].itemsize)
+    need = max(1, len(images) * cells**2 * encoder.embed_dim * DTYPES[precision].itemsize)
     per_pass = max(1, min(len(layers), free_on_all(device) // 2 // need))
     log(f"{len(pairs.pairs)} pairs of {len(pairs.images)} images, {len(pairs.pair)} points ({pairs.num_outside} out of "
         f"their image); {need * per_pass / 1e9:.2f} GB of tokens, {-(-len(layers) // per_pass)} pass(es)")
-    found = torch.empty(len(layers), len(ends[0]), 2, dtype=torch.float64, device=device)
-    for first in range(0, len(layers) if len(images) else 0, per_pass):
-        part = slice(first, first + per_pass)
-        tokens = encode(encoder, pairs, images.tolist(), layers[part], norm,
-                        max(1, batch_size * 224**2 // (size**2 * world_size())), workers, precision)
-        found[part] = match_points(tokens, *ends, units[mine], match)
+    found = []
+    for first in range(0, len(layers), per_pass):
+        tokens = encode(encoder, pairs, images.tolist(), layers[first:first + per_pass], norm, batch_size, workers,
+                        precision)
+        found.append(match_points(tokens, *ends, points[mine]))
         del tokens
-    predicted = gather_rows(found.transpose(0, 1)).transpose(0, 1).cpu()
+    predicted = gather_rows(torch.cat(found).transpose(0, 1)).transpose(0, 1).cpu()
     if not predicted.isfinite().all():
         raise UserError(f"tokens are not finite at {precision}; use --precision fp32, or check the weights")
 
     predicted = predicted * pairs.sizes[target]
-    metrics = measure(pairs, predicted, layers, grid)
+    metrics = measure(pairs, predicted, layers, cells)
     metrics["num_outside"] = pairs.num_outside
-    metrics["protocol"] = (f"images squashed to {size} x {size}, {grid[0]} x {grid[1]} cells, patch tokens "
+    metrics["protocol"] = (f"images squashed to {size} x {size}, {cells} x {cells} cells, patch tokens "
                            f"{'with' if norm else 'without'} final norm, bilinear source token, cosine similarity, "
-                           f"{'centre of the best cell' if match == 'cell' else 'windowed soft-argmax'}; "
-                           "distance <= alpha * max(w, h) of the target's box, in original pixels")
+                           "centre of the best cell; distance <= alpha * max(w, h) of the target's box, in original "
+                           "pixels")
     for layer, found in metrics.get("by_layer", {str(layers[-1]): metrics}).items():
         log(f"block {layer}: PCK@0.1 {found['pck_image']['0.1']:.2f} per image, {found['pck_point']['0.1']:.2f} per "
             f"point, {found['pck_category']['0.1']:.2f} the category mean")
