@@ -18,7 +18,7 @@ from utils import UserError
 
 from . import check_data_path
 from .cub import read_cub, read_table
-from .files import picture_size, read_lines, read_rgb
+from .files import picture_size, read_rgb
 from .patches import PatchDataset, PatchImage, count_outside
 from .synthetic import OBJECT_NAMES, draw_figure, draw_image, image_seeds
 
@@ -47,12 +47,12 @@ class PairDataset:
     antialiased). size: path -> (width, height), as annotations state it or of the header. load: path and that size, or
     a seed alone, -> PIL RGB image; read_rgb raises UserError for a picture of another size, when it is decoded.
 
-    Attributes: pairs, image_size, images (a PatchDataset of whole images), and as tensors: sizes float64 [I, 2] of the
+    Attributes: pairs, image_size, images (a PatchDataset of whole images) and, as tensors, sizes float64 [I, 2] of the
     images, (width, height); of the pairs, source and target (places in images), int64 [P], and box_side float64 [P],
     max(w, h) of the target's box; of all points, pair int64 [n], and source_points and target_points, float64 [n, 2].
-    num_outside: of these points, those outside of their images, which are kept, as published evaluations keep them.
-    Raises UserError as count_outside, without any pair, and for a pair whose keypoints are none or do not match, or
-    whose target's box has no size or reaches further out of its image than that is large.
+    num_outside: points outside of their images; they are kept, as in published evaluations. Raises UserError as
+    count_outside, without any pair, and for a pair without keypoints, whose keypoints do not match, or whose target's
+    box has no size or reaches further out of its image than that is large.
     """
 
     def __init__(self, pairs: Iterable[Pair], image_size: int, size: Callable = picture_size,
@@ -61,11 +61,9 @@ class PairDataset:
         self.pairs, self.image_size = sorted(pairs, key=lambda pair: pair.category), image_size
         if not self.pairs:
             raise UserError("there is no pair of images that share keypoints; check the data set and the split")
-        sizes = {}
+        paths = dict.fromkeys(path for pair in self.pairs for path in (pair.source, pair.target))
+        sizes = {path: size(path) for path in paths}
         for pair in self.pairs:
-            for path in (pair.source, pair.target):
-                if path not in sizes:
-                    sizes[path] = size(path)
             (width, height), (x1, y1, x2, y2) = sizes[pair.target], pair.box
             if not len(pair.source_points) == len(pair.target_points) > 0:
                 raise UserError(f"pair {pair.name}: {len(pair.source_points)} keypoints in the source, "
@@ -133,20 +131,15 @@ def draw_matches(points: Mapping, categories: Mapping, boxes: Mapping, count: in
 
 def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs: int | None = None,
                seed: int = 0) -> PairDataset:
-    """The pairs of a folder SPair-71k: those of Layout/large/{split}.txt, or without that file all of
-    PairAnnotation/{split}; 12,234 of test. Files may have "_" in their names for ":". Raises UserError."""
+    """The pairs of a folder SPair-71k, all of PairAnnotation/{split}, or num_pairs of them drawn by the seed; 12,234 of
+    test. Raises UserError."""
     root = Path(root)
-    annotations, layout = root / "PairAnnotation" / split, root / "Layout" / "large" / f"{split}.txt"
+    annotations = root / "PairAnnotation" / split
     if not annotations.is_dir():
         raise UserError(f"{annotations} does not exist; --data-path must be a folder SPair-71k/{{JPEGImages, "
                         "PairAnnotation/{trn,val,test}} and --split one of trn, val, test")
-    names = [name for line in read_lines(layout) for name in line.split()] if layout.is_file() else sorted(
-        path.stem for path in annotations.glob("[!.]*.json"))
     pairs, sizes = [], {}
-    for name in draw(names, num_pairs, seed):
-        path = annotations / f"{name}.json"
-        if not path.is_file():
-            path = annotations / f"{name.replace(':', '_')}.json"
+    for path in draw(sorted(annotations.glob("[!.]*.json")), num_pairs, seed):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             category = found["category"]
@@ -155,12 +148,11 @@ def load_spair(root: str | Path, image_size: int, split: str = "test", num_pairs
             x1, y1, x2, y2 = map(float, found["trg_bndbox"])
             stated = [(int(width), int(height)) for width, height, *_ in (found["src_imsize"], found["trg_imsize"])]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"pair {name}: {path} is not a pair's annotation ({type(error).__name__}: {error})") from None
+            raise UserError(f"{path} is not a pair's annotation ({type(error).__name__}: {error})") from None
         for image, size in zip(images, stated, strict=True):
             if sizes.setdefault(image, size) != size:
                 raise UserError(f"{path}: {image} has size {size}, in another pair {sizes[image]}; correct one")
-        pairs.append(Pair(name, category, *images, *points, (x1, y1, x2, y2)))
+        pairs.append(Pair(path.stem, category, *images, *points, (x1, y1, x2, y2)))
     return PairDataset(pairs, image_size, sizes.get)
 
 

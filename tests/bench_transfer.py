@@ -86,16 +86,15 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, encoder = ("bf16" if device.type == "cuda" else "fp32"), build_model(args.model, args.weights).to(device)
     every = load_synthetic_pairs(args.size, 10**9, num_images=120)
-    chosen = set(every.source[every.category == 0].unique()[:20].tolist())
-    among = [pair for pair, *ends in zip(every.pairs, every.source.tolist(), every.target.tolist(), strict=True)
-             if chosen.issuperset(ends)]
+    first = sorted({pair.source for pair in every.pairs if pair.category == every.pairs[0].category})[:20]
+    among = [pair for pair in every.pairs if pair.source in first and pair.target in first]
     load = every.images.load
-    pairs = PairDataset(draw(among, 200, 0), args.size, load, lambda number: load(number).size)
+    pairs = PairDataset(draw(among, 200, 0), args.size, lambda number: load(number).size, load)
     pixels = [item[0] for item in pairs.images]
     last = [encoder.depth - 1]
 
     def ours():
-        return transfer_run(encoder, pairs, last, True, "cell", 64, 0, precision, lambda line: None)[1]
+        return transfer_run(encoder, pairs, last, True, 64, 0, precision, lambda line: None)[1]
 
     plain_way(encoder, pairs, pixels, [0], precision, device)
     ours()
@@ -111,7 +110,7 @@ def main():
           f"{plain / own:.0f} times ours; {100 * near:.0f}% of the predictions within 1.5 cells of each other")
     tokens = torch.randn(1, 20, encoder.embed_dim, cells, cells, device=device)
     numbers = torch.arange(len(pairs.pair)) % 20
-    match, _ = timed(lambda: match_points(tokens, numbers, numbers, torch.rand(len(numbers), 2), "cell"), device)
+    match, _ = timed(lambda: match_points(tokens, numbers, numbers, torch.rand(len(numbers), 2)), device)
     print(f"of ours, matching takes {match:.3f} s; the floor is encoding {len(pairs.images)} images, the plain way "
           "encodes 400")
     spair_count(768, 12, 16, 768)

@@ -229,12 +229,11 @@ def test_ranking_and_heads_on_cuda(fake_cuda):
         HeadSGD(heads.parameters(), trust_coefficient=0.001).step(torch.empty(2, device=fake_cuda))
     assert knn_predict(tokens[:, 0], torch.empty(9, dtype=torch.int64, device=fake_cuda), tokens[:, 1], 5)[10].is_cuda
     points = torch.empty(3, 2, dtype=torch.float64, device=fake_cuda)
-    found = transfer_keypoints(torch.empty(48, 4, 4, device=fake_cuda), torch.empty(48, 6, 6, device=fake_cuda), points,
-                               "soft-argmax")
+    found = transfer_keypoints(torch.empty(48, 4, 4, device=fake_cuda), torch.empty(48, 6, 6, device=fake_cuda), points)
     assert found.is_cuda and found.shape == (3, 2)
     target = torch.empty(2, 48, 6, 6, dtype=torch.bfloat16, device=fake_cuda)
     with Calls("bmm") as products:
-        found = locate(torch.empty(2, 3, 48, device=fake_cuda), target, "cell")
+        found = locate(torch.empty(2, 3, 48, device=fake_cuda), target)
     assert products.dtypes == {torch.bfloat16} and found.shape == (2, 3, 2)
 
 

@@ -55,8 +55,8 @@ def test_two_stated_sizes_of_one_picture_are_refused_and_hidden_files_passed_ove
 def pairs_of(tmp_path, points, box=(0, 0, 60, 40)):
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     inside = [(1, 1)] * len(points)
-    return PairDataset([Pair("first", "x", *[str(tmp_path / "a.png")] * 2, inside, inside, (0, 0, 9, 9), {}),
-                        Pair("second", "x", *[str(tmp_path / "a.png")] * 2, inside, points, box, {})], 32)
+    return PairDataset([Pair("first", "x", *[str(tmp_path / "a.png")] * 2, inside, inside, (0, 0, 9, 9)),
+                        Pair("second", "x", *[str(tmp_path / "a.png")] * 2, inside, points, box)], 32)
 
 
 def test_more_than_one_point_in_a_hundred_outside_is_refused(tmp_path):
