@@ -8,6 +8,7 @@ the original pixels.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -62,11 +63,11 @@ def match_points(tokens: torch.Tensor, source: torch.Tensor, target: torch.Tenso
     """
     queries = torch.empty(len(tokens), len(points), tokens.shape[2], device=tokens.device)
     for image in source.unique().tolist():
-        here = source == image
+        here = (source == image).nonzero()[:, 0]
         queries[:, here] = sample(tokens[:, image], points[here])
     found = torch.empty(len(tokens), len(points), 2, dtype=torch.float64, device=tokens.device)
     for image in target.unique().tolist():
-        here = target == image
+        here = (target == image).nonzero()[:, 0]
         found[:, here] = locate(queries[:, here], tokens[:, image])
     return found
 
@@ -105,8 +106,8 @@ def pck(right: torch.Tensor, pair: torch.Tensor, categories: Sequence[str]) -> d
                 "pck_image": named((per_pair[chosen] / counts[chosen, None]).mean(0)),
                 "pck_point": named(per_pair[chosen].sum(0) / counts[chosen].sum())}
 
-    by_category = {name: figures(torch.tensor([category == name for category in categories]))
-                   for name in sorted({*categories})}
+    names, numbers = np.unique(categories, return_inverse=True)
+    by_category = {str(name): figures(torch.from_numpy(numbers == number)) for number, name in enumerate(names)}
     means = torch.tensor([[*found["pck_image"].values()] for found in by_category.values()], dtype=torch.float64)
     return figures(counts > 0) | {"by_category": by_category, "pck_category": named(means.mean(0) / 100)}
 
