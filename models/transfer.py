@@ -89,13 +89,15 @@ def chance(points: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, cells:
                       zip(points.split(256), sizes.split(256), side.split(256), strict=True)])
 
 
-def pck(right: torch.Tensor, pair: torch.Tensor, categories: Sequence[str]) -> dict:
-    """PCK in percent, by alpha, from right [n, A], 1 where a point is right, and pair [n], the pair it belongs to.
+def pck(right: torch.Tensor, pair: torch.Tensor, categories: Sequence[str] = ()) -> dict:
+    """PCK in percent, by alpha, from right [n, A], 1 where a point is right, and pair [n], the pair it belongs to;
+    tensors or arrays.
 
-    categories: of every pair. pck_image is the mean over pairs of the pair's PCK, pck_point the mean over points,
+    categories: of every pair, or none. pck_image is the mean over pairs of the pair's PCK, pck_point the mean over points,
     pck_category the mean over categories of their pck_image; by_category has the first two of each.
     """
-    right, counts = right.double(), pair.bincount().double()
+    right, pair = torch.as_tensor(right).double(), torch.as_tensor(pair)
+    counts = pair.bincount().double()
     per_pair = right.new_zeros(len(counts), right.shape[1]).index_add_(0, pair, right)
 
     def named(values):
@@ -106,6 +108,8 @@ def pck(right: torch.Tensor, pair: torch.Tensor, categories: Sequence[str]) -> d
                 "pck_image": named((per_pair[chosen] / counts[chosen, None]).mean(0)),
                 "pck_point": named(per_pair[chosen].sum(0) / counts[chosen].sum())}
 
+    if not categories:
+        return figures(counts > 0)
     names, numbers = np.unique(categories, return_inverse=True)
     by_category = {str(name): figures(torch.from_numpy(numbers == number)) for number, name in enumerate(names)}
     means = torch.tensor([[*found["pck_image"].values()] for found in by_category.values()], dtype=torch.float64)
