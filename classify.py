@@ -13,8 +13,9 @@ samples (--num-images), have one that does not depend on their size (models/prob
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -134,13 +135,6 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
         del batch  # gigabytes, while the next images are encoded
 
 
-def encode(args: argparse.Namespace, encoder: Encoder, dataset: PatchDataset, label: str, with_tokens: bool,
-           log: run.Log) -> Features:
-    """Of all patches of a data set, each image encoded once."""
-    return encode_features(encoder, dataset, label, with_tokens, args.precision, args.workers, args.cache,
-                           args.output_dir, log)
-
-
 def make_probes(args: argparse.Namespace, num_train: int, encoder: Encoder, num_classes: int,
                 log: run.Log) -> list[Probe]:
     """A Probe of each kind that is trained, with a head for every learning rate and seed."""
@@ -203,21 +197,21 @@ def train_probes(args: argparse.Namespace, probes: Sequence[Probe], encoder: Enc
             last_save = time.monotonic()
 
 
-def run_knn(args: argparse.Namespace, encoder: Encoder, train: PatchDataset, held_out: torch.Tensor,
-            features: Features, testing: Features, log: run.Log) -> dict:
+def run_knn(args: argparse.Namespace, features: Features, train_ids: torch.Tensor, held_ids: torch.Tensor,
+            testing: Features, num_classes: int, log: run.Log) -> dict:
     """Nearest neighbours: percentages on the test set for every k; the best k is chosen on the held-out patches, or on
-    the test set. features: of all patches of train, under the test set's transform."""
-    fit, held = (features.rows(side.nonzero().flatten()) for side in (~held_out, held_out))
+    the test set. features: of both, under the test set's transform."""
+    fit, held = features.rows(train_ids), features.rows(held_ids)
     bank, labels = (gather_rows(values[fit]) for values in (features.cls, features.labels))
 
     def percent(cls, truth, total):
-        predicted = knn_predict(bank, labels, cls, len(train.classes))
+        predicted = knn_predict(bank, labels, cls, num_classes)
         hits = torch.stack([(predicted[k] == truth).sum() for k in NEIGHBOURS])
         return dict(zip(NEIGHBOURS, (100 * all_reduce(hits).double() / total).tolist(), strict=True))
 
     by_k = scores = percent(testing.cls, testing.labels, len(testing.ids))
-    if held_out.any():
-        scores = percent(features.cls[held], features.labels[held], int(held_out.sum()))
+    if len(held_ids):
+        scores = percent(features.cls[held], features.labels[held], len(held_ids))
     best = max(NEIGHBOURS, key=scores.get)
     log("knn: " + ", ".join(f"{value:.2f}% (k = {k})" for k, value in by_k.items())
         + f"; best {by_k[best]:.2f}%, k chosen on {CHOSEN_BY[args.select]}")
@@ -226,10 +220,15 @@ def run_knn(args: argparse.Namespace, encoder: Encoder, train: PatchDataset, hel
 
 
 def report(args: argparse.Namespace, probe: Probe, line: dict, testing: Features, encoder: Encoder, prefix: Path,
-           log: run.Log) -> dict:
-    """Saves the chosen head as PREFIX_KIND_head.pth, draws its plot, and returns the whole results line."""
-    summary = probe.summary()
-    index, edge = summary.pop("index"), summary.pop("edge")
+           frequent: float, neighbours: float, log: run.Log) -> dict:
+    """Saves the chosen head as PREFIX_KIND_head.pth, draws its plot, and returns the whole results line.
+
+    Says and marks which head is no measurement of the encoder: one no better in training than always the most frequent
+    class, which is right on that many percent; one whose weights are the random ones that it began with, changed by
+    less than a tenth; and one under the nearest neighbours' percentage on the test set (0: not known) by ten points and
+    two standard errors of the difference.
+    """
+    summary, index, edge = probe.summary()
     content = {"kind": probe.kind, "num_heads": encoder.num_heads, "signature": encoder.signature,
                "head": {key: tensor[index:index + 1] for key, tensor in probe.best.items()}}
     heads = head_of(content).to(encoder.mean.device)
@@ -247,6 +246,14 @@ def report(args: argparse.Namespace, probe: Probe, line: dict, testing: Features
         f"rate {summary['lr']:g}; chosen on {CHOSEN_BY[args.select]}), last {summary['acc1']:.2f}%; head in {path}")
     if edge:
         log(f"{probe.kind}: the learning rate is the first or the last of its grid; --lr tries others")
+    best = line["best_acc1"]
+    error = math.sqrt((best * (100 - best) + neighbours * (100 - neighbours)) / line["num_test"])
+    if line["train_acc1"] <= frequent or line["weights_moved"] < 0.1 or neighbours - best > max(10, 2 * error):
+        line["undertrained"] = True
+        log(f"{probe.kind}: this head is no measurement ({line['train_acc1']:.1f}% of the training patches right, the "
+            f"most frequent class {frequent:.1f}%; weights moved by {line['weights_moved']:.2g} of the norm they had; "
+            f"test {best:.1f}%, nearest neighbours {neighbours:.1f}%): more --epochs, another --lr or a smaller "
+            "--batch-size")
     if args.save_plots and is_main():
         title, curves = f"{results.run_title(line)}, {probe.kind}: test accuracy by epoch", {}
         for k, rate in enumerate(probe.rates):
@@ -257,27 +264,8 @@ def report(args: argparse.Namespace, probe: Probe, line: dict, testing: Features
     return line
 
 
-def mark_undertrained(lines: Sequence[dict], labels: torch.Tensor, log: run.Log) -> None:
-    """Says and marks which heads are no measurement of the encoder: those no better in training than always the most
-    frequent of the training patches' labels; those whose weights are the random ones that they began with, changed by
-    less than a tenth; and those under the nearest neighbours on the test set, by ten points and two standard errors of
-    the difference."""
-    frequent = 100 * labels.bincount().max().item() / len(labels)
-    by_neighbours = max((line["best_acc1"] for line in lines if line["probe"] == "knn"), default=0)
-    for line in lines:
-        if line["probe"] == "knn":
-            continue
-        variance = sum(percent * (100 - percent) for percent in (line["best_acc1"], by_neighbours)) / line["num_test"]
-        behind = by_neighbours - line["best_acc1"] > max(10, 2 * math.sqrt(variance))
-        if line["train_acc1"] <= frequent or line["weights_moved"] < 0.1 or behind:
-            line["undertrained"] = True
-            log(f"{line['probe']}: this head is no measurement ({line['train_acc1']:.1f}% of the training patches "
-                f"right, the most frequent class {frequent:.1f}%; weights moved by {line['weights_moved']:.2g} of the "
-                f"norm they had; test {line['best_acc1']:.1f}%, nearest neighbours {by_neighbours:.1f}%): more "
-                "--epochs, another --lr or a smaller --batch-size")
-
-
-def evaluate(args: argparse.Namespace, encoder: Encoder, test: PatchDataset, line: dict, log: run.Log) -> dict:
+def evaluate(args: argparse.Namespace, encoder: Encoder, encode: Callable[..., Features], test: PatchDataset,
+             line: dict, log: run.Log) -> dict:
     """Tests a saved head and returns the whole results line. Raises UserError for a file that is none, and for a head
     of another encoder or other classes."""
     keys = ("kind", "num_heads", "head", "signature", "classes", "model", "dataset", "best_epoch", "num_train")
@@ -286,7 +274,7 @@ def evaluate(args: argparse.Namespace, encoder: Encoder, test: PatchDataset, lin
                        {"the encoder": encoder.signature, "the list of classes": line["classes"]}, "--evaluate",
                        f"use those that it was trained on, {content['model']} and {content['dataset']}")
     heads = head_of(content).to(encoder.mean.device)
-    testing = encode(args, encoder, test, "test set", heads.all_tokens, log)
+    testing = encode(test, "test set", heads.all_tokens)
     matrix = confusion_of_heads(heads, testing, [str(args.evaluate)], args.authors_defects)[0]
     percent = accuracy(matrix).item()
     log(f"{heads.kind} head {args.evaluate}: {percent:.2f}% of {len(testing.ids)} test patches")
@@ -294,17 +282,19 @@ def evaluate(args: argparse.Namespace, encoder: Encoder, test: PatchDataset, lin
                    "num_train": content["num_train"], **per_class(matrix)}
 
 
-def open_data(args: argparse.Namespace, log: run.Log) -> tuple[PatchDataset, PatchDataset, torch.Tensor, dict]:
-    """(training set, test set, which training patches are held out, what a results line says of them). Raises
-    UserError."""
+def open_data(args: argparse.Namespace,
+              log: run.Log) -> tuple[PatchDataset, PatchDataset, torch.Tensor, torch.Tensor, dict]:
+    """(training set, test set, ids of the training patches that are trained on, and of those held out, what a results
+    line says of them). Raises UserError."""
     train, test = data.open_classification(args.dataset, args.data_path, args.crop_scale, args.image_size,
                                            args.keypoints, (args.annotations, args.images, args.category), args.seed,
                                            args.num_images)
-    held_out = torch.zeros(train.num_patches, dtype=torch.bool)
+    train_ids, held_ids = torch.arange(train.num_patches), torch.empty(0, dtype=torch.int64)
     if args.select == "held-out":
         held_out = data.hold_out(train, args.seed)
-    about = {"select": args.select, "classes": train.classes, "num_train": int((~held_out).sum()),
-             "num_held_out": int(held_out.sum()), "num_test": test.num_patches,
+        train_ids, held_ids = train_ids[~held_out], train_ids[held_out]
+    about = {"select": args.select, "classes": train.classes, "num_train": len(train_ids),
+             "num_held_out": len(held_ids), "num_test": test.num_patches,
              "chance": 100 * test.labels.bincount().max().item() / test.num_patches,
              "num_outside": train.num_outside + test.num_outside,
              "num_test_in_training": shared_images(train, test, args.dataset in ("folder", "keypoints"))}
@@ -314,7 +304,7 @@ def open_data(args: argparse.Namespace, log: run.Log) -> tuple[PatchDataset, Pat
         log(f"{about['num_test_in_training']} of {len(test)} test images are training images too")
     log(f"{about['num_train']} training, {about['num_held_out']} held-out and {test.num_patches} test patches of "
         f"{len(train.classes)} classes; always the most frequent class: {about['chance']:.2f}%")
-    return train, test, held_out, about
+    return train, test, train_ids, held_ids, about
 
 
 def main() -> None:
@@ -326,14 +316,16 @@ def main() -> None:
     device, log = run.setup(args)
 
     # Data and encoder
-    train, test, held_out, about = open_data(args, log)
+    train, test, train_ids, held_ids, about = open_data(args, log)
     options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
     encoder = load_encoder(args, device, log, projector=False, **options)
     line = results.start_line("classify", args, encoder) | about
     settings = results.settings_of(args) | train.identity("training set") | test.identity("test set")
     line["made_with"] = results.digest(settings)
+    encode = partial(encode_features, encoder, precision=args.precision, workers=args.workers, tier=args.cache,
+                     folder=args.output_dir, log=log)
     if args.evaluate:
-        line = evaluate(args, encoder, test, line, log)
+        line = evaluate(args, encoder, encode, test, line, log)
         results.append_result(args.output_dir, line | {"seconds": time.monotonic() - started})
         return
     if args.resume and all(results.is_finished(args.output_dir, kind, line) for kind in args.probe):
@@ -343,31 +335,32 @@ def main() -> None:
     # Features
     probes = make_probes(args, about["num_train"], encoder, len(train.classes), log)
     with_tokens = any(probe.heads.all_tokens for probe in probes)
-    train_ids, held_ids = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
-    testing = choosing = encode(args, encoder, test, "test set", with_tokens, log)
+    testing = choosing = encode(test, "test set", with_tokens)
     training = None  # random crops are encoded in every epoch
     if probes and not args.augment:
-        training = encode(args, encoder, train, "training set", with_tokens, log)
-    if probes and len(held_ids):
-        choosing = training._replace(ids=held_ids) if training else encode(
-            args, encoder, data.images_with(train, held_out), "held-out images", with_tokens, log)
+        training = encode(train, "training set", with_tokens)
+    if probes and len(held_ids) and training:
+        choosing = training._replace(ids=held_ids)
+    elif probes and len(held_ids):
+        choosing = encode(data.images_with(train, held_ids), "held-out images", with_tokens)
     line["seconds_features"] = time.monotonic() - started
 
     # Training, and what came of it
-    prefix, lines = args.output_dir / f"{results.run_slug(args.name)}_{args.dataset}", []
-    checkpoint = Path(f"{prefix}_checkpoint.pth")
+    prefix = args.output_dir / f"{results.run_slug(args.name)}_{args.dataset}"
+    checkpoint, neighbours = Path(f"{prefix}_checkpoint.pth"), []
     if probes:
         train_probes(args, probes, encoder, train, train_ids, (training, choosing, testing),
                      (checkpoint, settings | {"the encoder": encoder.signature}), log)
         line["seconds_training"] = time.monotonic() - started - line["seconds_features"]
-        lines = [report(args, probe, line, testing, encoder, prefix, log) for probe in probes]
     if "knn" in args.probe:
         if training is None or args.dataset in data.CLASSIFICATION_PARTS:
             like_test = copy(train)
             like_test.transform = test.transform
-            training = encode(args, encoder, like_test, "training set under the test transform", False, log)
-        lines.append(line | run_knn(args, encoder, train, held_out, training, testing, log))
-    mark_undertrained(lines, train.labels[~held_out], log)
+            training = encode(like_test, "training set under the test transform", False)
+        neighbours = [line | run_knn(args, training, train_ids, held_ids, testing, len(train.classes), log)]
+    frequent = 100 * train.labels[train_ids].bincount().max().item() / len(train_ids)
+    best = neighbours[0]["best_acc1"] if neighbours else 0
+    lines = [report(args, probe, line, testing, encoder, prefix, frequent, best, log) for probe in probes] + neighbours
     results.append_result(args.output_dir, *(one | {"seconds": time.monotonic() - started} for one in lines))
     if is_main():
         checkpoint.unlink(missing_ok=True)

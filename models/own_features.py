@@ -27,4 +27,4 @@ def linear_accuracy(train: torch.Tensor, labels: torch.Tensor, test: torch.Tenso
     testing = Features(torch.arange(len(test)), 0, test_labels, test.float())
     probe.record(*(accuracy(confusion_of_heads(heads, part, probe.names))
                    for part in (features._replace(ids=held), testing)))
-    return probe.summary()["best_acc1"]
+    return probe.summary()[0]["best_acc1"]

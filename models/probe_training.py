@@ -14,7 +14,7 @@ from utils import UserError
 from utils.distributed import all_reduce, world_size
 
 from .features import Features
-from .probes import HeadSGD, cosine_learning_rate, initialise
+from .probes import HeadSGD, initialise
 
 
 class Recipe(NamedTuple):
@@ -28,6 +28,14 @@ class Recipe(NamedTuple):
     every_step: bool = False  # the schedule moves every step, and incomplete batches are dropped; else every epoch
     ours: bool = False  # for training sets of any size: see batch_and_epochs
     attention_factor: float = 1.0  # of the learning rate of what attention scores are made of
+
+    def learning_rate(self, rate: float, epoch: float, epochs: int) -> float:
+        """After so many epochs, or a fraction: linear from 0 over the warm-up, then half a cosine to the minimum."""
+        epoch, warmup = epoch if self.every_step else int(epoch), self.warmup * epochs
+        if epoch < warmup:
+            return rate * epoch / warmup
+        cosine = math.cos(math.pi * (epoch - warmup) / (epochs - warmup))
+        return self.minimum_lr + (rate - self.minimum_lr) * 0.5 * (1 + cosine)
 
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
@@ -86,7 +94,6 @@ class Probe:
     def step(self, tokens: torch.Tensor, rows: torch.Tensor | None, labels: torch.Tensor, epoch: float) -> None:
         """One update from a global batch, of which this process has a part, as Features.batches gives it. epoch: may be
         a fraction."""
-        recipe, epoch = self.recipe, epoch if self.recipe.every_step else int(epoch)
         logits = self.heads.classify(tokens, rows)
         count = all_reduce(torch.full((1,), len(labels), device=labels.device))
         # A sum over heads: each head's gradient is that of its own mean loss.
@@ -95,8 +102,7 @@ class Probe:
         if world_size() > 1:
             gradients = [parameter.grad for parameter in self.heads.parameters()]
             vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
-        rates = torch.tensor([cosine_learning_rate(rate, epoch, self.epochs, recipe.warmup * self.epochs,
-                                                   recipe.minimum_lr) for rate in self.rates])
+        rates = torch.tensor([self.recipe.learning_rate(rate, epoch, self.epochs) for rate in self.rates])
         # A copy that blocks would wait for the device in every step.
         self.optimizer.step(rates.to(labels.device, non_blocking=True))
         self.hits[:-1] += (logits.detach().argmax(-1) == labels).sum(1)
@@ -129,14 +135,15 @@ class Probe:
         self.best = {name: tensor.to(self.hits.device) for name, tensor in state["best"].items()}
         self.scores, self.test, self.trained = state["scores"], state["test"], state["trained"]
 
-    def summary(self) -> dict:
-        """Chooses the learning rate, and for every head the epoch, by the scores; percentages on the test set.
+    def summary(self) -> tuple[dict, int, bool]:
+        """Chooses the learning rate, and for every head the epoch, by the scores. Of rates that choose equally well our
+        recipe takes the middle one, since a held-out tenth of a small set tells few apart.
 
-        acc1 and best_acc1 are means over the seeds at that rate, best_epochs (from 1) those of its seeds, best_epoch
-        and index those of its best head, train_acc1 its accuracy in the last epoch of training, weights_moved how far
-        its class weights then are from their initial ones, over the norm of these. edge: the rate is the first or the
-        last of three or more. Of rates that choose equally well our recipe takes the middle one, since a held-out tenth
-        of a small set tells few apart.
+        Returns what a results line says, the number of the best head at that rate, and whether the rate is the first or
+        the last of three or more. In the line acc1 and best_acc1, on the test set, are means over the seeds at that
+        rate, best_epochs (from 1) those of its seeds; of the best head are best_epoch, train_acc1, its accuracy in the
+        last epoch of training, and weights_moved, how far its class weights then are from their initial ones, over the
+        norm of these.
         """
         # The only epoch that our recipe measures is the last one.
         first_epoch, heads = self.epochs - len(self.scores) + 1, []
@@ -154,15 +161,15 @@ class Probe:
         best = max(chosen, key=lambda head: head["best_score"])
         index = heads.index(best)
         moved = (self.heads.weight.detach() - self.initial_weight).flatten(1).norm(dim=1)
-        result = {"lr": best["lr"], "index": index, "best_epoch": best["best_epoch"],
+        result = {"lr": best["lr"], "best_epoch": best["best_epoch"],
                   "best_epochs": [head["best_epoch"] for head in chosen], "train_acc1": self.trained[-1][index],
                   "weights_moved": (moved / self.initial_weight.flatten(1).norm(dim=1))[index].item(),
-                  "edge": len(by_rate) > 2 and number in (0, len(by_rate) - 1), "heads": heads}
+                  "heads": heads}
         for name in ("acc1", "best_acc1"):
             result[name] = mean(head[name] for head in chosen)
             if num_seeds > 1:
                 result[f"{name}_std"] = stdev(head[name] for head in chosen)
-        return result
+        return result, index, len(by_rate) > 2 and number in (0, len(by_rate) - 1)
 
 
 def shuffled(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:

@@ -1,10 +1,9 @@
-"""Probing heads on frozen tokens, linear and attentive (CAE's, Chen et al. 2022); SGD, LARS, schedule, kNN.
+"""Probing heads on frozen tokens, linear and attentive (CAE's, Chen et al. 2022); SGD, LARS, kNN.
 
 A module holds K heads of one kind, trained on the same batches with their own learning rates and initial weights: every
 parameter has a leading dimension K. Sources: sections 4.1, 4.2 and A.4 of the paper and the code behind it.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -237,13 +236,6 @@ class HeadSGD:
             buffer.mul_(0.9).add_(gradient)
             parameter.sub_((factor * lr).view(shape) * buffer)
             parameter.grad = None
-
-
-def cosine_learning_rate(base: float, epoch: float, epochs: int, warmup: float = 0, minimum: float = 0.0) -> float:
-    """Linear warm-up from 0 over the first epochs, then half a cosine from base to minimum."""
-    if epoch < warmup:
-        return base * epoch / warmup
-    return minimum + (base - minimum) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
 def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, num_classes: int,

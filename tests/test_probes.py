@@ -202,8 +202,8 @@ def test_summary_chooses_rate_and_epoch_by_the_score_not_by_the_test_set():
     for epoch in range(3):
         probe.heads.bias.data += 1
         probe.record(torch.tensor(scores[epoch], dtype=torch.float64), torch.tensor(test[epoch], dtype=torch.float64))
-    result = probe.summary()
-    assert (result["lr"], result["index"], result["best_epoch"]) == (0.2, 3, 2)
+    result, index, _ = probe.summary()
+    assert (result["lr"], index, result["best_epoch"]) == (0.2, 3, 2)
     assert result["acc1"] == 37 and result["best_acc1"] == (30 + 41) / 2
     assert result["best_acc1_std"] == pytest.approx(np.std([30, 41], ddof=1))
     # The kept copies are those of each head's best epoch: 2, 2, 1, 2.

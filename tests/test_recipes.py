@@ -54,13 +54,13 @@ ALL = ["--probe", "linear", "attentive", "knn"]
 def test_ten_species_by_default_options(launch, monkeypatch, tmp_path):
     """Before there was this recipe: linear 5.0%, attentive 88.9%, nearest neighbours 98.3%. On the same features linear
     heads agree with logistic regression within a point, in the mean of five draws of the held-out tenth."""
-    encode, encoded = classify.encode, {}
+    encode, encoded = classify.encode_features, {}
 
-    def remember(args, encoder, dataset, label, *others):
-        encoded[label] = encode(args, encoder, dataset, label, *others)
+    def remember(encoder, dataset, label, *others, **options):
+        encoded[label] = encode(encoder, dataset, label, *others, **options)
         return encoded[label]
 
-    monkeypatch.setattr(classify, "encode", remember)
+    monkeypatch.setattr(classify, "encode_features", remember)
     found, out = run(launch, tmp_path, *TRAINED, "--dataset", "folder", "--data-path", species(tmp_path / "data"), *ALL)
     assert {line["recipe"] for line in found.values()} == {"ours"} and out.count("our recipe") == 2
     assert found["knn"]["best_acc1"] > 95
@@ -172,5 +172,5 @@ def test_steps_enough_whatever_the_size(count, given, batch, epochs):
 def test_of_rates_that_choose_equally_well_the_middle_one_is_taken(scores, lr, edge):
     probe = Probe(LinearHeads(5, 12, 3), RECIPES["ours"]["linear"], 4, [0.1, 0.2, 0.3, 0.4, 0.5], [0], 30)
     probe.record(torch.tensor(scores, dtype=torch.float64), torch.arange(5.0))
-    result = probe.summary()
-    assert (result["lr"], result["edge"], result["best_epoch"]) == (lr, edge, 30)
+    result, _, at_edge = probe.summary()
+    assert (result["lr"], at_edge, result["best_epoch"]) == (lr, edge, 30)
