@@ -336,9 +336,8 @@ def main() -> None:
     probes = make_probes(args, about["num_train"], encoder, len(train.classes), log)
     with_tokens = any(probe.heads.all_tokens for probe in probes)
     testing = choosing = encode(test, "test set", with_tokens)
-    training = None  # random crops are encoded in every epoch
-    if probes and not args.augment:
-        training = encode(train, "training set", with_tokens)
+    # Random crops are encoded in every epoch.
+    training = None if args.augment or not probes else encode(train, "training set", with_tokens)
     if probes and len(held_ids) and training:
         choosing = training._replace(ids=held_ids)
     elif probes and len(held_ids):

@@ -152,8 +152,7 @@ class Probe:
             heads.append({"lr": self.rates[k], "seed": self.seeds[k], "acc1": self.test[-1][k],
                           "best_acc1": self.test[epoch][k], "best_epoch": epoch + first_epoch,
                           "best_score": scores[epoch]})
-        num_seeds = len(set(self.seeds))
-        by_rate = [heads[first:first + num_seeds] for first in range(0, len(heads), num_seeds)]
+        by_rate = [[head for head in heads if head["lr"] == rate] for rate in dict.fromkeys(self.rates)]
         scores = [mean(head["best_score"] for head in of_rate) for of_rate in by_rate]
         equal = [number for number, score in enumerate(scores) if score == max(scores)]
         number = equal[len(equal) // 2 if self.recipe.ours else 0]
@@ -163,13 +162,12 @@ class Probe:
         moved = (self.heads.weight.detach() - self.initial_weight).flatten(1).norm(dim=1)
         result = {"lr": best["lr"], "best_epoch": best["best_epoch"],
                   "best_epochs": [head["best_epoch"] for head in chosen], "train_acc1": self.trained[-1][index],
-                  "weights_moved": (moved / self.initial_weight.flatten(1).norm(dim=1))[index].item(),
-                  "heads": heads}
+                  "weights_moved": (moved / self.initial_weight.flatten(1).norm(dim=1))[index].item()}
         for name in ("acc1", "best_acc1"):
             result[name] = mean(head[name] for head in chosen)
-            if num_seeds > 1:
+            if len(chosen) > 1:
                 result[f"{name}_std"] = stdev(head[name] for head in chosen)
-        return result, index, len(by_rate) > 2 and number in (0, len(by_rate) - 1)
+        return result | {"heads": heads}, index, len(by_rate) > 2 and number in (0, len(by_rate) - 1)
 
 
 def shuffled(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:

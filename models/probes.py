@@ -154,8 +154,8 @@ def initialise(heads: nn.Module, seeds: Sequence[int]) -> None:
     for k, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         for weight in (getattr(heads, name) for name in heads.projections):
-            weight.data[k] = nn.init.trunc_normal_(torch.empty(weight.shape[1:]), std=0.02, generator=generator)
-        heads.weight.data[k] = torch.empty(heads.weight.shape[1:]).normal_(std=0.01, generator=generator)
+            weight.data[k].copy_(nn.init.trunc_normal_(torch.empty(weight.shape[1:]), std=0.02, generator=generator))
+        heads.weight.data[k].copy_(torch.empty(heads.weight.shape[1:]).normal_(std=0.01, generator=generator))
 
 
 def normalise(tokens: torch.Tensor) -> torch.Tensor:
