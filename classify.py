@@ -13,8 +13,9 @@ samples (--num-images), have one that does not depend on their size (models/prob
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ from datasets.files import shared_images
 from datasets.patches import PatchDataset, RandomViews, random_crop_flip
 from models import METHODS, load_encoder
 from models.encoder import Encoder
-from models.features import ENCODE_BATCH, Batch, encode_features, encode_tokens
-from models.probe_training import RECIPES, Part, Probe, accuracy, batch_and_epochs, confusion_of_heads, shuffled
+from models.features import ENCODE_BATCH, Features, encode_features, encode_tokens
+from models.probe_training import RECIPES, Probe, accuracy, batch_and_epochs, confusion_of_heads, shuffled
 from models.probes import HEADS, NEIGHBOURS, build_heads, head_of, knn_predict
 from utils import results, run
 from utils.distributed import all_reduce, gather_rows, is_main, rank, world_size
@@ -92,11 +93,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-def most_frequent(labels: torch.Tensor) -> float:
-    """Percent correct by always the most frequent of the labels [n]."""
-    return 100 * labels.bincount().max().item() / len(labels)
-
-
 def per_class(matrix: torch.Tensor) -> dict:
     """The percentages by class and, up to 200 classes, the confusion matrix (row = label), for a results line."""
     by_class = 100 * matrix.diagonal().double() / matrix.sum(1).clamp(min=1)
@@ -105,71 +101,38 @@ def per_class(matrix: torch.Tensor) -> dict:
 
 def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews, order: torch.Tensor, epoch: int,
                    precision: str, workers: int) -> None:
-    """One epoch over images that are encoded as they come. order: ids (one per image) in the order of this epoch.
-
-    Each process encodes every world_size-th image of the order, so an equal share of every probe's batches, whose sizes
-    may differ. A batch is trained on as soon as all that lies before its end has been encoded.
-    """
+    """One epoch over images that are encoded as they come, once for all probes, whose batches may differ in size.
+    order: ids (one per image) in the order of this epoch. Each process encodes every world_size-th image of the order,
+    so an equal share of every batch."""
     views.epoch, device = epoch, encoder.mean.device
-    position = torch.empty(views.num_patches, dtype=torch.int64)
-    position[order] = torch.arange(len(order))
-    # The same on every process: (end of a batch, number of the probe, share of the epoch before it).
-    ends = []
+    # All steps of all probes: where in the order its batch ends, the probe, where it begins, the share of the epoch
+    # before it. The same on every process, so that all meet in the collectives.
+    steps = []
     for number, probe in enumerate(probes):
-        count = len(probe.steps(order))
-        ends += [(min((index + 1) * probe.batch_size, len(order)), number, index / count) for index in range(count)]
-    ends.sort()
-    waiting = [[] for _ in probes]
-    nothing = (torch.zeros(0, 1, encoder.embed_dim, device=device), views.labels[:0].to(device))
-
-    def train_up_to(reached):
-        while ends and ends[0][0] <= reached:
-            _, number, share = ends.pop(0)
-            tokens, labels = zip(*(waiting[number] or [nothing]), strict=True)
-            probes[number].step(Batch(torch.cat(tokens), None, torch.cat(labels)), epoch + share)
-            waiting[number].clear()
-
-    progress = run.Progress(len(order) // world_size(), f"epoch {epoch + 1}", "images")
-    batches = views.batches(order[rank()::world_size()].tolist(), ENCODE_BATCH[device.type], workers,
-                            pin_memory=device.type == "cuda")
-    for images, ids in batches:
-        cls, encoded = encode_tokens(encoder, images.to(device, non_blocking=True), precision)
-        positions, start = position[ids], 0
-        while start < len(ids):
-            train_up_to(int(positions[start]))
-            if not ends:
-                break
-            stop = start + int((positions[start:] < ends[0][0]).sum())
+        batches = probe.steps(order)
+        for index, ids in enumerate(batches):
+            begin = index * probe.batch_size
+            steps.append((begin + len(ids), number, begin, index / len(batches)))
+    steps.sort()
+    mine = order[:steps[-1][0]][rank()::world_size()]
+    labels = views.labels[mine].to(device)
+    batches = views.batches(mine.tolist(), ENCODE_BATCH[device.type], workers, pin_memory=device.type == "cuda")
+    progress = run.Progress(len(mine), f"epoch {epoch + 1}", "images")
+    waiting, encoded = [[] for _ in probes], 0  # by probe: tokens that it has not been trained on; how many of mine
+    for end, number, begin, share in steps:
+        start, stop = (len(range(rank(), count, world_size())) for count in (begin, end))  # of mine
+        while encoded < stop:
+            images, _ = next(batches)
+            cls, tokens = encode_tokens(encoder, images.to(device, non_blocking=True), precision)
             for probe, rows in zip(probes, waiting, strict=True):
-                tokens = encoded if probe.heads.all_tokens else cls[:, None]
-                # A copy that blocks would wait for the encoder.
-                labels = views.labels[ids[start:stop]].to(device, non_blocking=True)
-                rows.append((tokens[start:stop], labels))
-            start = stop
-        progress.update(len(ids))
-    train_up_to(len(order))
-
-
-def encode(args: argparse.Namespace, encoder: Encoder, dataset: PatchDataset, label: str, with_tokens: bool,
-           log: run.Log) -> Part:
-    """All patches of a data set, each image encoded once."""
-    features = encode_features(encoder, dataset, label, with_tokens, args.precision, args.workers, args.cache,
-                               args.output_dir, log)
-    return Part(features, torch.arange(dataset.num_patches))
-
-
-def encode_training(args: argparse.Namespace, encoder: Encoder, train: PatchDataset, held_out: torch.Tensor,
-                    with_tokens: bool, log: run.Log) -> tuple[Part, Part]:
-    """(training part, held-out part). held_out: bool [patches of train]. Random crops are encoded later, as they come;
-    held-out images never are random crops."""
-    train_ids, held_ids = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
-    if not args.augment:
-        features = encode(args, encoder, train, "training set", with_tokens, log).features
-        return Part(features, train_ids), Part(features, held_ids)
-    holding = Part(None, held_ids)
-    if len(held_ids):
-        holding = encode(args, encoder, data.images_with(train, held_out), "held-out images", with_tokens, log)
-    return Part(None, train_ids), holding
+                rows.append(tokens if probe.heads.all_tokens else cls[:, None])
+            encoded += len(images)
+            progress.update(len(images))
+        # Where no image is this process's, it takes part in the step with none.
+        batch = torch.cat(waiting[number] or [torch.zeros(0, 1, encoder.embed_dim, device=device)])
+        waiting[number] = [batch[stop - start:].clone()]
+        probes[number].step(batch[:stop - start], None, labels[start:stop], epoch + share)
+        del batch  # gigabytes, while the next images are encoded
 
 
 def make_probes(args: argparse.Namespace, num_train: int, encoder: Encoder, num_classes: int,
@@ -183,17 +146,21 @@ def make_probes(args: argparse.Namespace, num_train: int, encoder: Encoder, num_
         rates = args.lr or [rate if recipe.ours else rate * size / recipe.batch_size for rate in recipe.rates]
         log(f"{kind}, {'our recipe' if recipe.ours else 'the published recipe'}: batches of {size}, learning rates "
             f"{', '.join(f'{rate:g}' for rate in rates)}, {args.seeds} heads each, {args.epochs or epochs} epochs")
+        heads = build_heads(kind, len(rates) * args.seeds, encoder.embed_dim, num_classes, encoder.num_heads,
+                            recipe.batch_norm).to(encoder.mean.device)
         seeds = range(args.seed, args.seed + args.seeds)
-        probes.append(Probe(kind, recipe, size, rates, seeds, args.epochs or epochs, encoder, num_classes))
+        probes.append(Probe(heads, recipe, size, rates, seeds, args.epochs or epochs))
     return probes
 
 
 def train_probes(args: argparse.Namespace, probes: Sequence[Probe], encoder: Encoder, train: PatchDataset,
-                 parts: tuple[Part, Part, Part], checkpoint: tuple[Path, dict], log: run.Log) -> None:
+                 train_ids: torch.Tensor, parts: tuple[Features | None, Features, Features],
+                 checkpoint: tuple[Path, dict], log: run.Log) -> None:
     """Trains every probe and measures it: after each epoch, in our recipe after the last.
 
-    parts: the training part, the one that chooses, and the test set. checkpoint: its path, and the settings that a
-    resumed run must share; written after the first epoch that is a minute past the last one.
+    train_ids: of the patches of train that are trained on. parts: their features (None: encoded in every epoch), those
+    of what chooses, and of the test set. checkpoint: its path, and the settings that a resumed run must share; written
+    after the first epoch that is a minute past the last one.
     """
     (path, settings), (training, choosing, testing), first = checkpoint, parts, 0
     views = RandomViews(train, random_crop_flip(args.image_size), args.seed) if args.augment else None
@@ -204,23 +171,22 @@ def train_probes(args: argparse.Namespace, probes: Sequence[Probe], encoder: Enc
         log(f"resumed after epoch {first}")
     for probe in probes:
         if probe.recipe.ours and probe.recipe.batch_norm and not views:
-            probe.fix_norm(*training)
+            probe.heads.norm.fix(training.cls[training.rows(train_ids)])
     epochs, last_save = probes[0].epochs, time.monotonic()
     progress = run.Progress(epochs - first, "training", "epochs")
     for epoch in range(first, epochs):
-        order = shuffled(training.ids, args.seed, epoch)
+        order = shuffled(train_ids, args.seed, epoch)
         for probe in probes:
             probe.hits.zero_()
             if not views:
-                probe.train(training.features, order, epoch)
+                probe.train(training, order, epoch)
         if views:
             train_on_views(probes, encoder, views, order, epoch, args.precision, args.workers)
         for probe in probes:
             if probe.recipe.ours and epoch + 1 < epochs:
                 continue
-            percent = [accuracy(confusion_of_heads(probe.heads, part, len(train.classes), probe.names,
-                                                   args.authors_defects))
-                       for part in ([testing] if choosing is testing else [testing, choosing])]
+            percent = [accuracy(confusion_of_heads(probe.heads, features, probe.names, args.authors_defects))
+                       for features in ([testing] if choosing is testing else [testing, choosing])]
             probe.record(percent[-1], percent[0])
             if views or epoch % 10 == 9:
                 figures = zip(probe.test[-1], probe.names, strict=True)
@@ -231,28 +197,21 @@ def train_probes(args: argparse.Namespace, probes: Sequence[Probe], encoder: Enc
             last_save = time.monotonic()
 
 
-def run_knn(args: argparse.Namespace, encoder: Encoder, sets: tuple[PatchDataset, PatchDataset],
-            held_out: torch.Tensor, training: Part, testing: Part, log: run.Log) -> dict:
+def run_knn(args: argparse.Namespace, features: Features, train_ids: torch.Tensor, held_ids: torch.Tensor,
+            testing: Features, num_classes: int, log: run.Log) -> dict:
     """Nearest neighbours: percentages on the test set for every k; the best k is chosen on the held-out patches, or on
-    the test set. Both sides have the test set's transform: where trained probes had another, a second pass encodes the
-    training images. sets: training and test."""
-    train, test = sets
-    if training.features is None or args.dataset in data.CLASSIFICATION_PARTS:
-        like_test = copy(train)
-        like_test.transform = test.transform
-        training = encode(args, encoder, like_test, "training set under the test transform", False, log)
-    features, device = training.features, encoder.mean.device
-    fit, held = (features.rows(side.nonzero().flatten()).to(device) for side in (~held_out, held_out))
+    the test set. features: of both, under the test set's transform."""
+    fit, held = features.rows(train_ids), features.rows(held_ids)
     bank, labels = (gather_rows(values[fit]) for values in (features.cls, features.labels))
 
     def percent(cls, truth, total):
-        predicted = knn_predict(bank, labels, cls, len(train.classes))
+        predicted = knn_predict(bank, labels, cls, num_classes)
         hits = torch.stack([(predicted[k] == truth).sum() for k in NEIGHBOURS])
         return dict(zip(NEIGHBOURS, (100 * all_reduce(hits).double() / total).tolist(), strict=True))
 
-    by_k = scores = percent(testing.features.cls, testing.features.labels, len(testing.ids))
-    if held_out.any():
-        scores = percent(features.cls[held], features.labels[held], int(held_out.sum()))
+    by_k = scores = percent(testing.cls, testing.labels, len(testing.ids))
+    if len(held_ids):
+        scores = percent(features.cls[held], features.labels[held], len(held_ids))
     best = max(NEIGHBOURS, key=scores.get)
     log("knn: " + ", ".join(f"{value:.2f}% (k = {k})" for k, value in by_k.items())
         + f"; best {by_k[best]:.2f}%, k chosen on {CHOSEN_BY[args.select]}")
@@ -260,59 +219,53 @@ def run_knn(args: argparse.Namespace, encoder: Encoder, sets: tuple[PatchDataset
             "best_acc1": by_k[best], "best_epoch": 0, "best_k": best, "acc1_by_k": by_k}
 
 
-def report(args: argparse.Namespace, probe: Probe, line: dict, testing: Part, encoder: Encoder, prefix: Path,
-           log: run.Log) -> dict:
-    """Saves the chosen head as PREFIX_KIND_head.pth and returns the whole results line."""
-    summary, classes = probe.summary(), line["classes"]
-    index, edge = summary.pop("index"), summary.pop("edge")
-    heads = build_heads(probe.kind, 1, encoder.embed_dim, len(classes), encoder.num_heads, probe.recipe.batch_norm)
-    heads.load_state_dict({key: tensor[index:index + 1] for key, tensor in probe.best.items()})
-    matrix = confusion_of_heads(heads.to(encoder.mean.device), testing, len(classes), [probe.names[index]],
-                                args.authors_defects)[0]
+def report(args: argparse.Namespace, probe: Probe, line: dict, testing: Features, encoder: Encoder, prefix: Path,
+           frequent: float, neighbours: float, log: run.Log) -> dict:
+    """Saves the chosen head as PREFIX_KIND_head.pth, draws its plot, and returns the whole results line.
+
+    Says and marks which head is no measurement of the encoder: one no better in training than always the most frequent
+    class, which is right on that many percent; one whose weights are the random ones that it began with, changed by
+    less than a tenth; and one under the nearest neighbours' percentage on the test set (0: not known) by ten points and
+    two standard errors of the difference.
+    """
+    summary, index, edge = probe.summary()
+    content = {"kind": probe.kind, "num_heads": encoder.num_heads, "signature": encoder.signature,
+               "head": {key: tensor[index:index + 1] for key, tensor in probe.best.items()}}
+    heads = head_of(content).to(encoder.mean.device)
+    matrix = confusion_of_heads(heads, testing, [probe.names[index]], args.authors_defects)[0]
     line = line | {"probe": probe.kind, "feature": "all tokens" if heads.all_tokens else "cls", "epochs": probe.epochs,
                    "recipe": "ours" if probe.recipe.ours else "published", "batch_size": probe.batch_size,
                    **summary, **per_class(matrix)}
     path = Path(f"{prefix}_{probe.kind}_head.pth")
     info = ("classes", "model", "weights", "sha256", "dataset", "precision", "lr", "best_epoch", "num_train")
-    save(path, {"kind": probe.kind, "num_heads": encoder.num_heads, "head": heads.state_dict(),
-                "signature": encoder.signature, "accuracy": accuracy(matrix).item()} | {key: line[key] for key in info})
+    save(path, content | {"head": heads.state_dict(), "accuracy": accuracy(matrix).item()}
+         | {key: line[key] for key in info})
     spread = f" +- {summary['best_acc1_std']:.2f}" if "best_acc1_std" in summary else ""
     epochs = ", ".join(map(str, summary["best_epochs"]))
     log(f"{probe.kind}: best {summary['best_acc1']:.2f}%{spread} ({'epochs' if spread else 'epoch'} {epochs}, learning "
         f"rate {summary['lr']:g}; chosen on {CHOSEN_BY[args.select]}), last {summary['acc1']:.2f}%; head in {path}")
     if edge:
         log(f"{probe.kind}: the learning rate is the first or the last of its grid; --lr tries others")
+    best = line["best_acc1"]
+    error = math.sqrt((best * (100 - best) + neighbours * (100 - neighbours)) / line["num_test"])
+    if line["train_acc1"] <= frequent or line["weights_moved"] < 0.1 or neighbours - best > max(10, 2 * error):
+        line["undertrained"] = True
+        log(f"{probe.kind}: this head is no measurement ({line['train_acc1']:.1f}% of the training patches right, the "
+            f"most frequent class {frequent:.1f}%; weights moved by {line['weights_moved']:.2g} of the norm they had; "
+            f"test {best:.1f}%, nearest neighbours {neighbours:.1f}%): more --epochs, another --lr or a smaller "
+            "--batch-size")
+    if args.save_plots and is_main():
+        title, curves = f"{results.run_title(line)}, {probe.kind}: test accuracy by epoch", {}
+        for k, rate in enumerate(probe.rates):
+            curves.setdefault(f"lr {rate:g}", []).append([epoch[k] for epoch in probe.test])
+        chosen = [head for head in line["heads"] if head["lr"] == line["lr"]]
+        draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.{args.plot_format}"), title, curves, (
+            f"lr {line['lr']:g}", [head["best_epoch"] for head in chosen], [head["best_acc1"] for head in chosen]))
     return line
 
 
-def mark_undertrained(lines: Sequence[dict], frequent: float, log: run.Log) -> None:
-    """Says and marks which heads are no measurement of the encoder: those no better in training than always the most
-    frequent class, which is right on that many percent of the training patches; those whose weights are the random
-    ones that they began with, changed by less than a tenth; and those under the nearest neighbours on the test set, by
-    ten points and two standard errors of the difference."""
-    by_neighbours = max((line["best_acc1"] for line in lines if line["probe"] == "knn"), default=0)
-    for line in (line for line in lines if line["probe"] != "knn"):
-        variance = sum(percent * (100 - percent) for percent in (line["best_acc1"], by_neighbours)) / line["num_test"]
-        behind = by_neighbours - line["best_acc1"] > max(10, 2 * math.sqrt(variance))
-        if line["train_acc1"] <= frequent or line["weights_moved"] < 0.1 or behind:
-            line["undertrained"] = True
-            log(f"{line['probe']}: this head is no measurement ({line['train_acc1']:.1f}% of the training patches "
-                f"right, the most frequent class {frequent:.1f}%; weights moved by {line['weights_moved']:.2g} of the "
-                f"norm they had; test {line['best_acc1']:.1f}%, nearest neighbours {by_neighbours:.1f}%): more "
-                "--epochs, another --lr or a smaller --batch-size")
-
-
-def draw_plot(args: argparse.Namespace, probe: Probe, line: dict, prefix: Path) -> None:
-    """Test accuracy over epochs."""
-    title, curves = f"{results.run_title(line)}, {probe.kind}: test accuracy by epoch", {}
-    for k, rate in enumerate(probe.rates):
-        curves.setdefault(f"lr {rate:g}", []).append([epoch[k] for epoch in probe.test])
-    chosen = [head for head in line["heads"] if head["lr"] == line["lr"]]
-    draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.{args.plot_format}"), title, curves,
-                (f"lr {line['lr']:g}", [head["best_epoch"] for head in chosen], [head["best_acc1"] for head in chosen]))
-
-
-def evaluate(args: argparse.Namespace, encoder: Encoder, test: PatchDataset, line: dict, log: run.Log) -> dict:
+def evaluate(args: argparse.Namespace, encoder: Encoder, encode: Callable[..., Features], test: PatchDataset,
+             line: dict, log: run.Log) -> dict:
     """Tests a saved head and returns the whole results line. Raises UserError for a file that is none, and for a head
     of another encoder or other classes."""
     keys = ("kind", "num_heads", "head", "signature", "classes", "model", "dataset", "best_epoch", "num_train")
@@ -321,25 +274,28 @@ def evaluate(args: argparse.Namespace, encoder: Encoder, test: PatchDataset, lin
                        {"the encoder": encoder.signature, "the list of classes": line["classes"]}, "--evaluate",
                        f"use those that it was trained on, {content['model']} and {content['dataset']}")
     heads = head_of(content).to(encoder.mean.device)
-    testing = encode(args, encoder, test, "test set", heads.all_tokens, log)
-    matrix = confusion_of_heads(heads, testing, len(line["classes"]), [str(args.evaluate)], args.authors_defects)[0]
+    testing = encode(test, "test set", heads.all_tokens)
+    matrix = confusion_of_heads(heads, testing, [str(args.evaluate)], args.authors_defects)[0]
     percent = accuracy(matrix).item()
     log(f"{heads.kind} head {args.evaluate}: {percent:.2f}% of {len(testing.ids)} test patches")
     return line | {"probe": heads.kind, "acc1": percent, "best_acc1": percent, "best_epoch": content["best_epoch"],
                    "num_train": content["num_train"], **per_class(matrix)}
 
 
-def open_data(args: argparse.Namespace, log: run.Log) -> tuple[PatchDataset, PatchDataset, torch.Tensor, dict]:
-    """(training set, test set, which training patches are held out, what a results line says of them). Raises
-    UserError."""
+def open_data(args: argparse.Namespace,
+              log: run.Log) -> tuple[PatchDataset, PatchDataset, torch.Tensor, torch.Tensor, dict]:
+    """(training set, test set, ids of the training patches that are trained on, and of those held out, what a results
+    line says of them). Raises UserError."""
     train, test = data.open_classification(args.dataset, args.data_path, args.crop_scale, args.image_size,
                                            args.keypoints, (args.annotations, args.images, args.category), args.seed,
                                            args.num_images)
-    held_out = torch.zeros(train.num_patches, dtype=torch.bool)
+    train_ids, held_ids = torch.arange(train.num_patches), torch.empty(0, dtype=torch.int64)
     if args.select == "held-out":
         held_out = data.hold_out(train, args.seed)
-    about = {"select": args.select, "classes": train.classes, "num_train": int((~held_out).sum()),
-             "num_held_out": int(held_out.sum()), "num_test": test.num_patches, "chance": most_frequent(test.labels),
+        train_ids, held_ids = train_ids[~held_out], train_ids[held_out]
+    about = {"select": args.select, "classes": train.classes, "num_train": len(train_ids),
+             "num_held_out": len(held_ids), "num_test": test.num_patches,
+             "chance": 100 * test.labels.bincount().max().item() / test.num_patches,
              "num_outside": train.num_outside + test.num_outside,
              "num_test_in_training": shared_images(train, test, args.dataset in ("folder", "keypoints"))}
     for note in dict.fromkeys([*train.notes, *test.notes]):
@@ -348,7 +304,7 @@ def open_data(args: argparse.Namespace, log: run.Log) -> tuple[PatchDataset, Pat
         log(f"{about['num_test_in_training']} of {len(test)} test images are training images too")
     log(f"{about['num_train']} training, {about['num_held_out']} held-out and {test.num_patches} test patches of "
         f"{len(train.classes)} classes; always the most frequent class: {about['chance']:.2f}%")
-    return train, test, held_out, about
+    return train, test, train_ids, held_ids, about
 
 
 def main() -> None:
@@ -360,14 +316,16 @@ def main() -> None:
     device, log = run.setup(args)
 
     # Data and encoder
-    train, test, held_out, about = open_data(args, log)
+    train, test, train_ids, held_ids, about = open_data(args, log)
     options = {"shuffle_patches": True} if args.authors_defects and args.model == "mae" else {}
     encoder = load_encoder(args, device, log, projector=False, **options)
     line = results.start_line("classify", args, encoder) | about
     settings = results.settings_of(args) | train.identity("training set") | test.identity("test set")
     line["made_with"] = results.digest(settings)
+    encode = partial(encode_features, encoder, precision=args.precision, workers=args.workers, tier=args.cache,
+                     folder=args.output_dir, log=log)
     if args.evaluate:
-        line = evaluate(args, encoder, test, line, log)
+        line = evaluate(args, encoder, encode, test, line, log)
         results.append_result(args.output_dir, line | {"seconds": time.monotonic() - started})
         return
     if args.resume and all(results.is_finished(args.output_dir, kind, line) for kind in args.probe):
@@ -376,30 +334,35 @@ def main() -> None:
 
     # Features
     probes = make_probes(args, about["num_train"], encoder, len(train.classes), log)
-    with_tokens, training = any(probe.heads.all_tokens for probe in probes), Part(None, torch.empty(0))
-    testing = choosing = encode(args, encoder, test, "test set", with_tokens, log)
-    if probes:
-        training, holding = encode_training(args, encoder, train, held_out, with_tokens, log)
-        choosing = holding if held_out.any() else testing
+    with_tokens = any(probe.heads.all_tokens for probe in probes)
+    testing = choosing = encode(test, "test set", with_tokens)
+    # Random crops are encoded in every epoch.
+    training = None if args.augment or not probes else encode(train, "training set", with_tokens)
+    if probes and len(held_ids) and training:
+        choosing = training._replace(ids=held_ids)
+    elif probes and len(held_ids):
+        choosing = encode(data.images_with(train, held_ids), "held-out images", with_tokens)
     line["seconds_features"] = time.monotonic() - started
 
     # Training, and what came of it
-    prefix, lines = args.output_dir / f"{results.run_slug(args.name)}_{args.dataset}", []
-    checkpoint = Path(f"{prefix}_checkpoint.pth")
+    prefix = args.output_dir / f"{results.run_slug(args.name)}_{args.dataset}"
+    checkpoint, neighbours = Path(f"{prefix}_checkpoint.pth"), []
     if probes:
-        train_probes(args, probes, encoder, train, (training, choosing, testing),
+        train_probes(args, probes, encoder, train, train_ids, (training, choosing, testing),
                      (checkpoint, settings | {"the encoder": encoder.signature}), log)
         line["seconds_training"] = time.monotonic() - started - line["seconds_features"]
-        lines = [report(args, probe, line, testing, encoder, prefix, log) for probe in probes]
     if "knn" in args.probe:
-        lines.append(line | run_knn(args, encoder, (train, test), held_out, training, testing, log))
-    mark_undertrained(lines, most_frequent(train.labels[~held_out]), log)
+        if training is None or args.dataset in data.CLASSIFICATION_PARTS:
+            like_test = copy(train)
+            like_test.transform = test.transform
+            training = encode(like_test, "training set under the test transform", False)
+        neighbours = [line | run_knn(args, training, train_ids, held_ids, testing, len(train.classes), log)]
+    frequent = 100 * train.labels[train_ids].bincount().max().item() / len(train_ids)
+    best = neighbours[0]["best_acc1"] if neighbours else 0
+    lines = [report(args, probe, line, testing, encoder, prefix, frequent, best, log) for probe in probes] + neighbours
     results.append_result(args.output_dir, *(one | {"seconds": time.monotonic() - started} for one in lines))
     if is_main():
         checkpoint.unlink(missing_ok=True)
-        for probe, one in zip(probes, lines, strict=False):
-            if args.save_plots:
-                draw_plot(args, probe, one, prefix)
 
 
 if __name__ == "__main__":

@@ -98,5 +98,5 @@ def hold_out(dataset: PatchDataset, seed: int, one_in: int = 10) -> torch.Tensor
 
 
 def images_with(dataset: PatchDataset, chosen: torch.Tensor) -> PatchDataset:
-    """The images of the chosen patches (bool [num_patches]), as a data set of their own."""
+    """The images of the chosen patches (bool [num_patches], or ids), as a data set of their own."""
     return some_images(dataset, dataset.image_index[chosen].unique().tolist())

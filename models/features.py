@@ -23,22 +23,14 @@ from .probes import normalise
 ENCODE_BATCH = {"cuda": 256, "cpu": 16}
 
 
-class Batch(NamedTuple):
-    """This process's part of a global batch: tokens[rows] (all where rows is None) and their labels.
-
-    tokens: normalised [M, N, D], or class tokens as they are [M, 1, D], for heads that use no others.
-    """
-    tokens: torch.Tensor
-    rows: torch.Tensor | None
-    labels: torch.Tensor
-
-
 class Features(NamedTuple):
-    """The rows of this process: of the patches with ids first_id, first_id + 1, and so on.
+    """Features of the patches with these ids, of which this process holds first_id, first_id + 1, and so on.
 
-    labels int64 [n] and cls [n, D] lie on the device, tokens ([n, N, D] or None) where they have room.
+    labels int64 [n] and cls [n, D] lie on the device, tokens ([n, N, D] or None) where they have room. ids, the same on
+    every process, may leave out some of the n.
     """
 
+    ids: torch.Tensor
     first_id: int
     labels: torch.Tensor
     cls: torch.Tensor
@@ -49,29 +41,30 @@ class Features(NamedTuple):
         rows = ids - self.first_id
         return rows[(rows >= 0) & (rows < len(self.labels))].sort().values
 
-    def batches(self, steps: Sequence[torch.Tensor], with_tokens: bool) -> Iterator[Batch]:
-        """This process's part of each global batch of ids; with_tokens: all tokens, else the class token. Tokens that
+    def batches(self, steps: Sequence[torch.Tensor], with_tokens: bool) -> Iterator[tuple]:
+        """This process's part of each global batch of ids, as (tokens, rows, labels): it is tokens[rows], or all tokens
+        where rows is None. with_tokens: all normalised [n, N, D], else the class token as it is [n, 1, D]. Tokens that
         do not lie on the device are copied there by a thread, ahead of the steps."""
         device = self.labels.device
         tokens = self.tokens if with_tokens else self.cls[:, None]
-        if tokens.device == device:
-            for rows in map(self.rows, steps):
-                if len(rows) and len(rows) == rows[-1] - rows[0] + 1:
-                    # Neighbours, as in every test batch, need not be gathered.
-                    part = slice(int(rows[0]), int(rows[-1]) + 1)
-                    yield Batch(tokens[part], None, self.labels[part])
-                else:
-                    rows = rows.to(device, non_blocking=True)  # without this, it waits for the step before
-                    yield Batch(tokens, rows, self.labels[rows])
-            return
 
-        def staged():
+        def copied():
             for rows in map(self.rows, steps):
                 copy = torch.empty(len(rows), *tokens.shape[1:], dtype=tokens.dtype, pin_memory=device.type == "cuda")
                 torch.index_select(tokens, 0, rows, out=copy)
-                yield Batch(copy.to(device, non_blocking=True), None, self.labels[rows.to(device, non_blocking=True)])
+                yield copy.to(device, non_blocking=True), None, self.labels[rows.to(device, non_blocking=True)]
 
-        yield from prefetched(staged(), device)
+        if tokens.device != device:
+            yield from prefetched(copied(), device)
+            return
+        for rows in map(self.rows, steps):
+            if len(rows) and len(rows) == rows[-1] - rows[0] + 1:
+                # Neighbours, as in every test batch, need not be gathered.
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                yield tokens[part], None, self.labels[part]
+            else:
+                rows = rows.to(device, non_blocking=True)  # without this, it waits for the step before
+                yield tokens, rows, self.labels[rows]
 
 
 @torch.inference_mode()
@@ -112,4 +105,4 @@ def encode_features(encoder: Encoder, dataset, label: str, with_tokens: bool, pr
     if all_reduce(1 - finite):
         raise UserError(f"{label}: the encoder gave features that are not finite at --precision {precision}; "
                         "use bf16 or fp32")
-    return Features(start, dataset.labels[start:stop].to(device), *arrays)
+    return Features(torch.arange(dataset.num_patches), start, dataset.labels[start:stop].to(device), *arrays)

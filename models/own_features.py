@@ -1,11 +1,10 @@
 """Linear probing of features that come from elsewhere, by our recipe (models/probe_training.py)."""
 
-from types import SimpleNamespace
-
 import torch
 
 from .features import Features
-from .probe_training import RECIPES, Part, Probe, accuracy, batch_and_epochs, confusion_of_heads, shuffled
+from .probe_training import RECIPES, Probe, accuracy, batch_and_epochs, confusion_of_heads, shuffled
+from .probes import LinearHeads
 
 
 def linear_accuracy(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor,
@@ -18,15 +17,14 @@ def linear_accuracy(train: torch.Tensor, labels: torch.Tensor, test: torch.Tenso
     train, labels, test, test_labels = map(torch.as_tensor, (train, labels, test, test_labels))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held, fit = order.tensor_split([max(1, len(train) // 10)])
-    features, recipe = Features(0, labels, train.float()), RECIPES["ours"]["linear"]
-    classes = int(labels.max()) + 1
+    features, recipe = Features(fit, 0, labels, train.float()), RECIPES["ours"]["linear"]
     size, epochs = batch_and_epochs(recipe, len(fit))
-    shape = SimpleNamespace(embed_dim=train.shape[1], num_heads=1, mean=train)
-    probe = Probe("linear", recipe, size, recipe.rates, [seed], epochs, shape, classes)
-    probe.fix_norm(features, fit)
+    heads = LinearHeads(len(recipe.rates), train.shape[1], int(labels.max()) + 1, batch_norm=True).to(train.device)
+    heads.norm.fix(features.cls[features.rows(fit)])
+    probe = Probe(heads, recipe, size, recipe.rates, [seed], epochs)
     for epoch in range(epochs):
         probe.train(features, shuffled(fit, seed, epoch), epoch)
-    testing = Part(Features(0, test_labels, test.float()), torch.arange(len(test)))
-    probe.record(*(accuracy(confusion_of_heads(probe.heads, part, classes, probe.names))
-                   for part in (Part(features, held), testing)))
-    return probe.summary()["best_acc1"]
+    testing = Features(torch.arange(len(test)), 0, test_labels, test.float())
+    probe.record(*(accuracy(confusion_of_heads(heads, part, probe.names))
+                   for part in (features._replace(ids=held), testing)))
+    return probe.summary()[0]["best_acc1"]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -14,9 +13,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from utils import UserError
 from utils.distributed import all_reduce, world_size
 
-from .encoder import Encoder
-from .features import Batch, Features
-from .probes import HeadSGD, build_heads, cosine_learning_rate
+from .features import Features
+from .probes import HeadSGD, initialise
 
 
 class Recipe(NamedTuple):
@@ -30,6 +28,14 @@ class Recipe(NamedTuple):
     every_step: bool = False  # the schedule moves every step, and incomplete batches are dropped; else every epoch
     ours: bool = False  # for training sets of any size: see batch_and_epochs
     attention_factor: float = 1.0  # of the learning rate of what attention scores are made of
+
+    def learning_rate(self, rate: float, epoch: float, epochs: int) -> float:
+        """After so many epochs, or a fraction: linear from 0 over the warm-up, then half a cosine to the minimum."""
+        epoch, warmup = epoch if self.every_step else int(epoch), self.warmup * epochs
+        if epoch < warmup:
+            return rate * epoch / warmup
+        cosine = math.cos(math.pi * (epoch - warmup) / (epochs - warmup))
+        return self.minimum_lr + (rate - self.minimum_lr) * 0.5 * (1 + cosine)
 
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
@@ -58,45 +64,26 @@ def batch_and_epochs(recipe: Recipe, num_train: int, batch_size: int | None = No
     return size, max(1, min(max(EPOCHS, math.ceil(LEAST_STEPS / steps)), MOST_STEPS // steps))
 
 
-class Part(NamedTuple):
-    """Some patches of a data set: their ids, and the features that hold them (None: encoded as they come)."""
-    features: Features | None
-    ids: torch.Tensor
-
-
 class Probe:
-    """K heads of one kind in training, one for every pair of a learning rate and a seed, and what has been measured."""
+    """K heads of one kind in training, one for every pair of a learning rate and a seed, and what has been measured.
 
-    def __init__(self, kind: str, recipe: Recipe, batch_size: int, rates: Sequence[float], seeds: Sequence[int],
-                 epochs: int, encoder: Encoder, num_classes: int):
-        self.kind, self.recipe, self.batch_size, self.epochs = kind, recipe, batch_size, epochs
+    heads: so many, on the features' device; their weights are drawn here. epochs: that the schedule is made for.
+    """
+
+    def __init__(self, heads: nn.Module, recipe: Recipe, batch_size: int, rates: Sequence[float], seeds: Sequence[int],
+                 epochs: int):
+        self.heads, self.kind, self.recipe, self.batch_size, self.epochs = heads, heads.kind, recipe, batch_size, epochs
         self.rates, self.seeds = [rate for rate in rates for _ in seeds], [*seeds] * len(rates)
-        self.names = [f"lr {rate:g}, seed {seed}" for rate in rates for seed in seeds]
-        self.heads = build_heads(kind, len(self.rates), encoder.embed_dim, num_classes, encoder.num_heads,
-                                 recipe.batch_norm)
-        self.heads.initialise(self.seeds)
-        self.heads.to(encoder.mean.device)
-        attention = getattr(self.heads, "attention", ())
-        names, parameters = zip(*self.heads.named_parameters(), strict=True)
-        self.optimizer = HeadSGD(parameters, trust_coefficient=recipe.trust_coefficient, factors=[
-            recipe.attention_factor if name in attention else 1.0 for name in names])
-        self.best = {name: tensor.clone() for name, tensor in self.heads.state_dict().items()}
+        self.names = [f"lr {rate:g}, seed {seed}" for rate, seed in zip(self.rates, self.seeds, strict=True)]
+        initialise(heads, self.seeds)
+        self.initial_weight = heads.weight.detach().clone()
+        self.optimizer = HeadSGD(heads.parameters(), recipe.trust_coefficient, [
+            recipe.attention_factor if name in heads.attention else 1.0 for name, _ in heads.named_parameters()])
+        self.best = {name: tensor.clone() for name, tensor in heads.state_dict().items()}
         # By epoch that was measured: percent of every head on what chooses, on the test set, and in training.
         self.scores, self.test, self.trained = [], [], []
         # Training patches of this epoch that every head had right; the last number: of how many.
-        self.hits = torch.zeros(len(self.rates) + 1, device=encoder.mean.device)
-
-    def fix_norm(self, features: Features, ids: torch.Tensor) -> None:
-        """Gives the normalisation of linear heads the statistics of the training set, of which small batches know
-        little. ids: of its patches."""
-        x = features.cls[features.rows(ids).to(features.cls.device)].double()
-        count = all_reduce(torch.tensor(len(x), dtype=torch.float64, device=x.device))
-        average = all_reduce(x.sum(0)) / count
-        variance = all_reduce((x - average).square().sum(0)) / count
-        norm = self.heads.norm
-        norm.running_mean.copy_(average.expand_as(norm.running_mean))
-        norm.running_var.copy_(variance.expand_as(norm.running_var))
-        norm.fixed = True
+        self.hits = torch.zeros(len(self.rates) + 1, device=heads.weight.device)
 
     def steps(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """The global batches of an epoch, one at least."""
@@ -104,10 +91,9 @@ class Probe:
         drop = self.recipe.every_step and len(steps) > 1 and len(steps[-1]) < self.batch_size
         return steps[:-1] if drop else steps
 
-    def step(self, batch: Batch, epoch: float) -> None:
-        """One update from a global batch, of which batch is this process's part. epoch: may be a fraction."""
-        tokens, rows, labels = batch
-        recipe, epoch = self.recipe, epoch if self.recipe.every_step else int(epoch)
+    def step(self, tokens: torch.Tensor, rows: torch.Tensor | None, labels: torch.Tensor, epoch: float) -> None:
+        """One update from a global batch, of which this process has a part, as Features.batches gives it. epoch: may be
+        a fraction."""
         logits = self.heads.classify(tokens, rows)
         count = all_reduce(torch.full((1,), len(labels), device=labels.device))
         # A sum over heads: each head's gradient is that of its own mean loss.
@@ -116,8 +102,7 @@ class Probe:
         if world_size() > 1:
             gradients = [parameter.grad for parameter in self.heads.parameters()]
             vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
-        rates = torch.tensor([cosine_learning_rate(rate, epoch, self.epochs, recipe.warmup * self.epochs,
-                                                   recipe.minimum_lr) for rate in self.rates])
+        rates = torch.tensor([self.recipe.learning_rate(rate, epoch, self.epochs) for rate in self.rates])
         # A copy that blocks would wait for the device in every step.
         self.optimizer.step(rates.to(labels.device, non_blocking=True))
         self.hits[:-1] += (logits.detach().argmax(-1) == labels).sum(1)
@@ -127,14 +112,14 @@ class Probe:
         """An epoch over features. order: ids of the patches, as shuffled gives them."""
         steps = self.steps(order)
         for index, batch in enumerate(features.batches(steps, self.heads.all_tokens)):
-            self.step(batch, epoch + index / len(steps))
+            self.step(*batch, epoch + index / len(steps))
 
     def record(self, score: torch.Tensor, test: torch.Tensor) -> None:
         """Notes an epoch's percentages, [K] each, and keeps a copy of the heads whose score is their best so far."""
         before = torch.tensor(self.scores or [[-1.0] * len(score)], dtype=score.dtype).amax(0)
-        better = score > before
+        better = (score > before).to(self.hits.device)
         for name, tensor in self.heads.state_dict().items():
-            self.best[name][better.to(tensor.device)] = tensor[better.to(tensor.device)]
+            self.best[name][better] = tensor[better]
         self.scores.append(score.tolist())
         self.test.append(test.tolist())
         hits = all_reduce(self.hits)
@@ -146,49 +131,43 @@ class Probe:
 
     def load_state(self, state: dict) -> None:
         self.heads.load_state_dict(state["heads"])
-        for name in self.best:
-            self.best[name].copy_(state["best"][name])
-        for buffer, saved in zip(self.optimizer.buffers, state["momentum"], strict=True):
-            buffer.copy_(saved)
+        self.optimizer.buffers = [tensor.to(self.hits.device) for tensor in state["momentum"]]
+        self.best = {name: tensor.to(self.hits.device) for name, tensor in state["best"].items()}
         self.scores, self.test, self.trained = state["scores"], state["test"], state["trained"]
 
-    def summary(self) -> dict:
-        """Chooses the learning rate, and for every head the epoch, by the scores; percentages on the test set.
+    def summary(self) -> tuple[dict, int, bool]:
+        """Chooses the learning rate, and for every head the epoch, by the scores. Of rates that choose equally well our
+        recipe takes the middle one, since a held-out tenth of a small set tells few apart.
 
-        acc1 and best_acc1 are means over the seeds at that rate, best_epochs (from 1) those of its seeds, best_epoch
-        and index those of its best head, train_acc1 its accuracy in the last epoch of training, weights_moved how far
-        its class weights then are from their initial ones, over the norm of these. Of rates that choose equally well
-        our recipe takes the middle one, since a held-out tenth of a small set tells few apart.
+        Returns what a results line says, the number of the best head at that rate, and whether the rate is the first or
+        the last of three or more. In the line acc1 and best_acc1, on the test set, are means over the seeds at that
+        rate, best_epochs (from 1) those of its seeds; of the best head are best_epoch, train_acc1, its accuracy in the
+        last epoch of training, and weights_moved, how far its class weights then are from their initial ones, over the
+        norm of these.
         """
-        scores, test = (torch.tensor(rows, dtype=torch.float64) for rows in (self.scores, self.test))
-        best, num_seeds = scores.max(0), len(set(self.seeds))
         # The only epoch that our recipe measures is the last one.
-        first_epoch = self.epochs - len(scores) + 1
-        heads = [{"lr": self.rates[k], "seed": self.seeds[k], "acc1": test[-1, k].item(),
-                  "best_acc1": test[epoch, k].item(), "best_epoch": epoch + first_epoch,
-                  "best_score": best.values[k].item()} for k, epoch in enumerate(best.indices.tolist())]
-        by_rate = best.values.view(-1, num_seeds).mean(1)
-        equal = (by_rate == by_rate.max()).nonzero().flatten().tolist()
-        first = equal[len(equal) // 2 if self.recipe.ours else 0] * num_seeds
-        index = first + int(best.values[first:first + num_seeds].argmax())
-        chosen = heads[first:first + num_seeds]
-        result = {"lr": self.rates[first], "index": index, "best_epoch": heads[index]["best_epoch"],
+        first_epoch, heads = self.epochs - len(self.scores) + 1, []
+        for k, scores in enumerate(zip(*self.scores, strict=True)):
+            epoch = scores.index(max(scores))
+            heads.append({"lr": self.rates[k], "seed": self.seeds[k], "acc1": self.test[-1][k],
+                          "best_acc1": self.test[epoch][k], "best_epoch": epoch + first_epoch,
+                          "best_score": scores[epoch]})
+        by_rate = [[head for head in heads if head["lr"] == rate] for rate in dict.fromkeys(self.rates)]
+        scores = [mean(head["best_score"] for head in of_rate) for of_rate in by_rate]
+        equal = [number for number, score in enumerate(scores) if score == max(scores)]
+        number = equal[len(equal) // 2 if self.recipe.ours else 0]
+        chosen = by_rate[number]
+        best = max(chosen, key=lambda head: head["best_score"])
+        index = heads.index(best)
+        moved = (self.heads.weight.detach() - self.initial_weight).flatten(1).norm(dim=1)
+        result = {"lr": best["lr"], "best_epoch": best["best_epoch"],
                   "best_epochs": [head["best_epoch"] for head in chosen], "train_acc1": self.trained[-1][index],
-                  "weights_moved": self.weights_moved()[index].item(),
-                  "edge": len(by_rate) > 2 and first // num_seeds in (0, len(by_rate) - 1)}
+                  "weights_moved": (moved / self.initial_weight.flatten(1).norm(dim=1))[index].item()}
         for name in ("acc1", "best_acc1"):
-            of_seeds = [head[name] for head in chosen]
-            result[name] = mean(of_seeds)
-            if num_seeds > 1:
-                result[f"{name}_std"] = stdev(of_seeds)
-        return result | {"heads": heads}
-
-    def weights_moved(self) -> torch.Tensor:
-        """[K]: the distance of the class weights after the last epoch from the initial ones, over the norm of these."""
-        heads = deepcopy(self.heads).cpu()
-        heads.initialise(self.seeds)
-        before, after = (weight.detach().flatten(1).cpu() for weight in (heads.weight, self.heads.weight))
-        return (after - before).norm(dim=1) / before.norm(dim=1)
+            result[name] = mean(head[name] for head in chosen)
+            if len(chosen) > 1:
+                result[f"{name}_std"] = stdev(head[name] for head in chosen)
+        return result | {"heads": heads}, index, len(by_rate) > 2 and number in (0, len(by_rate) - 1)
 
 
 def shuffled(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
@@ -197,7 +176,7 @@ def shuffled(ids: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def confusion_of_heads(heads: nn.Module, part: Part, num_classes: int, names: Sequence[str],
+def confusion_of_heads(heads: nn.Module, features: Features, names: Sequence[str],
                        authors_defects: bool = False) -> torch.Tensor:
     """int64 [K, classes, classes] of these patches, over all processes: row = label, column = prediction.
 
@@ -205,17 +184,18 @@ def confusion_of_heads(heads: nn.Module, part: Part, num_classes: int, names: Se
     move the running ones. Raises UserError, on all processes, for logits that are not finite.
     """
     heads.train(authors_defects)
-    matrix, finite = None, True
-    batches = part.features.batches(part.ids.split(256 if authors_defects else 1024), heads.all_tokens)
-    for tokens, rows, labels in batches:
+    count, num_classes = heads.bias.shape
+    matrix = features.labels.new_zeros(count, num_classes * num_classes)
+    wrong = features.labels.new_zeros(count)
+    for tokens, rows, labels in features.batches(features.ids.split(256 if authors_defects else 1024),
+                                                 heads.all_tokens):
         logits = heads.classify(tokens, rows)
-        predicted, finite = logits.argmax(-1), logits.isfinite().flatten(1).all(1) & finite
-        if matrix is None:
-            matrix = labels.new_zeros(len(predicted), num_classes * num_classes)
+        predicted = logits.argmax(-1)
         matrix.scatter_add_(1, labels * num_classes + predicted, torch.ones_like(predicted))
+        wrong += (~logits.isfinite()).flatten(1).sum(1)
     heads.train()
-    if wrong := all_reduce((~finite).int()).nonzero().flatten().tolist():
-        raise UserError(f"{heads.kind} head ({', '.join(names[head] for head in wrong)}): its logits are not finite; "
+    if found := all_reduce(wrong).nonzero().flatten().tolist():
+        raise UserError(f"{heads.kind} head ({', '.join(names[head] for head in found)}): its logits are not finite; "
                         "lower --lr, or name another head")
     return all_reduce(matrix.view(-1, num_classes, num_classes)).cpu()
 

@@ -1,10 +1,9 @@
-"""Probing heads on frozen tokens, linear and attentive (CAE's, Chen et al. 2022); SGD, LARS, schedule, kNN.
+"""Probing heads on frozen tokens, linear and attentive (CAE's, Chen et al. 2022); SGD, LARS, kNN.
 
 A module holds K heads of one kind, trained on the same batches with their own learning rates and initial weights: every
 parameter has a leading dimension K. Sources: sections 4.1, 4.2 and A.4 of the paper and the code behind it.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from utils import UserError
 from utils.distributed import all_reduce
 
 LAYER_NORM_EPS = 1e-6
+HEADS = ("linear", "attentive")
 # k of the nearest neighbours.
 NEIGHBOURS = (10, 20, 100, 200)
 
@@ -35,27 +35,34 @@ class SumOverProcesses(torch.autograd.Function):
 class BatchNorm(nn.Module):
     """nn.BatchNorm1d without affine parameters, of K heads, with the statistics of all processes' rows.
 
-    [K, B, D] -> [K, B, D]; an input [1, B, D] is shared by all heads. fixed: running_mean and running_var are given
-    once, and no batch moves them.
+    [K, B, D] -> [K, B, D]; an input [1, B, D] is shared by all heads.
     """
 
-    def __init__(self, count: int, width: int, eps: float, momentum: float = 0.1):
+    def __init__(self, count: int, width: int, eps: float):
         super().__init__()
-        self.eps, self.momentum, self.fixed = eps, momentum, False
+        self.eps, self.fixed = eps, False
         self.register_buffer("running_mean", torch.zeros(count, width))
         self.register_buffer("running_var", torch.ones(count, width))
+
+    def fix(self, x: torch.Tensor) -> None:
+        """Takes the mean and variance of all processes' rows x [B, D] for good: no batch moves them afterwards."""
+        x = x.double()
+        count = all_reduce(x.new_tensor(len(x)))
+        mean = all_reduce(x.sum(0)) / count
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(all_reduce((x - mean).square().sum(0)) / count)
+        self.fixed = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.fixed or not self.training:
             return (x - self.running_mean[:, None]) * (self.running_var[:, None] + self.eps).rsqrt()
-        count = SumOverProcesses.apply(torch.full((), x.shape[1], dtype=x.dtype, device=x.device))
+        count = all_reduce(torch.full((), x.shape[1], dtype=x.dtype, device=x.device))
         mean = SumOverProcesses.apply(x.sum(1)) / count
         x = x - mean[:, None]
         variance = SumOverProcesses.apply(x.square().sum(1)) / count
         with torch.no_grad():
-            self.running_mean.lerp_(mean.expand_as(self.running_mean), self.momentum)
-            unbiased = variance * (count / (count - 1).clamp(min=1))
-            self.running_var.lerp_(unbiased.expand_as(self.running_var), self.momentum)
+            self.running_mean.lerp_(mean, 0.1)
+            self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), 0.1)
         return x * (variance[:, None] + self.eps).rsqrt()
 
 
@@ -65,7 +72,7 @@ class LinearHeads(nn.Module):
     batch_norm: after a batch normalisation of it (ImageNet, eps 1e-6).
     """
 
-    kind, all_tokens = "linear", False
+    kind, all_tokens, projections, attention = "linear", False, (), ()
 
     def __init__(self, count: int, width: int, num_classes: int, batch_norm: bool = False):
         super().__init__()
@@ -73,18 +80,12 @@ class LinearHeads(nn.Module):
         self.weight = nn.Parameter(torch.zeros(count, num_classes, width))
         self.bias = nn.Parameter(torch.zeros(count, num_classes))
 
-    def initialise(self, seeds: Sequence[int]) -> None:
-        """Head k from seeds[k]: weights N(0, 0.01), bias 0."""
-        for k, seed in enumerate(seeds):
-            self.weight.data[k].normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.classify(tokens)
-
-    def classify(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of tokens[rows], of all where rows is None."""
         x = (tokens[:, 0] if rows is None else tokens[rows, 0]).to(self.weight.dtype)[None]
         return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
+
+    classify = forward
 
 
 class AttentiveHeads(nn.Module):
@@ -100,6 +101,7 @@ class AttentiveHeads(nn.Module):
     """
 
     kind, all_tokens = "attentive", True
+    projections = ("query", "q_weight", "k_weight", "v_weight", "proj_weight")
     # What attention scores are made of.
     attention = ("query", "norm_q_weight", "norm_q_bias", "norm_k_weight", "q_weight", "q_bias", "k_weight")
 
@@ -124,14 +126,6 @@ class AttentiveHeads(nn.Module):
         self.norm = BatchNorm(count, width, eps=1e-5)
         self.weight, self.bias = parameter(num_classes, width), parameter(num_classes)
 
-    def initialise(self, seeds: Sequence[int]) -> None:
-        """Head k from seeds[k]: query and projections truncated normal 0.02, linear layer N(0, 0.01), biases 0."""
-        for k, seed in enumerate(seeds):
-            generator = torch.Generator().manual_seed(seed)
-            for parameter in (self.query, self.q_weight, self.k_weight, self.v_weight, self.proj_weight):
-                nn.init.trunc_normal_(parameter.data[k], std=0.02, generator=generator)
-            self.weight.data[k].normal_(std=0.01, generator=generator)
-
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.classify(normalise(tokens.to(self.weight.dtype)))
 
@@ -154,7 +148,14 @@ class AttentiveHeads(nn.Module):
         return self.norm(x) @ self.weight.transpose(1, 2) + self.bias[:, None]
 
 
-HEADS = {heads.kind: heads for heads in (LinearHeads, AttentiveHeads)}
+def initialise(heads: nn.Module, seeds: Sequence[int]) -> None:
+    """Draws the weights of head k by seeds[k]: an attentive head's query and projections truncated normal 0.02, the
+    linear layer N(0, 0.01). Biases are 0 as they are made."""
+    for k, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        for weight in (getattr(heads, name) for name in heads.projections):
+            weight.data[k].copy_(nn.init.trunc_normal_(torch.empty(weight.shape[1:]), std=0.02, generator=generator))
+        heads.weight.data[k].copy_(torch.empty(heads.weight.shape[1:]).normal_(std=0.01, generator=generator))
 
 
 def normalise(tokens: torch.Tensor) -> torch.Tensor:
@@ -211,15 +212,15 @@ def row_chunks(tokens: torch.Tensor, rows: torch.Tensor | None,
 
 
 class HeadSGD:
-    """SGD with momentum, without weight decay, for K heads at once, each with its learning rate.
+    """SGD with momentum 0.9, without weight decay, for K heads at once, each with its learning rate.
 
     trust_coefficient: makes it LARS (You et al. 2017, as in MAE's linear probing): a head's gradient of a matrix is
     first scaled by coefficient * |parameter| / |gradient|. factors: of the learning rate, by parameter (default 1).
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float = 0.9,
-                 trust_coefficient: float | None = None, factors: Sequence[float] | None = None):
-        self.parameters, self.momentum, self.trust_coefficient = list(parameters), momentum, trust_coefficient
+    def __init__(self, parameters: Iterable[nn.Parameter], trust_coefficient: float | None = None,
+                 factors: Sequence[float] | None = None):
+        self.parameters, self.trust_coefficient = list(parameters), trust_coefficient
         self.factors = factors or [1.0] * len(self.parameters)
         self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
 
@@ -232,16 +233,9 @@ class HeadSGD:
                 size, change = parameter.flatten(1).norm(dim=1), gradient.flatten(1).norm(dim=1)
                 ratio = self.trust_coefficient * size / change
                 gradient = gradient * torch.where((size > 0) & (change > 0), ratio, 1.0).view(shape)
-            buffer.mul_(self.momentum).add_(gradient)
+            buffer.mul_(0.9).add_(gradient)
             parameter.sub_((factor * lr).view(shape) * buffer)
             parameter.grad = None
-
-
-def cosine_learning_rate(base: float, epoch: float, epochs: int, warmup: float = 0, minimum: float = 0.0) -> float:
-    """Linear warm-up from 0 over the first epochs, then half a cosine from base to minimum."""
-    if epoch < warmup:
-        return base * epoch / warmup
-    return minimum + (base - minimum) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
 def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, num_classes: int,
@@ -265,9 +259,9 @@ def knn_predict(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, n
 
 def build_heads(kind: str, count: int, width: int, num_classes: int, num_heads: int, batch_norm: bool) -> nn.Module:
     """batch_norm: before the linear heads; attentive ones have their own."""
-    if kind == "attentive":
-        return AttentiveHeads(count, width, num_classes, num_heads)
-    return HEADS[kind](count, width, num_classes, batch_norm)
+    if kind == "linear":
+        return LinearHeads(count, width, num_classes, batch_norm)
+    return AttentiveHeads(count, width, num_classes, num_heads)
 
 
 def head_of(content: Mapping) -> nn.Module:

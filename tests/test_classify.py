@@ -16,8 +16,8 @@ from datasets.classification import hold_out, open_classification
 from datasets.patches import RandomViews, random_crop_flip
 from models import build_model
 from models.features import encode_features, encode_tokens
-from models.probe_training import Part, Probe, Recipe, confusion_of_heads
-from models.probes import load_head
+from models.probe_training import Probe, Recipe, confusion_of_heads
+from models.probes import build_heads, load_head
 from utils import UserError
 from utils.run import DTYPES, autocast
 
@@ -302,9 +302,10 @@ def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, cub, folder,
     assert "chosen on a held-out tenth" in capsys.readouterr().out
     chosen = [head for head in found["linear"]["heads"] if head["lr"] == found["linear"]["lr"]]
     assert chosen[0]["best_score"] == max(head["best_score"] for head in found["linear"]["heads"])
-    # Of class folders, with random crops and without: by default a tenth is held out.
+    # Of class folders, with random crops (six of 22 fill no batch and are not encoded) and without: by default a tenth
+    # is held out.
     encoded = count_encoded(monkeypatch)
-    for option, images in (("--augment", 3 * 22 + 2 + 9), ("--no-augment", 24 + 9)):
+    for option, images in (("--augment", 3 * 16 + 2 + 9), ("--no-augment", 24 + 9)):
         encoded.clear()
         found = run(monkeypatch, *common("folder", folder, tmp_path), *words[2:], option, "--probe", "attentive")
         assert found["attentive"]["num_held_out"] == 2 and found["attentive"]["num_train"] == 22
@@ -314,13 +315,12 @@ def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, cub, folder,
 def test_authors_defects_use_and_move_the_statistics_at_test_time(cub):
     encoder = small_encoder()
     train, _ = open_classification("cub", cub)
-    part = Part(encode_features(encoder, train, "train", True, "fp32", 0, "auto", Path(), lambda line: None),
-                torch.arange(64))
-    probe = Probe("attentive", Recipe((0.1,), 32), 32, [0.1], [0], 5, encoder, 4)
-    probe.train(part.features, part.ids, 0)
+    features = encode_features(encoder, train, "train", True, "fp32", 0, "auto", Path(), lambda line: None)
+    probe = Probe(build_heads("attentive", 1, 48, 4, 3, False), Recipe((0.1,), 32), 32, [0.1], [0], 5)
+    probe.train(features, features.ids, 0)
 
     def confusion(authors_defects=False):
-        return confusion_of_heads(probe.heads, part, 4, probe.names, authors_defects)
+        return confusion_of_heads(probe.heads, features, probe.names, authors_defects)
 
     before = probe.heads.norm.running_mean.clone()
     right = confusion()
@@ -339,11 +339,11 @@ def test_batches_of_views_are_those_of_one_process(folder):
     encoder = small_encoder()
     views = RandomViews(train, random_crop_flip(), 0)
     steps = []
-    probes = [Probe(kind, Recipe((0.1,), size, every_step=True), size, [0.1], [0], 4, encoder, 3)
+    probes = [Probe(build_heads(kind, 1, 48, 3, 3, False), Recipe((0.1,), size, every_step=True), size, [0.1], [0], 4)
               for kind, size in (("linear", 16), ("attentive", 8))]
     for probe in probes:
-        probe.step = lambda batch, epoch, probe=probe: steps.append(
-            (probe.kind, tuple(batch.tokens.shape), batch.labels.tolist(), epoch))
+        probe.step = lambda tokens, rows, labels, epoch, probe=probe: steps.append(
+            (probe.kind, tuple(tokens.shape), labels.tolist(), epoch))
     order = classify.shuffled(torch.arange(24), 0, 1)
     assert sorted(order.tolist()) == list(range(24)) and order.tolist() != list(range(24))
     classify.train_on_views(probes, encoder, views, order, 1, "fp32", 0)

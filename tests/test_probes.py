@@ -1,7 +1,6 @@
 """The heads and the published recipes against textbook formulations written here, scipy and PyTorch."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +10,12 @@ from scipy.special import softmax
 
 from models.features import Features
 from models.probe_training import RECIPES, Probe, Recipe, batch_and_epochs, shuffled
-from models.probes import AttentiveHeads, BatchNorm, HeadSGD, build_heads, knn_predict, normalise
+from models.probes import AttentiveHeads, BatchNorm, HeadSGD, build_heads, initialise, knn_predict, normalise
 
 
 def small_probe(kind, recipe, batch_size, rates, seeds, epochs, width=12, classes=4):
-    encoder = SimpleNamespace(embed_dim=width, num_heads=3, mean=torch.zeros(1))
-    return Probe(kind, recipe, batch_size, rates, seeds, epochs, encoder, classes)
+    heads = build_heads(kind, len(rates) * len(seeds), width, classes, 3, recipe.batch_norm)
+    return Probe(heads, recipe, batch_size, rates, seeds, epochs)
 
 
 def random_attentive(count=2, width=12, classes=4, num_heads=3, dtype=torch.float64):
@@ -89,17 +88,17 @@ def test_heads_do_not_influence_each_other():
     tokens = torch.randn(6, 5, 12, generator=torch.Generator().manual_seed(3))
     for kind in ("linear", "attentive"):
         heads = build_heads(kind, 3, 12, 4, 3, batch_norm=True)
-        heads.initialise([5, 6, 5])
+        initialise(heads, [5, 6, 5])
         logits = heads(tokens)
         assert torch.equal(logits[0], logits[2]) and not torch.equal(logits[0], logits[1])
         alone = build_heads(kind, 1, 12, 4, 3, batch_norm=True)
-        alone.initialise([6])
+        initialise(alone, [6])
         torch.testing.assert_close(alone(tokens)[0], logits[1])
 
 
 def test_initial_weights_have_the_published_spread():
     heads = AttentiveHeads(1, 192, 50, 3)
-    heads.initialise([0])
+    initialise(heads, [0])
     assert heads.weight.std().item() == pytest.approx(0.01, rel=0.05)
     for parameter in (heads.query, heads.q_weight, heads.k_weight, heads.v_weight, heads.proj_weight):
         assert parameter.std().item() == pytest.approx(0.02, rel=0.15)
@@ -158,7 +157,7 @@ def test_published_recipes_step_by_step(kind, data):
     recipe, generator = RECIPES[data][kind], torch.Generator().manual_seed(0)
     tokens = torch.randn(21, 3, 12, generator=generator, dtype=torch.float64)
     labels = torch.randint(4, (21,), generator=generator)
-    features = Features(0, labels, tokens[:, 0], normalise(tokens))
+    features = Features(torch.arange(21), 0, labels, tokens[:, 0], normalise(tokens))
     probe = small_probe(kind, recipe, 8, [recipe.rates[0], recipe.rates[0] / 4], [3], 9)
     probe.heads.double()
     probe.optimizer.buffers = [buffer.double() for buffer in probe.optimizer.buffers]
@@ -203,8 +202,8 @@ def test_summary_chooses_rate_and_epoch_by_the_score_not_by_the_test_set():
     for epoch in range(3):
         probe.heads.bias.data += 1
         probe.record(torch.tensor(scores[epoch], dtype=torch.float64), torch.tensor(test[epoch], dtype=torch.float64))
-    result = probe.summary()
-    assert (result["lr"], result["index"], result["best_epoch"]) == (0.2, 3, 2)
+    result, index, _ = probe.summary()
+    assert (result["lr"], index, result["best_epoch"]) == (0.2, 3, 2)
     assert result["acc1"] == 37 and result["best_acc1"] == (30 + 41) / 2
     assert result["best_acc1_std"] == pytest.approx(np.std([30, 41], ddof=1))
     # The kept copies are those of each head's best epoch: 2, 2, 1, 2.

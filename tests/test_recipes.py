@@ -7,7 +7,6 @@ repository, and their tests are skipped, saying so, where they are absent.
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 import classify
 from models.own_features import linear_accuracy
 from models.probe_training import EPOCHS, RECIPES, Probe, batch_and_epochs
+from models.probes import LinearHeads
 
 SHARED = Path(__file__).parents[2] / "shared"
 WEIGHTS, CUB = SHARED / "weights" / "vit_tiny_patch16_224.pth", SHARED / "real" / "CUB_200_2011"
@@ -54,13 +54,13 @@ ALL = ["--probe", "linear", "attentive", "knn"]
 def test_ten_species_by_default_options(launch, monkeypatch, tmp_path):
     """Before there was this recipe: linear 5.0%, attentive 88.9%, nearest neighbours 98.3%. On the same features linear
     heads agree with logistic regression within a point, in the mean of five draws of the held-out tenth."""
-    encode, encoded = classify.encode, {}
+    encode, encoded = classify.encode_features, {}
 
-    def remember(args, encoder, dataset, label, *others):
-        encoded[label] = encode(args, encoder, dataset, label, *others)
+    def remember(encoder, dataset, label, *others, **options):
+        encoded[label] = encode(encoder, dataset, label, *others, **options)
         return encoded[label]
 
-    monkeypatch.setattr(classify, "encode", remember)
+    monkeypatch.setattr(classify, "encode_features", remember)
     found, out = run(launch, tmp_path, *TRAINED, "--dataset", "folder", "--data-path", species(tmp_path / "data"), *ALL)
     assert {line["recipe"] for line in found.values()} == {"ours"} and out.count("our recipe") == 2
     assert found["knn"]["best_acc1"] > 95
@@ -68,7 +68,7 @@ def test_ten_species_by_default_options(launch, monkeypatch, tmp_path):
         # Three points, and an image of 180 for another CPU's rounding.
         assert found[kind]["best_acc1"] >= found["knn"]["best_acc1"] - 3 - 100 / 180, kind
         assert found[kind]["train_acc1"] > 99 and "undertrained" not in found[kind]
-    train, test = encoded["training set"].features, encoded["test set"].features
+    train, test = encoded["training set"], encoded["test set"]
     values = train.cls, train.labels, test.cls, test.labels
     ours = [linear_accuracy(*values, seed=seed) for seed in range(5)]
     theirs = [regression_accuracy(*(value.numpy() for value in values), seed) for seed in range(5)]
@@ -170,8 +170,7 @@ def test_steps_enough_whatever_the_size(count, given, batch, epochs):
 @pytest.mark.parametrize(("scores", "lr", "edge"), [
     ([90, 91, 91, 91, 80], 0.3, False), ([91, 90, 80, 70, 60], 0.1, True), ([1, 1, 1, 1, 2], 0.5, True)])
 def test_of_rates_that_choose_equally_well_the_middle_one_is_taken(scores, lr, edge):
-    encoder = SimpleNamespace(embed_dim=12, num_heads=3, mean=torch.zeros(1))
-    probe = Probe("linear", RECIPES["ours"]["linear"], 4, [0.1, 0.2, 0.3, 0.4, 0.5], [0], 30, encoder, 3)
+    probe = Probe(LinearHeads(5, 12, 3), RECIPES["ours"]["linear"], 4, [0.1, 0.2, 0.3, 0.4, 0.5], [0], 30)
     probe.record(torch.tensor(scores, dtype=torch.float64), torch.arange(5.0))
-    result = probe.summary()
-    assert (result["lr"], result["edge"], result["best_epoch"]) == (lr, edge, 30)
+    result, _, at_edge = probe.summary()
+    assert (result["lr"], at_edge, result["best_epoch"]) == (lr, edge, 30)
