@@ -221,7 +221,7 @@ def run_knn(args: argparse.Namespace, features: Features, train_ids: torch.Tenso
 
 def report(args: argparse.Namespace, probe: Probe, line: dict, testing: Features, encoder: Encoder, prefix: Path,
            frequent: float, neighbours: float, log: run.Log) -> dict:
-    """Saves the chosen head as PREFIX_KIND_head.pth, draws its plot, and returns the whole results line.
+    """Saves the chosen head as PREFIX_KIND_head.pth and returns the whole results line.
 
     Says and marks which head is no measurement of the encoder: one no better in training than always the most frequent
     class, which is right on that many percent; one whose weights are the random ones that it began with, changed by
@@ -254,14 +254,17 @@ def report(args: argparse.Namespace, probe: Probe, line: dict, testing: Features
             f"most frequent class {frequent:.1f}%; weights moved by {line['weights_moved']:.2g} of the norm they had; "
             f"test {best:.1f}%, nearest neighbours {neighbours:.1f}%): more --epochs, another --lr or a smaller "
             "--batch-size")
-    if args.save_plots and is_main():
-        title, curves = f"{results.run_title(line)}, {probe.kind}: test accuracy by epoch", {}
-        for k, rate in enumerate(probe.rates):
-            curves.setdefault(f"lr {rate:g}", []).append([epoch[k] for epoch in probe.test])
-        chosen = [head for head in line["heads"] if head["lr"] == line["lr"]]
-        draw_curves(Path(f"{prefix}_{probe.kind}_accuracy.{args.plot_format}"), title, curves, (
-            f"lr {line['lr']:g}", [head["best_epoch"] for head in chosen], [head["best_acc1"] for head in chosen]))
     return line
+
+
+def draw_plot(path: Path, probe: Probe, line: dict) -> None:
+    """Test accuracy by epoch, of every learning rate."""
+    title, curves = f"{results.run_title(line)}, {probe.kind}: test accuracy by epoch", {}
+    for k, rate in enumerate(probe.rates):
+        curves.setdefault(f"lr {rate:g}", []).append([epoch[k] for epoch in probe.test])
+    chosen = [head for head in line["heads"] if head["lr"] == line["lr"]]
+    draw_curves(path, title, curves, (f"lr {line['lr']:g}", [head["best_epoch"] for head in chosen],
+                                      [head["best_acc1"] for head in chosen]))
 
 
 def evaluate(args: argparse.Namespace, encoder: Encoder, encode: Callable[..., Features], test: PatchDataset,
@@ -363,6 +366,8 @@ def main() -> None:
     results.append_result(args.output_dir, *(one | {"seconds": time.monotonic() - started} for one in lines))
     if is_main():
         checkpoint.unlink(missing_ok=True)
+        for probe, one in zip(probes if args.save_plots else (), lines, strict=False):
+            draw_plot(Path(f"{prefix}_{probe.kind}_accuracy.{args.plot_format}"), probe, one)
 
 
 if __name__ == "__main__":

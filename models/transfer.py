@@ -93,8 +93,8 @@ def pck(right: torch.Tensor, pair: torch.Tensor, categories: Sequence[str] = ())
     """PCK in percent, by alpha, from right [n, A], 1 where a point is right, and pair [n], the pair it belongs to;
     tensors or arrays.
 
-    categories: of every pair, or none. pck_image is the mean over pairs of the pair's PCK, pck_point the mean over points,
-    pck_category the mean over categories of their pck_image; by_category has the first two of each.
+    categories: of every pair, or none. pck_image is the mean over pairs of the pair's PCK, pck_point the mean over
+    points, pck_category the mean over categories of their pck_image; by_category has the first two of each.
     """
     right, pair = torch.as_tensor(right).double(), torch.as_tensor(pair)
     counts = pair.bincount().double()

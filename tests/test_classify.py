@@ -18,7 +18,7 @@ from models import build_model
 from models.features import encode_features, encode_tokens
 from models.probe_training import Probe, Recipe, confusion_of_heads
 from models.probes import build_heads, load_head
-from utils import UserError
+from utils import UserError, drawing
 from utils.run import DTYPES, autocast
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +123,12 @@ def test_one_run_all_probes_and_the_saved_heads(monkeypatch, cub, tmp_path, caps
         encoders.append((encoder, {name: tensor.clone() for name, tensor in encoder.state_dict().items()}))
         return encoder
 
+    def draw_curves(*arguments):
+        assert (tmp_path / "results.jsonl").exists(), "results are written before their plots"
+        return drawing.draw_curves(*arguments)
+
     monkeypatch.setattr(models, "build_model", build)
+    monkeypatch.setattr(classify, "draw_curves", draw_curves)
     found = run(monkeypatch, *common("cub", cub, tmp_path), "--probe", "linear", "attentive", "knn", "--batch-size", 32,
                 "--epochs", 12, "--lr", 0.1, 0.02, "--seeds", 2, "--save-plots")
     assert set(found) == {"linear", "attentive", "knn"}
