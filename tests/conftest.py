@@ -5,12 +5,13 @@ import multiprocessing
 import os
 import sys
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from utils import drawing
 from utils.run import run_main
 
 # One thread is what keeps several processes on few cores from waiting for each other.
@@ -87,3 +88,18 @@ def launch():
             assert code == status, out + err
         return results[0][1], "".join(err for _, _, err in results)
     return run
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The matplotlib figures of all that utils.drawing has drawn, which it also writes."""
+    kept, plot = [], drawing.plot
+
+    @contextmanager
+    def keep(*arguments, **options):
+        with plot(*arguments, **options) as figure:
+            kept.append(figure)
+            yield figure
+
+    monkeypatch.setattr(drawing, "plot", keep)
+    return kept

@@ -115,21 +115,22 @@ def test_tokens_that_are_not_finite_or_all_the_same():
             token_colours(broken)
 
 
-def test_sheet():
+def test_sheet(figures, tmp_path):
     """Nearest patches, enlarged, in the order of the images; a name beside each model's row, none beside the images."""
     images = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
-    rows = {"small grid": torch.randint(0, 256, (3, 2, 3, 3), dtype=torch.uint8),
+    rows = {"small $grid": torch.randint(0, 256, (3, 2, 3, 3), dtype=torch.uint8),
             "a model of a longer name": torch.randint(0, 256, (3, 4, 6, 3), dtype=torch.uint8)}
-    sheet = np.asarray(draw_sheet(images, rows))
-    margin = sheet.shape[1] - 3 * (48 + 4)
-    for column in range(3):
-        expected = [images[column].permute(1, 2, 0).numpy()]
-        expected += [np.kron(colours[column].numpy(), np.ones((size, size, 1), dtype=np.uint8))
-                     for colours, size in zip(rows.values(), (16, 8), strict=True)]
-        for top, picture in zip((4, 40, 76), expected, strict=True):
-            assert (sheet[top:top + 32, margin + column * 52:][:, :48] == picture).all()
-    ink = (sheet[:, :margin] < 128).any((1, 2))
-    assert not ink[:36].any() and ink[40:72].any() and ink[76:108].any()
+    draw_sheet(tmp_path / "a.png", images, rows)
+    shown = [axes.images[0] for axes in figures[0].axes]
+    for picture, expected in zip(shown, [*images.permute(0, 2, 3, 1), *torch.cat([*rows.values()][:1]),
+                                         *torch.cat([*rows.values()][1:])], strict=True):
+        assert (picture.get_array() == expected.numpy()).all() and picture.get_extent() == [0, 48, 32, 0]
+    words = [[text.get_text() for text in axes.texts if text.get_text()] for axes in figures[0].axes]
+    assert words == [[], [], [], ["small $grid"], [], [], ["a model of a longer name"], [], []]
+    sheet = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    for colours, size in zip(rows.values(), (16, 8), strict=True):
+        for colour in colours.flatten(0, 2).numpy():
+            assert (size - 1) ** 2 <= (sheet == colour).all(2).sum() <= (size + 2) ** 2
 
 
 def test_a_run_adds_a_row_to_those_of_the_same_images(tmp_path):

@@ -67,7 +67,7 @@ def image_rows(path: Path, rows: Sequence[Sequence[tuple]], size: Sequence[int] 
             one.set(xlim=(0, widths[column]), ylim=(heights[row] - room, -room))
             for title, image in rows[row][column:column + 1]:
                 height, width = sizes[row][column]
-                one.imshow(image, extent=(0, width, height, 0), aspect="auto")
+                one.imshow(np.asarray(image), extent=(0, width, height, 0), aspect="auto")
                 one.text(0, -gap, title, va="bottom")
         yield axes
 
