@@ -103,6 +103,7 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
     found = []
     for source in sources:
         model = source["line"]["name"] + " (random weights)" * (source["line"]["weights"] == "random")
+        # Seven letters are as wide as a patch.
         found.append({textwrap.fill(f"{model}: {name}", 7 * min(top, 6)): nearest_patches(
             rows, queries, top, per_image if other_images else 1) for name, rows in source["features"].items()})
     files = []

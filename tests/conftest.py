@@ -5,13 +5,13 @@ import multiprocessing
 import os
 import sys
 import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 
-from utils import drawing
 from utils.run import run_main
 
 # One thread is what keeps several processes on few cores from waiting for each other.
@@ -92,14 +92,7 @@ def launch():
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The matplotlib figures of all that utils.drawing has drawn, which it also writes."""
-    kept, plot = [], drawing.plot
-
-    @contextmanager
-    def keep(*arguments, **options):
-        with plot(*arguments, **options) as figure:
-            kept.append(figure)
-            yield figure
-
-    monkeypatch.setattr(drawing, "plot", keep)
+    """The matplotlib figures that are written, one after another."""
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **how: kept.append(figure) or save(figure, *to, **how))
     return kept

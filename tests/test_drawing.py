@@ -75,17 +75,13 @@ def test_no_picture_of_a_plot_is_cut(tmp_path):
             assert (edge == 255).all(), name
 
 
-SHEETS = ["--dataset", "imagenet", "--data-path", "."]
-PAIRS = ["--dataset", "synthetic-pairs"]
-
-
 @pytest.mark.parametrize(("script", "words"), [
-    (classify, ["--save-plots"]), (segment, ["--save-pictures", 1]), (segment, ["--figure6", "a.png"]),
-    (retrieval, SHEETS), (retrieval, [*SHEETS, "--pca"]), (retrieval, [*PAIRS, "--pictures", 2]),
-    (retrieval, [*PAIRS, "--layers", "all"])])
+    (classify, "--save-plots"), (segment, "--save-pictures 1"), (segment, "--figure6 a.png"),
+    (retrieval, "--dataset imagenet --data-path ."), (retrieval, "--dataset imagenet --data-path . --pca"),
+    (retrieval, "--dataset synthetic-pairs --pictures 2"), (retrieval, "--dataset synthetic-pairs --layers all")])
 def test_without_matplotlib_pictures_are_refused_at_the_start(launch, monkeypatch, tmp_path, script, words):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    out, error = launch(script.main, [*words, "--output-dir", tmp_path / "out"], status=2)
+    out, error = launch(script.main, [*words.split(), "--output-dir", tmp_path / "out"], status=2)
     assert "pip install matplotlib" in error and not out and not (tmp_path / "out").exists()
 
 

@@ -7,9 +7,7 @@ from PIL import Image
 from scipy.stats import skew
 from sklearn.decomposition import PCA
 
-from datasets.retrieval import open_images
-from models import build_model
-from models.pca import draw_sheet, foreground_mask, pca_run, principal_components, token_colours
+from models.pca import draw_sheet, foreground_mask, principal_components, token_colours
 from utils import UserError
 
 
@@ -121,22 +119,12 @@ def test_sheet(figures, tmp_path):
     rows = {"small $grid": torch.randint(0, 256, (3, 2, 3, 3), dtype=torch.uint8),
             "a model of a longer name": torch.randint(0, 256, (3, 4, 6, 3), dtype=torch.uint8)}
     draw_sheet(tmp_path / "a.png", images, rows)
-    shown = [axes.images[0] for axes in figures[0].axes]
-    for picture, expected in zip(shown, [*images.permute(0, 2, 3, 1), *torch.cat([*rows.values()][:1]),
-                                         *torch.cat([*rows.values()][1:])], strict=True):
-        assert (picture.get_array() == expected.numpy()).all() and picture.get_extent() == [0, 48, 32, 0]
+    pictures = [*images.permute(0, 2, 3, 1), *(picture for row in rows.values() for picture in row)]
+    for axes, expected in zip(figures[0].axes, pictures, strict=True):
+        assert (axes.images[0].get_array() == expected.numpy()).all() and axes.images[0].get_extent() == [0, 48, 32, 0]
     words = [[text.get_text() for text in axes.texts if text.get_text()] for axes in figures[0].axes]
     assert words == [[], [], [], ["small $grid"], [], [], ["a model of a longer name"], [], []]
     sheet = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     for colours, size in zip(rows.values(), (16, 8), strict=True):
         for colour in colours.flatten(0, 2).numpy():
             assert (size - 1) ** 2 <= (sheet == colour).all(2).sum() <= (size + 2) ** 2
-
-
-def test_a_run_adds_a_row_to_those_of_the_same_images(tmp_path):
-    images, others = (open_images("synthetic", None, count, 0, 64) for count in (3, 4))
-    encoder = build_model("timm/vit_tiny_patch16_224", "random")
-    for name, dataset, rows in (("one", images, ["one"]), ("a/b", images, ["one", "a/b"]), ("c", others, ["c"])):
-        path, found = pca_run(encoder, dataset, name, "none", "fp32", tmp_path)
-        assert found["rows"] == rows and found["foreground_share"] == 1
-        assert path == tmp_path / "pca.png" and Image.open(path).height > (1 + len(rows)) * 64

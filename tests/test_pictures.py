@@ -33,17 +33,15 @@ def picture(folder, names, first_label):
 @pytest.mark.parametrize("first_label", [0, 1])
 def test_the_predicted_label_map_has_the_labels_of_the_data_set(tmp_path, first_label):
     _, labels, shown, pred = picture(tmp_path, ["head", "torso", "tail"], first_label)
-    assert (labels == pred + first_label).all()
-    assert (shown == class_colours(3)[pred]).all()
+    assert (labels == pred + first_label).all() and (shown == class_colours(3)[pred]).all()
 
 
 def test_predictions_where_nothing_is_labelled_are_pale_and_no_colour_is_between_two(tmp_path):
-    """Panels of 512 x 341 pixels, of which every colour has its share; the legend has little."""
+    """Every colour has its share of panels of 512 x 341 pixels; the legend has little."""
     sheet, *_ = picture(tmp_path, ["head", "torso", "tail"], 1)
     colours = class_colours(3)
-    pale = np.uint8(0.2 * colours + 204)
-    for colour, sixths in ((UNLABELLED, 3), (colours[0], 2), (colours[1], 3), (colours[2], 1), (pale[0], 2),
-                           (pale[2], 1)):
+    shown = [UNLABELLED, *colours, *np.uint8(0.2 * colours + 204)]
+    for colour, sixths in zip(shown, (3, 2, 3, 1, 2, 0, 1), strict=True):
         assert (sheet == colour).all(2).sum() == pytest.approx(512 * 341 * sixths / 6, rel=0.02)
 
 
