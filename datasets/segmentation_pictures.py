@@ -41,7 +41,7 @@ def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndar
     present = sorted(np.union1d(truth[truth < len(names)], pred).tolist(), key=lambda label: -(truth == label).sum())
     legend = [(names[label] + " (predicted only)" * (label not in truth), colours[label]) for label in present]
     if (truth == 255).any():
-        legend.append(("not labelled; predictions there are pale", UNLABELLED))
+        legend.append(("not labelled (pale)", UNLABELLED))
     size = [max(1, round(side * 512 / max(truth.shape))) for side in truth.shape]
     pred = colours[pred]
     pred[truth == 255] = 0.2 * pred[truth == 255] + 0.8 * 255

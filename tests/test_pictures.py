@@ -50,7 +50,7 @@ def test_the_legend_names_what_occurs(figures, tmp_path):
     sheet, *_ = picture(tmp_path, ["$\\head$", name, "tail", "of another picture"], 1)
     texts = [" ".join(text.get_text().split()) for text in figures[0].axes[0].get_legend().get_texts()]
     assert texts == [name.strip(), "$\\head$ (predicted only)", "tail (predicted only)",
-                     "not labelled; predictions there are pale"]
+                     "not labelled (pale)"]
     assert all((edge == 255).all() for edge in (sheet[-3:], sheet[:, :3], sheet[:, -3:]))
 
 
