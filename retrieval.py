@@ -34,7 +34,7 @@ from models.transfer import ALPHAS, draw_pairs, transfer_run
 from models.transfer import transfer_keypoints as transfer_keypoints
 from utils import UserError, results, run
 from utils.distributed import all_reduce, gather_rows, is_main, shard, world_size
-from utils.drawing import draw_curves
+from utils.drawing import draw_curves, require_matplotlib
 from utils.storage import atomic_write, free_memory, load, save
 from utils.tables import paper_tables
 
@@ -285,9 +285,9 @@ def retrieve(args: argparse.Namespace, device: torch.device, log: run.Log, write
                 for line, source in zip(lines, sources, strict=True)))
         return
     for source in sources:
-        source["features"] = {name: rows.to(device) for name, rows in source["features"].items()}
-    files = write_sheets(sources, args.query, args.queries, args.top, args.columns, args.seed, args.other_images,
-                         args.output_dir, args.plot_format)
+        source["features"] = {name: gather_rows(rows.to(device)) for name, rows in source["features"].items()}
+    files = write_sheets(sources, args.query, args.queries, args.top, args.seed, args.other_images, args.output_dir,
+                         args.plot_format)
     log(f"{len(files)} sheets in {args.output_dir}")
     write(lines[0] | {"task": "retrieval-sheets", "sheets": files, "models": [line["model"] for line in lines]})
 
@@ -308,8 +308,7 @@ def transfer(args: argparse.Namespace, device: torch.device, log: run.Log, write
     listed = json.dumps([pair._asdict() for pair in pairs.pairs])
     atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(listed))
     if args.pictures:
-        sheet = draw_pairs(pairs, predicted, args.pictures, title)
-        atomic_write(Path(f"{prefix}_pairs.{args.plot_format}"), lambda path: sheet.save(path, format=args.plot_format))
+        draw_pairs(Path(f"{prefix}_pairs.{args.plot_format}"), pairs, predicted, args.pictures, title)
     if len(layers) == encoder.depth > 1:
         curves = {f"PCK@{alpha}": [found["pck_image"][str(alpha)] for found in metrics["by_layer"].values()]
                   for alpha in ALPHAS}
@@ -358,7 +357,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     # Options by the modes that read them.
     pairs = ("split", "num_pairs", "layers", "norm", "pictures")
-    sheets = ("queries", "query", "top", "other_images", "columns")
+    sheets = ("queries", "query", "top", "other_images")
     ranking = ("exclude_query", "crop_scale", "keypoints")
     features = ("features", "save_features", "load_features", "authors_defects")
     if args.load_features:
@@ -374,6 +373,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.check_used(args, f"--dataset {args.dataset}", *sheets, *pairs, "plot_format")
     if args.pca and args.dataset != "imagenet":
         raise UserError(f"--pca draws a folder of images: use --dataset imagenet --data-path DIR, not {args.dataset}")
+    if args.pictures or args.dataset == "imagenet" or "all" in args.layers:
+        require_matplotlib()
     return args
 
 
@@ -389,7 +390,6 @@ def add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
                        help="patches shown (paper 24, code 84; default: %(default)s)")
     group.add_argument("--other-images", action="store_true",
                        help="leave out the query's own image (default: patches that overlap the query are marked)")
-    group.add_argument("--columns", type=run.positive_int, default=6, help="of patches in a block (default: 6)")
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from models import knn_segmentation as knn
 from models import segmentation_probe as linear
 from models.layers import choose_layers
 from models.segmentation_head import LinearHead, PatchSegmenter
-from utils import UserError, results, run
+from utils import UserError, drawing, results, run
 from utils.distributed import all_reduce, shard, world_size
 from utils.storage import prefetched, save
 from utils.tables import paper_tables
@@ -54,8 +54,7 @@ def parse_arguments() -> argparse.Namespace:
                        help="a trained linear head, nearest neighbours among patches of the training images, or both")
     group.add_argument("--memory-size", type=run.positive_int, default=1_024_000, metavar="N",
                        help="knn: patches kept (default: %(default)s)")
-    group.add_argument("--neighbours", type=run.positive_int, default=knn.NEIGHBOURS,
-                       help="knn: (default: %(default)s)")
+    group.add_argument("--neighbours", type=run.positive_int, default=knn.NEIGHBOURS, help="knn (default: %(default)s)")
     group.add_argument("--passes", type=run.positive_int, default=2,
                        help="knn: over the training images, in other crops (default: %(default)s)")
     add_training_arguments(parser)
@@ -82,6 +81,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.check_used(args, "--probe knn", *training)
     elif "knn" not in args.probe:
         parser.check_used(args, "--probe linear", *KNN_ARGUMENTS[1:])
+    if args.save_pictures or args.figure6:
+        drawing.require_matplotlib()
     protocol = data.PROTOCOLS[args.dataset]
     args.base_scale, args.test_scale = args.base_scale or protocol.base_scale, args.test_scale or protocol.test_scale
     crop_size, stride = args.crop_size or protocol.crop_size, args.stride or protocol.stride
@@ -380,7 +381,6 @@ def main() -> None:
     line["made_with"] = results.digest({**results.settings_of(args), "probe": None}, settings,
                                        test_split.identity("test set"))
     settings["the encoder"] = encoder.signature
-
     store = cache(partial(PixelStore, train_split, args.base_scale, device, args.output_dir, args.cache, args.workers,
                           log))
 

@@ -1,7 +1,6 @@
 """Pictures of segmentation: image, ground truth and prediction side by side, and the paper's figure 6."""
 
 import colorsys
-import math
 import re
 import textwrap
 from collections import defaultdict
@@ -10,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from utils.drawing import plot
+from utils.drawing import image_rows, plot
 from utils.storage import atomic_write
 from utils.tables import PAPER, runs_of
 
@@ -39,33 +38,24 @@ def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndar
     labels = Image.fromarray((pred + first_label).astype(np.uint8))
     palette = np.vstack([[UNLABELLED], colours]) if first_label else colours
     labels.putpalette(palette.astype(np.uint8).tobytes())
-    scale = 512 / max(truth.shape)
-    height, width = (max(1, round(side * scale)) for side in truth.shape)
     present = sorted(np.union1d(truth[truth < len(names)], pred).tolist(), key=lambda label: -(truth == label).sum())
-    legend = [(names[label] if label in truth else f"{names[label]} (predicted only)", tuple(colours[label].tolist()))
-              for label in present]
+    legend = [(names[label] + " (predicted only)" * (label not in truth), colours[label]) for label in present]
     if (truth == 255).any():
-        legend.append(("not labelled; predictions there are pale", UNLABELLED))
-    font, line = ImageFont.load_default(13), 18
-    column = 30 + math.ceil(max(font.getlength(text) for text, _ in legend))
-    sheet_width = max(3 * width + 20, column)
-    columns = sheet_width // column
-    sheet = Image.new("RGB", (sheet_width, height + 24 + line * math.ceil(len(legend) / columns) + 6), "white")
-    draw = ImageDraw.Draw(sheet)
+        legend.append(("not labelled (pale)", UNLABELLED))
+    size = [max(1, round(side * 512 / max(truth.shape))) for side in truth.shape]
     pred = colours[pred]
     pred[truth == 255] = 0.2 * pred[truth == 255] + 0.8 * 255
     truth = np.vstack([colours, [UNLABELLED]]).astype(np.uint8)[np.minimum(truth, len(names))]
-    for i, (title, panel) in enumerate({"image": image, "ground truth": truth, "prediction": pred}.items()):
-        sampling = Image.Resampling.NEAREST if i else Image.Resampling.BICUBIC
-        draw.text((i * (width + 10) + 4, 4), title, fill="black", font=font)
-        sheet.paste(Image.fromarray(panel).resize((width, height), sampling), (i * (width + 10), 24))
-    for i, (text, colour) in enumerate(legend):
-        x, y = i % columns * column + 4, height + 28 + i // columns * line
-        draw.rectangle((x, y + 2, x + 12, y + 14), fill=colour, outline="grey")
-        draw.text((x + 18, y), text, fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for where, picture in ((path, sheet), (path.with_name(f"{path.stem}_labels.png"), labels)):
-        atomic_write(where, partial(picture.save, format="PNG"))
+    with image_rows(path, [[("image", image), ("ground truth", truth), ("prediction", pred)]], size) as [axes]:
+        for one in axes[1:]:
+            one.images[0].set_interpolation("nearest")
+        for text, colour in legend:
+            axes[0].plot([], [], "s", color=np.divide(colour, 255), markersize=5, markeredgecolor="grey",
+                         label=textwrap.fill(text, 24))
+        axes[0].legend(loc="upper left", bbox_to_anchor=(0, 0), ncols=max(1, size[1] // 120), borderpad=0,
+                       handlelength=1)
+    atomic_write(path.with_name(f"{path.stem}_labels.png"), partial(labels.save, format="PNG"))
 
 
 def figure6_panels(folder: Path) -> dict[str, list[tuple[str, list[float | None]]]]:

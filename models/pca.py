@@ -5,17 +5,17 @@ components of a second one on the foreground are red, green and blue. Both are j
 compare within a row, not between rows.
 """
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
 from utils.distributed import is_main
+from utils.drawing import image_rows
 from utils.run import autocast
-from utils.storage import atomic_write, load, save
+from utils.storage import load, save
 
 from .encoder import Encoder
 
@@ -65,23 +65,14 @@ def token_colours(tokens: torch.Tensor, foreground: str = "first") -> tuple[torc
     return colours, mask, ratios.tolist()
 
 
-def draw_sheet(images: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> Image.Image:
-    """images uint8 [n, 3, H, W] and by model name the colours uint8 [n, h, w, 3] -> a row of the images, below it a row
-    per model, enlarged to H x W (nearest patch), the model's name on the left."""
-    from torchvision.utils import make_grid  # takes a second to import
-
-    height, gap = images.shape[2], 4
-    enlarged = [F.interpolate(row.permute(0, 3, 1, 2), size=images.shape[2:]) for row in rows.values()]
-    grid = make_grid(torch.cat([images, *enlarged]).cpu(), nrow=len(images), padding=gap, pad_value=255)
-    font = ImageFont.load_default(max(12, height // 14))
-    margin = int(max(font.getlength(name) for name in rows)) + 3 * gap
-    sheet = Image.new("RGB", (margin + grid.shape[2], grid.shape[1]), "white")
-    sheet.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (margin, 0))
-    draw = ImageDraw.Draw(sheet)
-    for number, name in enumerate(rows, 1):
-        middle = gap + number * (height + gap) + height / 2
-        draw.text((margin - gap, middle), name, fill="black", font=font, anchor="rm")
-    return sheet
+def draw_sheet(path: Path, images: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> None:
+    """Draws images uint8 [n, 3, H, W] in a row, below it a row for each model, its name on the left: by name the
+    colours uint8 [n, h, w, 3], enlarged to H x W (nearest patch)."""
+    lines = [[("", image) for image in line] for line in (images.permute(0, 2, 3, 1), *rows.values())]
+    with image_rows(path, lines, images.shape[2:], gap=4) as axes:
+        for one, name in zip(axes[1:, 0], rows, strict=True):
+            one.images[0].set_interpolation("nearest")
+            one.text(-8, images.shape[2] / 2, textwrap.fill(name, 40), ha="right", va="center")
 
 
 @torch.inference_mode()
@@ -102,7 +93,6 @@ def pca_run(encoder: Encoder, dataset, name: str, foreground: str, precision: st
             if earlier["foreground"] == foreground and torch.equal(earlier["images"], images):
                 rows = earlier["rows"] | rows
         save(kept, {"images": images, "foreground": foreground, "rows": rows})
-        sheet = draw_sheet(images, rows)
-        atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
+        draw_sheet(path, images, rows)
     return path, {"num_images": len(images), "foreground": foreground, "explained_variance": ratios,
                   "foreground_share": mask.double().mean().item(), "rows": list(rows)}

@@ -6,15 +6,17 @@ SPair-71k, Min et al. 2019). Images are squashed to a square, as in DIFT (arXiv:
 the original pixels.
 """
 
+import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError
 from utils.distributed import gather_rows, shard, world_size
+from utils.drawing import image_rows
 from utils.run import DTYPES, Progress, autocast
 from utils.storage import free_on_all
 
@@ -219,33 +221,27 @@ def transfer_run(encoder: Encoder, pairs, layers: Sequence[int], norm: bool, bat
     return metrics, predicted[-1]
 
 
-def draw_pairs(pairs, predicted: torch.Tensor, count: int, title: str = "keypoint transfer",
-               side: int = 480) -> Image.Image:
-    """A sheet of count pairs, evenly spaced in the list of all, under a title and a legend; images are squares, as the
-    encoder gets them. predicted [n, 2]: as transfer_run returns it."""
+def draw_pairs(path: Path, pairs, predicted: torch.Tensor, count: int, title: str = "keypoint transfer",
+               side: int = 480) -> None:
+    """Draws count pairs, evenly spaced in the list of all, under a title and a legend; images are squares, as the
+    encoder gets them, enlarged to side. predicted [n, 2]: as transfer_run returns it."""
     right = within(predicted, pairs.target_points, pairs.box_side[pairs.pair])[:, ALPHAS.index(0.1)]
     chosen = torch.linspace(0, len(pairs.pairs) - 1, min(count, len(pairs.pairs))).round().long().tolist()
-    gap, top = 8, 56
-    sheet = Image.new("RGB", (2 * side + gap, top + len(chosen) * (side + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    legend = ("yellow: keypoint in the source; green line: right, within 0.1 of the longer side of the target's box; "
-              "red line: wrong; white: true place")
-    draw.text((gap, gap), f"{title}\n{legend}", "black", ImageFont.load_default(14), spacing=6)
-    for number in chosen:
-        at, scales = pairs.pair == number, []
-        for image, left in ((pairs.source[number], 0), (pairs.target[number], side + gap)):
-            entry = pairs.images.images[image]
-            # A stated size says whether a picture is turned as its EXIF orientation says.
-            picture = pairs.images.load(entry.path, *[entry.size] * (entry.size is not None))
-            sheet.paste(picture.resize((side, side)), (left, top))
-            scales.append((side / pairs.sizes[image], torch.tensor([left, top])))
-        (scale, corner), (target_scale, target_corner) = scales
-        starts = pairs.source_points[at] * scale + corner
-        ends, truths = (points[at] * target_scale + target_corner for points in (predicted, pairs.target_points))
-        for (x, y), end, (u, v), good in zip(*(x.tolist() for x in (starts, ends, truths, right[at])), strict=True):
-            if not good:
-                draw.ellipse((u - 5, v - 5, u + 5, v + 5), fill="white", outline="black")
-            draw.line((x, y, *end), fill="lime" if good else "red", width=3)
-            draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill="yellow", outline="black")
-        top += side + gap
-    return sheet
+    ends, gap = torch.stack([pairs.source[chosen], pairs.target[chosen]], 1).tolist(), 8
+    rows = [[("", pairs.images[image][0][0].permute(1, 2, 0)) for image in both] for both in ends]
+    with image_rows(path, rows, (side, side), gap) as axes:
+        for number, (source, target), (_, one) in zip(chosen, ends, axes, strict=True):
+            at = pairs.pair == number
+            # In pixels of the target, the source on its left.
+            starts = pairs.source_points[at] / pairs.sizes[source] * side - torch.tensor([side + gap, 0])
+            found, truth = (points[at] / pairs.sizes[target] * side for points in (predicted, pairs.target_points))
+            lines = torch.stack([starts, found, torch.full_like(found, torch.nan)], dim=1)
+            one.plot(*truth[~right[at]].T, "o", color="white", label="true place")
+            for label, colour, kind in (("right", "lime", right[at]), ("wrong", "red", ~right[at])):
+                one.plot(*lines[kind].flatten(0, 1).T, color=colour, label=label)
+            one.plot(*starts.T, "o", color="yellow", label="keypoint")
+            for line in one.lines:
+                line.set(clip_on=False, markeredgecolor="black")
+        heading = f"{textwrap.fill(title, 60)}\nright: within 0.1 of the longer side of the target's box"
+        axes[0, 0].legend(handles=one.lines, title=heading, loc="lower left", bbox_to_anchor=(0, 1), ncols=4,
+                          alignment="left")

@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 
 from utils.run import run_main
 
@@ -87,3 +88,11 @@ def launch():
             assert code == status, out + err
         return results[0][1], "".join(err for _, _, err in results)
     return run
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The matplotlib figures that are written, one after another."""
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **how: kept.append(figure) or save(figure, *to, **how))
+    return kept

@@ -1,28 +1,21 @@
-"""Plots: curves and figure 6."""
+"""Plots and sheets: curves, figure 6, rows of images."""
 
 import sys
-from contextlib import contextmanager
 
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
+import classify
+import retrieval
+import segment
 from datasets.segmentation_pictures import draw_figure6
-from utils import UserError, drawing
-from utils.drawing import draw_curves, require_matplotlib
+from utils import UserError
+from utils.drawing import draw_curves, image_rows
 
 
-def test_accuracy_curves_are_a_colour_for_each_rate_a_band_over_seeds_and_each_seeds_best(monkeypatch, tmp_path):
-    figures = []
-
-    @contextmanager
-    def kept(path, width, height):
-        figures.append(Figure((width, height)))
-        yield figures[-1]
-
-    monkeypatch.setattr(drawing, "plot", kept)
+def test_accuracy_curves_are_a_colour_for_each_rate_a_band_over_seeds_and_each_seeds_best(figures, tmp_path):
     seeds = np.random.default_rng(0).uniform(61, 68, (2, 3, 90))
     epochs, best = seeds[1].argmax(1) + 1, seeds[1].max(1)
     draw_curves(tmp_path / "a.png", "title", {"lr 0.1": seeds[0], "lr 0.2": seeds[1].tolist()},
@@ -40,7 +33,7 @@ def test_accuracy_curves_are_a_colour_for_each_rate_a_band_over_seeds_and_each_s
         "lr 0.1", "lr 0.2", f"best of each seed,\nmean {best.mean():.2f}"]
     for ticks in (axes.get_xticks(), axes.get_yticks()):
         step = np.diff(ticks)[0]
-        assert round(step / 10 ** np.floor(np.log10(step)), 6) in (1, 2, 5)
+        assert round(step / 10 ** np.floor(np.log10(step)), 6) in (1, 2, 2.5, 5)
 
 
 def test_plots_are_png_or_pdf_by_their_suffix(tmp_path):
@@ -82,10 +75,29 @@ def test_no_picture_of_a_plot_is_cut(tmp_path):
             assert (edge == 255).all(), name
 
 
-def test_without_matplotlib_plots_are_refused_at_the_start(monkeypatch):
+@pytest.mark.parametrize(("script", "words"), [
+    (classify, "--save-plots"), (segment, "--save-pictures 1"), (segment, "--figure6 a.png"),
+    (retrieval, "--dataset imagenet --data-path ."), (retrieval, "--dataset imagenet --data-path . --pca"),
+    (retrieval, "--dataset synthetic-pairs --pictures 2"), (retrieval, "--dataset synthetic-pairs --layers all")])
+def test_without_matplotlib_pictures_are_refused_at_the_start(launch, monkeypatch, tmp_path, script, words):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        require_matplotlib()
+    out, error = launch(script.main, [*words.split(), "--output-dir", tmp_path / "out"], status=2)
+    assert "pip install matplotlib" in error and not out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [None, (60, 80)])
+def test_rows_of_images_are_as_large_as_said_and_no_word_is_cut(tmp_path, size):
+    """Images of their own size or of a given one; what stands beside them makes the file larger."""
+    images = {colour: np.full((height, 50, 3), colour, np.uint8) for colour, height in (
+        ((250, 0, 9), 20), ((9, 250, 0), 30), ((9, 0, 250), 40))}
+    one, two, three = images.values()
+    with image_rows(tmp_path / "a.png", [[("one", one), ("$\\frac", two)], [("猫\n3", three)]], size) as axes:
+        axes[0, 0].text(-5, 10, "a long text on its left", ha="right")
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    for colour, image in images.items():
+        places = np.argwhere((pixels == colour).all(2))
+        assert (abs(np.ptp(places, axis=0) + 1 - (size or image.shape[:2])) <= 1).all() and places[:, 1].min() > 250
+    assert all((edge == 255).all() for edge in (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:]))
 
 
 @pytest.mark.filterwarnings("error")

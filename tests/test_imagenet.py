@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from datasets.classification import open_classification
 from datasets.imagenet import load_image_folder
 from datasets.patches import resize_center_crop
-from datasets.sheets import GRID_BOXES, grid_patches, list_images, load_grid, overlap, query_image, write_sheets
+from datasets.sheets import GRID_BOXES, grid_patches, list_images, load_grid, overlap, patch_block, write_sheets
 from utils import UserError
 
 
@@ -148,16 +148,17 @@ def test_overlap_is_shared_pixels_of_one_image():
     assert not any(overlap(3 * 49 + a, 2 * 49 + a) for a in range(49))
 
 
-def test_the_query_is_shown_in_its_image_and_enlarged_beside_it(tmp_path):
+def test_patches_in_rows_of_six_are_framed_in_orange_where_they_overlap_the_query(tmp_path):
     noise(500, 375).save(tmp_path / "a.png")
-    picture = query_image(tmp_path / "a.png", 10)
+    noise(400, 300).save(tmp_path / "b.png")
+    block = patch_block([tmp_path / "a.png", tmp_path / "b.png"], [10, 48, 49 + 10, 11, 0, 9, 3, 2], 10)
+    assert block.shape == (240, 720, 3) and (block[120:, 240:] == 255).all()
     whole = Image.open(tmp_path / "a.png").resize((int(512 * 500 / 375), 512), Image.Resampling.BICUBIC)
     left, upper = round((whole.width - 448) / 2) + 2 * 84, round((512 - 448) / 2) + 2 * 28
-    patch = whole.crop((left, upper, left + 112, upper + 112))
-    assert picture.size == (452, 224)
-    assert picture.crop((228, 0, 452, 224)).tobytes() == patch.resize((224, 224), Image.Resampling.BICUBIC).tobytes()
-    red = (np.asarray(picture) == (255, 0, 0)).all(2)
-    assert red[28:84, 84:140].sum() >= 56 * 56 - 50 * 50 and not red[31:81, 87:137].all()
+    assert (block[4:116, 4:116] == np.asarray(whole.crop((left, upper, left + 112, upper + 112)))).all()
+    for number, overlaps in enumerate((True, False, False, True, False, True, True, True)):
+        tile = block[number // 6 * 120:, number % 6 * 120:][:120, :120]
+        assert (tile[[0, 3, -1]] == ((255, 140, 0) if overlaps else 255)).all()
 
 
 def test_a_grid_of_images(root):
@@ -170,17 +171,23 @@ def test_a_grid_of_images(root):
 
 
 @pytest.mark.parametrize("other_images", [False, True])
-def test_a_sheet_for_every_query(root, other_images):
+def test_a_sheet_for_every_query(root, figures, other_images):
     dataset = load_grid(root / "val")
     generator = torch.Generator().manual_seed(0)
     sources = [{"features": {"cls": torch.randn(dataset.num_patches, 8, generator=generator)}, "paths":
-                [image.path for image in dataset.images], "line": {"name": name, "weights": name}}
+                [image.path for image in dataset.images], "line": {"name": f"a ${name}", "weights": name}}
                for name in ("official", "random")]
-    options = {"top": 6, "columns": 3, "seed": 3, "other_images": other_images, "folder": root}
+    options = {"top": 7, "seed": 3, "other_images": other_images, "folder": root}
     assert write_sheets(sources, ["a.JPEG:7", "y.png:48"], 5, **options) == ["sheet_000_a_7.png", "sheet_001_y_48.png"]
     drawn = write_sheets(sources, [], 5, **options)
     assert len(set(drawn)) == 5 and drawn == write_sheets(sources, [], 5, **options)
-    assert all(Image.open(root / name).width > 452 + 3 * 100 for name in drawn)
+    titles = [[text.get_text() for text in axes.texts if text.get_text()] for axes in figures[0].axes]
+    assert titles == [["query"], ["a $official: cls"], ["query"] + ["orange:\noverlaps it"] * (not other_images),
+                      ["a $random (random weights): cls"]]
+    # The query's box in its image, and below it its patch, enlarged.
+    assert figures[0].axes[2].lines[0].get_xydata().tolist() == [[0, 28], [56, 28], [56, 84], [0, 84], [0, 28]]
+    image = figures[0].axes[2].images[0].get_array().astype(int)
+    assert abs(image[224:].reshape(56, 4, 56, 4, 3).mean((1, 3)) - image[28:84, :56]).mean() < 10
     pdf, = write_sheets(sources, ["a.JPEG:7"], 5, **options, suffix="pdf")
     assert (root / pdf).read_bytes().startswith(b"%PDF")
     if other_images:

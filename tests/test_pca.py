@@ -7,9 +7,7 @@ from PIL import Image
 from scipy.stats import skew
 from sklearn.decomposition import PCA
 
-from datasets.retrieval import open_images
-from models import build_model
-from models.pca import draw_sheet, foreground_mask, pca_run, principal_components, token_colours
+from models.pca import draw_sheet, foreground_mask, principal_components, token_colours
 from utils import UserError
 
 
@@ -115,27 +113,18 @@ def test_tokens_that_are_not_finite_or_all_the_same():
             token_colours(broken)
 
 
-def test_sheet():
+def test_sheet(figures, tmp_path):
     """Nearest patches, enlarged, in the order of the images; a name beside each model's row, none beside the images."""
     images = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
-    rows = {"small grid": torch.randint(0, 256, (3, 2, 3, 3), dtype=torch.uint8),
+    rows = {"small $grid": torch.randint(0, 256, (3, 2, 3, 3), dtype=torch.uint8),
             "a model of a longer name": torch.randint(0, 256, (3, 4, 6, 3), dtype=torch.uint8)}
-    sheet = np.asarray(draw_sheet(images, rows))
-    margin = sheet.shape[1] - 3 * (48 + 4)
-    for column in range(3):
-        expected = [images[column].permute(1, 2, 0).numpy()]
-        expected += [np.kron(colours[column].numpy(), np.ones((size, size, 1), dtype=np.uint8))
-                     for colours, size in zip(rows.values(), (16, 8), strict=True)]
-        for top, picture in zip((4, 40, 76), expected, strict=True):
-            assert (sheet[top:top + 32, margin + column * 52:][:, :48] == picture).all()
-    ink = (sheet[:, :margin] < 128).any((1, 2))
-    assert not ink[:36].any() and ink[40:72].any() and ink[76:108].any()
-
-
-def test_a_run_adds_a_row_to_those_of_the_same_images(tmp_path):
-    images, others = (open_images("synthetic", None, count, 0, 64) for count in (3, 4))
-    encoder = build_model("timm/vit_tiny_patch16_224", "random")
-    for name, dataset, rows in (("one", images, ["one"]), ("a/b", images, ["one", "a/b"]), ("c", others, ["c"])):
-        path, found = pca_run(encoder, dataset, name, "none", "fp32", tmp_path)
-        assert found["rows"] == rows and found["foreground_share"] == 1
-        assert path == tmp_path / "pca.png" and Image.open(path).height > (1 + len(rows)) * 64
+    draw_sheet(tmp_path / "a.png", images, rows)
+    pictures = [*images.permute(0, 2, 3, 1), *(picture for row in rows.values() for picture in row)]
+    for axes, expected in zip(figures[0].axes, pictures, strict=True):
+        assert (axes.images[0].get_array() == expected.numpy()).all() and axes.images[0].get_extent() == [0, 48, 32, 0]
+    words = [[text.get_text() for text in axes.texts if text.get_text()] for axes in figures[0].axes]
+    assert words == [[], [], [], ["small $grid"], [], [], ["a model of a longer name"], [], []]
+    sheet = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    for colours, size in zip(rows.values(), (16, 8), strict=True):
+        for colour in colours.flatten(0, 2).numpy():
+            assert (size - 1) ** 2 <= (sheet == colour).all(2).sum() <= (size + 2) ** 2

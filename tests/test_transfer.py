@@ -296,17 +296,25 @@ def test_a_trained_network_knows_parts_of_real_birds():
     assert all(value < 10 for value in values["random"]) and 1.5 < metrics["chance"]["pck_image"]["0.1"] < 1.7
 
 
-def test_sheet_of_pairs():
+def test_sheet_of_pairs(figures, tmp_path):
+    """Of every pair both squares, a line from each keypoint to its prediction, and the true place of wrong ones."""
     pairs = load_synthetic_pairs(64, 20, num_images=12)
     predicted = pairs.target_points.clone()
     predicted[::2] += 100
-    sheet = np.array(draw_pairs(pairs, predicted, 3, "my run", side=200))
-    assert sheet.shape == (56 + 3 * 208, 408, 3)
-    # A title and a legend, and below them no band of more than 8 white lines.
-    white = (sheet == 255).all((1, 2))
-    assert not white[8:48].all() and not any(white[y:y + 9].all() for y in range(56, len(white) - 9))
-    # Lines of both colours, and discs at the source's keypoints of the first pair.
-    assert all((sheet == colour).all(-1).sum() > 50 for colour in ((0, 255, 0), (255, 0, 0)))
-    at = pairs.pair == 0
-    for x, y in (pairs.source_points[at] / pairs.sizes[pairs.source[0]] * 200).round().int().tolist():
-        assert (sheet[56 + y - 4:56 + y + 5, max(x - 4, 0):x + 5] == (255, 255, 0)).all(-1).any()
+    draw_pairs(tmp_path / "a.png", pairs, predicted, 3, "my $run", side=200)
+    assert figures[0].axes[0].get_legend().get_title().get_text().startswith("my $run\n")
+    ends, at = (pairs.source[10], pairs.target[10]), pairs.pair == 10
+    for axes, image in zip(figures[0].axes[2:4], ends, strict=True):
+        assert (axes.images[0].get_array() == pairs.images[image][0][0].permute(1, 2, 0).numpy()).all()
+        assert axes.images[0].get_extent() == [0, 200, 200, 0]
+    scale, target_scale = (200 / pairs.sizes[end] for end in ends)
+    starts = pairs.source_points[at] * scale - torch.tensor([208, 0])
+    good = torch.arange(len(predicted))[at] % 2 == 1
+    true, *lines, keypoints = (line.get_xydata() for line in axes.lines)
+    assert np.allclose(keypoints, starts) and np.allclose(true, (pairs.target_points[at] * target_scale)[~good])
+    for line, kind in zip(lines, (good, ~good), strict=True):
+        assert np.allclose(line[::3], starts[kind]) and np.isnan(line[2::3]).all()
+        assert np.allclose(line[1::3], (predicted[at] * target_scale)[kind])
+    sheet = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    for colour in ((0, 255, 0), (255, 0, 0)):  # across both images
+        assert np.ptp((sheet == colour).all(-1).nonzero()[1]) > 80

@@ -1,4 +1,4 @@
-"""Pictures: plots for a paper's column by matplotlib (PNG or PDF)."""
+"""Plots for a paper's column and sheets of images, by matplotlib (PNG or PDF)."""
 
 import textwrap
 import warnings
@@ -22,18 +22,18 @@ STYLE = {"font.size": 6, "axes.axisbelow": True, "axes.linewidth": 0.5, "grid.co
 
 
 def require_matplotlib() -> None:
-    """Raises UserError where matplotlib is missing: to be called before any work whose end is a plot."""
+    """Raises UserError where matplotlib is missing: to be called before any work whose end is a picture."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("plots need matplotlib, which is not installed; run pip install matplotlib") from None
+        raise UserError("pictures need matplotlib, which is not installed; run pip install matplotlib") from None
 
 
 @contextmanager
-def plot(path: Path, width: float, height: float) -> Iterator:
+def plot(path: Path, width: float, height: float, grow: bool = False) -> Iterator:
     """The body draws on a matplotlib Figure of these inches; then path is written, PNG or PDF by its suffix, with no
-    display, no global state and nothing of the user's matplotlibrc. Raises UserError for another suffix and without
-    matplotlib."""
+    display, no global state and nothing of the user's matplotlibrc. grow: nothing is moved, and what stands over the
+    figure's edges makes the file larger. Raises UserError for another suffix and without matplotlib."""
     if path.suffix not in (".png", ".pdf"):
         raise UserError(f"{path} cannot be written as a plot; use a name that ends in .png or .pdf")
     require_matplotlib()
@@ -44,9 +44,32 @@ def plot(path: Path, width: float, height: float) -> Iterator:
         warnings.filterwarnings("ignore", "Glyph")  # of a name may be missing from the font
         rcdefaults()
         rcParams.update(STYLE)
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="none" if grow else "constrained")
         yield figure
-        atomic_write(path, partial(figure.savefig, format=path.suffix[1:]))
+        atomic_write(path, partial(figure.savefig, format=path.suffix[1:], bbox_inches="tight" if grow else None))
+
+
+@contextmanager
+def image_rows(path: Path, rows: Sequence[Sequence[tuple]], size: Sequence[int] | None = None,
+               gap: int = 10) -> Iterator[np.ndarray]:
+    """Draws rows of (title, image [H, W, 3]), each image of this size (height, width) or of its own, in pixels. The
+    body may draw more, on matplotlib Axes [rows, columns] in these pixels from the image's upper left corner, and over
+    their edges. Then path is written as by plot."""
+    sizes = [[size or np.shape(image)[:2] for _, image in row] for row in rows]
+    # A line of a title takes 35 pixels.
+    room = gap + 35 * max(len(title.splitlines()) for row in rows for title, _ in row)
+    heights, widths = [max(row)[0] + room for row in sizes], [width + gap for _, width in max(sizes, key=len)]
+    with plot(path, sum(widths) / DPI, sum(heights) / DPI, grow=True) as figure:
+        figure.subplots_adjust(0, 0, 1, 1, 0, 0)
+        axes = figure.subplots(len(rows), len(widths), squeeze=False, height_ratios=heights, width_ratios=widths)
+        for (row, column), one in np.ndenumerate(axes):
+            one.set_axis_off()
+            one.set(xlim=(0, widths[column]), ylim=(heights[row] - room, -room))
+            for title, image in rows[row][column:column + 1]:
+                height, width = sizes[row][column]
+                one.imshow(np.asarray(image), extent=(0, width, height, 0), aspect="auto")
+                one.text(0, -gap, title, va="bottom")
+        yield axes
 
 
 def draw_curves(path: Path, title: str, curves: Mapping[str, Sequence],
