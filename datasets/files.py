@@ -41,17 +41,16 @@ def read_rgb(path: str | Path, size: tuple[int, int] | None = None, upright: boo
     """
     with open_image(path) as image:
         image.load()
-        turned = image
+        chosen = image
         if upright or size not in (None, image.size):
             turned = ImageOps.exif_transpose(image)
-        if size not in (None, image.size, turned.size):
-            raise UserError(f"{path} has {image.width} x {image.height} pixels, its annotation says {size[0]} x "
-                            f"{size[1]}; use the pictures that were annotated, neither resized nor cropped")
-        if size is not None and image.size != turned.size:
-            upright = turned.size == size
+            if size in (None, turned.size):
+                chosen = turned
+            elif size != image.size:
+                raise UserError(f"{path} has {image.width} x {image.height} pixels, its annotation says {size[0]} x "
+                                f"{size[1]}; use the pictures that were annotated, neither resized nor cropped")
         if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
             raise ValueError("its values have 32 bits, and which of them is white is not known: save it with 8 bits")
-        chosen = turned if upright else image
         if image.mode.startswith("I"):
             # PNG has mode I before Pillow 11, PGM always; Pillow's own conversion cuts off what is above 255.
             chosen = Image.fromarray((np.asarray(chosen) >> 8).astype(np.uint8))

@@ -20,8 +20,6 @@ from utils.results import digest
 from .files import read_rgb
 
 Transform = Callable[[Image.Image], torch.Tensor]  # PIL RGB image -> uint8 [3, h, w]
-# Workers send groups of at most about this many patches: the cost of a transfer hardly depends on its size.
-PATCHES_PER_GROUP = 64
 
 
 def select_keypoints(points, crop_scale: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -59,10 +57,11 @@ def resize_square(size: int = 224) -> Transform:
     return transforms.Compose([transforms.Resize(size, Image.BICUBIC), transforms.PILToTensor()])
 
 
-def resize_center_crop(resize: int = 256, crop: int = 224) -> Transform:
-    """Bicubic (Pillow) to a short side of resize, then the central crop. PIL image -> uint8 [3, crop, crop]."""
+def resize_center_crop(size: int = 224) -> Transform:
+    """Bicubic (Pillow) to a short side of size * 256 / 224, then the central crop. PIL image -> uint8 [3, size, size].
+    """
     from torchvision import transforms
-    return transforms.Compose([transforms.Resize(resize, Image.BICUBIC), transforms.CenterCrop(crop),
+    return transforms.Compose([transforms.Resize(round(size * 256 / 224), Image.BICUBIC), transforms.CenterCrop(size),
                                transforms.PILToTensor()])
 
 
@@ -85,17 +84,24 @@ class PatchDataset(Dataset):
     """
 
     def __init__(self, images: Sequence[PatchImage], classes: Sequence[str], transform: Transform | None = None,
-                 load: Callable[..., Image.Image] = read_rgb):
+                 load: Callable[..., Image.Image] = read_rgb, notes: Sequence[str] = ()):
         self.images, self.classes = images, list(classes)
         self.transform, self.load = transform or resize_square(), load
         self.labels = torch.tensor([label for image in images for label in image.labels], dtype=torch.int64)
         self.num_patches = len(self.labels)
         self.first_id = torch.tensor([0, *(len(image.labels) for image in images)]).cumsum(0)
         self.image_index = torch.repeat_interleave(self.first_id.diff())
-        self.num_outside, self.notes = 0, []
+        self.num_outside, self.notes = 0, list(notes)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def subset(self, indices: Sequence[int]) -> "PatchDataset":
+        """Some images of this data set as a data set of their own."""
+        images = [self.images[index] for index in indices]
+        found = PatchDataset(images, self.classes, self.transform, self.load, self.notes)
+        found.num_outside = self.num_outside
+        return found
 
     def files(self) -> list[str]:
         """The paths of the images; none of synthetic ones, which are known by a number."""
@@ -119,34 +125,24 @@ class PatchDataset(Dataset):
 
     def batches(self, image_indices: Sequence[int], batch_size: int, workers: int,
                 pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]), b = batch_size except
-        in the last batch. Every image is decoded once, by a worker process (0: by this one). pin_memory: patches in
-        page-locked memory. Raises UserError for an image that cannot be decoded."""
-        indices = torch.tensor(image_indices, dtype=torch.int64)
-        counts = self.first_id.diff()[indices]
-        # Four groups at least for each worker, where that leaves 16 patches in one.
-        size = min(PATCHES_PER_GROUP, max(16, int(counts.sum()) // (4 * max(1, workers))))
-        lengths = ((counts.cumsum(0) - counts) // size).unique_consecutive(return_counts=True)[1].tolist()
-        groups = [group.tolist() for group in indices.split(lengths)]
-        filled = 0
-        for group in DataLoader(groups, None, num_workers=workers, collate_fn=self._load_group):
-            if isinstance(group, UserError):
-                raise group
-            patches, ids = group
-            while len(ids):
-                if filled == 0:
-                    batch = patches.new_empty((batch_size, *patches.shape[1:]), pin_memory=pin_memory)
-                    batch_ids = ids.new_empty(batch_size)
-                count = min(batch_size - filled, len(ids))
-                batch[filled:filled + count], batch_ids[filled:filled + count] = patches[:count], ids[:count]
-                patches, ids, filled = patches[count:], ids[count:], filled + count
-                if filled == batch_size:
-                    yield batch, batch_ids
-                    filled = 0
-        if filled:
-            yield batch[:filled], batch_ids[:filled]
+        """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]). A batch has all patches
+        of as many images as give at most batch_size, of one at least, and is made by one worker process (0 workers: by
+        this process). pin_memory: patches in page-locked memory. Raises UserError for an image that cannot be
+        decoded."""
+        groups, room = [], 0
+        for index in image_indices:
+            count = len(self.images[index].labels)
+            if count > room:
+                groups.append([])
+                room = batch_size
+            groups[-1].append(index)
+            room -= count
+        for batch in DataLoader(groups, None, num_workers=workers, collate_fn=self._load_batch, pin_memory=pin_memory):
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
-    def _load_group(self, image_indices: list[int]) -> tuple[torch.Tensor, torch.Tensor] | UserError:
+    def _load_batch(self, image_indices: list[int]) -> tuple[torch.Tensor, torch.Tensor] | UserError:
         """What a worker runs. An error is returned: the DataLoader turns a raised one into a message of many lines."""
         try:
             patches, ids = zip(*(self[index] for index in image_indices), strict=True)
@@ -217,13 +213,6 @@ def count_outside(points: Sequence[Sequence[float]], sizes: Sequence[tuple[int, 
 def draw_numbers(count: int, num: int | None, seed: int) -> list[int]:
     """num of the numbers below count (None, or more than there are: all), drawn by the seed, ascending."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:num].sort().values.tolist()
-
-
-def some_images(dataset: PatchDataset, indices: Sequence[int]) -> PatchDataset:
-    """These images of a data set, as a data set of their own."""
-    found = PatchDataset([dataset.images[index] for index in indices], dataset.classes, dataset.transform, dataset.load)
-    found.num_outside, found.notes = dataset.num_outside, dataset.notes
-    return found
 
 
 class RandomViews(PatchDataset):
