@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from utils import UserError
 from utils.results import digest
@@ -72,7 +72,7 @@ def random_crop_flip(size: int = 224) -> Transform:
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
-class PatchDataset(Dataset):
+class PatchDataset:
     """The patches of a list of images, one item per image, so that each image is decoded once.
 
     dataset[i] -> (patches uint8 [n, 3, h, w], ids int64 [n]). Ids number the patches of the whole data set, image by
