@@ -12,7 +12,7 @@ from . import check_data_path
 from .coco import load_coco, open_keypoints
 from .cub import load_cub
 from .imagenet import load_image_folder
-from .patches import PatchDataset, draw_numbers, resize_center_crop, resize_square
+from .patches import PatchDataset, draw_numbers, resize_center_crop
 from .synthetic import load_synthetic_patches, load_synthetic_species
 
 CLASSIFICATION_PARTS = ("cub", "coco", "keypoints", "synthetic")
@@ -51,7 +51,7 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
         sets = [load(data_path, split, **options) for split in ("train", "val" if has_val else "test")]
     train, test = sets
     if name in CLASSIFICATION_PARTS:
-        test.transform = resize_square(image_size)
+        test.transform = resize_center_crop(image_size, short_side=image_size)
     if num_images:
         train = train.subset(draw_numbers(len(train), num_images, seed))
     trained = {train.classes[label] for label in train.labels.unique()}
@@ -73,9 +73,8 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
 def hold_out(dataset: PatchDataset, seed: int, one_in: int = 10) -> torch.Tensor:
     """bool [num_patches]: the patches of a tenth of the images (of one in `one_in`), chosen at random. Raises UserError
     where a class would have no patch left to train on."""
-    count = max(1, len(dataset.images) // one_in)
-    images = torch.tensor(draw_numbers(len(dataset.images), count, seed))
-    held_out = torch.isin(dataset.image_index, images)
+    images = draw_numbers(len(dataset), max(1, len(dataset) // one_in), seed)
+    held_out = torch.isin(dataset.image_index, torch.tensor(images))
     if lost := sorted({*dataset.labels.unique().tolist()} - {*dataset.labels[~held_out].unique().tolist()}):
         raise UserError(f"the images held out by --seed {seed} are all that {len(lost)} classes have to train on, the "
                         f"first {dataset.classes[lost[0]]}; use another --seed or more images, or hold none out")

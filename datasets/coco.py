@@ -21,9 +21,8 @@ def load_coco(root: str | Path, split: str = "train", keypoints: Sequence[int | 
               crop_scale: float = 0.5, transform: Transform | None = None) -> PatchDataset:
     """The part patches of the people of COCO 2017, by load_keypoints.
 
-    root: holds annotations/person_keypoints_{split}2017.json, and images/{split}2017 or {split}2017. split: "train" (as
-    in part retrieval) or "val". keypoints: default KEYPOINTS. Raises UserError for another layout, and as
-    load_keypoints.
+    root: holds annotations/person_keypoints_{split}2017.json, and images/{split}2017 or {split}2017. split: "train" or
+    "val". keypoints: default KEYPOINTS. Raises UserError for another layout, and as load_keypoints.
     """
     annotations = Path(root, "annotations", f"person_keypoints_{split}2017.json")
     folder = Path(root, "images", f"{split}2017")
@@ -62,14 +61,13 @@ def load_keypoints(annotations: Path, folder: Path, categories: Sequence[str] | 
     count_outside and choose_keypoints, for keypoints none of which is visible or whose unit is not the pixel, for one
     of the user's own that is visible at (0, 0), and where no patch is left.
     """
-    names, images, objects = read_keypoints(annotations, categories)
-    paths = {image: str(folder / name) for image, (name, _) in images.items()}
-    sizes = {image: images[image][1] or picture_size(paths[image], upright=own)
-             for image in {image for image, _, _ in objects}}
+    names, images, objects = read_keypoints(annotations, folder, categories)
+    shown = {image for image, _, _ in objects}
+    sizes = {image: size or picture_size(path, upright=own) for image, (path, size) in images.items() if image in shown}
 
     values = np.array([values for _, _, values in objects]).reshape(-1, len(names), 3)
-    at, keypoint = np.nonzero(values[..., 2] == 2)
-    visible, others = values[at, keypoint, :2], int((values[..., 2] % 2 != 0).sum())
+    rows, columns = np.nonzero(values[..., 2] == 2)
+    visible, others = values[rows, columns, :2], int((values[..., 2] % 2 != 0).sum())
     if len(visible) == 0 and others:
         raise UserError(f"{annotations}: none of its keypoints has visibility 2, the only one that counts, and "
                         f"{others} have another; give 2 to those that are seen")
@@ -78,13 +76,13 @@ def load_keypoints(annotations: Path, folder: Path, categories: Sequence[str] | 
                         "coordinates are in pixels, not in parts of the picture")
 
     def where(number: int) -> str:
-        return f"{annotations}, annotation {objects[at[number]][1]}, keypoint {names[keypoint[number]]}"
+        return f"{annotations}, annotation {objects[rows[number]][1]}, keypoint {names[columns[number]]}"
 
     missing = np.flatnonzero((visible == 0).all(1))
     if own and len(missing):
         raise UserError(f"{where(missing[0])}: it is visible at (0, 0), as are {len(missing)} in all; a missing point "
                         "has visibility 0")
-    outside = count_outside(visible, [sizes[objects[number][0]] for number in at], where)
+    outside = count_outside(visible, [sizes[objects[row][0]] for row in rows], where)
 
     numbered = dict(enumerate(names, 1))
     chosen = choose_keypoints(keypoints or ["all"], numbered, "keypoint", annotations)
@@ -95,18 +93,18 @@ def load_keypoints(annotations: Path, folder: Path, categories: Sequence[str] | 
                  for label, keypoint in enumerate(chosen) if triples[3 * keypoint - 1] == 2]
         if len(found) >= 2:
             points[image] += found
-    by_path = ((paths[image], points[image], size) for image, (_, size) in images.items())
+    by_path = ((path, points[image], size) for image, (path, size) in images.items())
     dataset = keypoint_patches(by_path, chosen, numbered, "keypoint", crop_scale, transform,
                                partial(read_rgb, upright=own))
     dataset.num_outside, dataset.notes = outside
     return dataset
 
 
-def read_keypoints(path: Path, categories: Sequence[str] | None = None) -> tuple[list[str], dict[int, tuple], list]:
-    """A file of COCO keypoints -> (their names; by image id the file name and the (width, height) that the file states
-    or None; the objects (image id, annotation id, [x, y, visibility of each keypoint in turn]) of the categories).
-    categories: names; None: all. Raises UserError for another kind of file, an unknown category, one without keypoints,
-    and several with different keypoints."""
+def read_keypoints(path: Path, folder: Path, categories: Sequence[str] | None) -> tuple[list[str], dict, list]:
+    """A file of COCO keypoints -> (their names; by image id the path in folder and the (width, height) that the file
+    states, or None; the objects (image id, annotation id, [x, y, visibility of each keypoint in turn]) of the
+    categories). categories: names; None: all. Raises UserError for another kind of file, an unknown category, one
+    without keypoints, and several with different keypoints."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         known = {category["name"]: category for category in content["categories"]}
@@ -120,7 +118,7 @@ def read_keypoints(path: Path, categories: Sequence[str] | None = None) -> tuple
         if different := [category["name"] for category in chosen if category["keypoints"] != names]:
             raise UserError(f"{path}: the categories {chosen[0]['name']} and {different[0]} have different keypoints; "
                             f"{choice} (--dataset keypoints)")
-        images = {image["id"]: (image["file_name"],
+        images = {image["id"]: (str(folder / image["file_name"]),
                                 (int(image["width"]), int(image["height"])) if "width" in image else None)
                   for image in content["images"]}
         if len(images) < len(content["images"]):

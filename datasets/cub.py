@@ -15,10 +15,9 @@ def load_cub(root: str | Path, split: str | None = None, keypoints: Sequence[int
              crop_scale: float = 0.5, transform: Transform | None = None) -> PatchDataset:
     """The part patches of the official folder CUB_200_2011 (by the rule of select_keypoints): 30,543 of 11,231 images.
 
-    split: "train", "test", or None for all images, as in part retrieval. keypoints: ids or names of parts/parts.txt,
-    or ["all"] (default PARTS); class k is the k-th of them. Only visible parts count, in the distances too. Order:
-    images.txt, within an image that of keypoints. Raises UserError as read_cub and count_outside, for an unknown part,
-    and without any patch.
+    split: "train", "test", or None for all images, as in part retrieval. keypoints: ids or names of parts, or ["all"]
+    (default PARTS); class k is the k-th of them. Only visible parts count, in the distances too. Order: images.txt,
+    then keypoints. Raises UserError as read_cub and count_outside, for an unknown part, and without any patch.
     """
     root = Path(root)
     paths, points, names = read_cub(root)

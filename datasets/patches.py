@@ -51,18 +51,12 @@ class PatchImage(NamedTuple):
 
 
 # torchvision is imported where it is used: it takes longer than all else that a script's --help needs.
-def resize_square(size: int = 224) -> Transform:
-    """The published transform of part patches, which are square: bicubic (Pillow). PIL -> uint8 [3, size, size]."""
+def resize_center_crop(size: int = 224, short_side: int | None = None) -> Transform:
+    """Bicubic (Pillow) to a short side, by default of size * 256 / 224, then the central crop. Part patches are square,
+    so short_side = size shows the whole patch. PIL image -> uint8 [3, size, size]."""
     from torchvision import transforms
-    return transforms.Compose([transforms.Resize(size, Image.BICUBIC), transforms.PILToTensor()])
-
-
-def resize_center_crop(size: int = 224) -> Transform:
-    """Bicubic (Pillow) to a short side of size * 256 / 224, then the central crop. PIL image -> uint8 [3, size, size].
-    """
-    from torchvision import transforms
-    return transforms.Compose([transforms.Resize(round(size * 256 / 224), Image.BICUBIC), transforms.CenterCrop(size),
-                               transforms.PILToTensor()])
+    resize = transforms.Resize(short_side or round(size * 256 / 224), Image.BICUBIC)
+    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
 
 
 def random_crop_flip(size: int = 224) -> Transform:
@@ -79,19 +73,19 @@ class PatchDataset:
     image in the order of the boxes; labels and image_index, int64 [num_patches], are by id.
 
     images: each gives at least one patch. classes: names, by class index. transform: PIL patch -> uint8 [3, h, w]
-    (default resize_square()); the encoder normalises on its device. load: path, and the stated size where there is one
-    -> PIL RGB image. num_outside: visible keypoints outside of their pictures. notes: lines for the log.
+    (default: all of a square patch, at 224 x 224); the encoder normalises on its device. load: path, and the stated
+    size where there is one -> PIL RGB image. notes: for the log. num_outside: visible keypoints out of their pictures.
     """
 
     def __init__(self, images: Sequence[PatchImage], classes: Sequence[str], transform: Transform | None = None,
-                 load: Callable[..., Image.Image] = read_rgb, notes: Sequence[str] = ()):
+                 load: Callable[..., Image.Image] = read_rgb, notes: Sequence[str] = (), num_outside: int = 0):
         self.images, self.classes = images, list(classes)
-        self.transform, self.load = transform or resize_square(), load
+        self.transform, self.load = transform or resize_center_crop(short_side=224), load
         self.labels = torch.tensor([label for image in images for label in image.labels], dtype=torch.int64)
         self.num_patches = len(self.labels)
         self.first_id = torch.tensor([0, *(len(image.labels) for image in images)]).cumsum(0)
         self.image_index = torch.repeat_interleave(self.first_id.diff())
-        self.num_outside, self.notes = 0, list(notes)
+        self.notes, self.num_outside = list(notes), num_outside
 
     def __len__(self) -> int:
         return len(self.images)
@@ -99,9 +93,7 @@ class PatchDataset:
     def subset(self, indices: Sequence[int]) -> "PatchDataset":
         """Some images of this data set as a data set of their own."""
         images = [self.images[index] for index in indices]
-        found = PatchDataset(images, self.classes, self.transform, self.load, self.notes)
-        found.num_outside = self.num_outside
-        return found
+        return PatchDataset(images, self.classes, self.transform, self.load, self.notes, self.num_outside)
 
     def files(self) -> list[str]:
         """The paths of the images; none of synthetic ones, which are known by a number."""
@@ -127,8 +119,7 @@ class PatchDataset:
                 pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]). A batch has all patches
         of as many images as give at most batch_size, of one at least, and is made by one worker process (0 workers: by
-        this process). pin_memory: patches in page-locked memory. Raises UserError for an image that cannot be
-        decoded."""
+        this one). pin_memory: patches in page-locked memory. Raises UserError for an image that cannot be decoded."""
         groups, room = [], 0
         for index in image_indices:
             count = len(self.images[index].labels)
@@ -178,13 +169,11 @@ def keypoint_patches(points: Iterable[tuple], chosen: Sequence[int], names: dict
     images = []
     for path, pairs, *size in points:
         kept, half_sides = select_keypoints([point for _, point in pairs], crop_scale)
-        boxes, labels = [], []
-        for index, half in zip(kept, half_sides.tolist(), strict=True):
-            label, (x, y, *_) = pairs[index]
-            boxes.append((x - half, y - half, x + half, y + half))
-            labels.append(label)
-        if boxes:
-            images.append(PatchImage(path, boxes, labels, *size))
+        if len(kept):
+            labels, centres = zip(*(pairs[index] for index in kept), strict=True)
+            boxes = [(x - half, y - half, x + half, y + half)
+                     for (x, y, *_), half in zip(centres, half_sides.tolist(), strict=True)]
+            images.append(PatchImage(path, boxes, [*labels], *size))
     if not images:
         raise UserError(f"no patch of the {word}s {', '.join(map(str, chosen))} is left; use two or more, of which an "
                         "object shows at least two, over 40 pixels apart")

@@ -7,7 +7,7 @@ from . import check_data_path
 from .coco import load_coco, open_keypoints
 from .cub import load_cub
 from .files import read_rgb
-from .patches import PatchDataset, PatchImage, draw_numbers, resize_center_crop, resize_square
+from .patches import PatchDataset, PatchImage, draw_numbers, resize_center_crop
 from .sheets import list_images, load_grid
 from .synthetic import draw_image, image_seeds, load_synthetic_patches
 
@@ -25,7 +25,8 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
     open_keypoints. Raises UserError for an unknown keypoint, and files that are missing or wrong.
     """
     check_data_path(name, data_path)
-    options = {"keypoints": keypoints, "crop_scale": crop_scale, "transform": resize_square(image_size)}
+    options = {"keypoints": keypoints, "crop_scale": crop_scale,
+               "transform": resize_center_crop(image_size, short_side=image_size)}
     if name == "synthetic":
         return load_synthetic_patches("train", num_images or 30, seed, **options)
     if name == "imagenet":

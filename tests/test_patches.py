@@ -17,7 +17,6 @@ from datasets.patches import (
     draw_numbers,
     keypoint_patches,
     resize_center_crop,
-    resize_square,
     select_keypoints,
 )
 from utils import UserError
@@ -108,7 +107,7 @@ def test_patch_pixels_equal_plain_pillow(box):
 
 
 @pytest.mark.parametrize("ours, published", [
-    (resize_square(), [transforms.Resize(224, InterpolationMode.BICUBIC)]),
+    (resize_center_crop(short_side=224), [transforms.Resize(224, InterpolationMode.BICUBIC)]),
     (resize_center_crop(), [transforms.Resize(256, InterpolationMode.BICUBIC), transforms.CenterCrop(224)]),
 ])
 def test_normalised_uint8_equals_to_tensor_and_normalize(ours, published):
@@ -131,7 +130,7 @@ def folder(tmp_path):
 
 
 def small(images, **options):
-    return PatchDataset(images, ["a", "b", "c"], resize_square(16), **options)
+    return PatchDataset(images, ["a", "b", "c"], resize_center_crop(16, 16), **options)
 
 
 def collect(dataset, indices, batch_size, workers=0):
