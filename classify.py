@@ -344,7 +344,8 @@ def main() -> None:
     if probes and len(held_ids) and training:
         choosing = training._replace(ids=held_ids)
     elif probes and len(held_ids):
-        choosing = encode(data.images_with(train, held_ids), "held-out images", with_tokens)
+        held_images = train.image_index[held_ids].unique().tolist()
+        choosing = encode(train.subset(held_images), "held-out images", with_tokens)
     line["seconds_features"] = time.monotonic() - started
 
     # Training, and what came of it

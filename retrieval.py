@@ -17,7 +17,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -173,18 +172,17 @@ def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[s
     features: of "cls", "avg", "projected". batch_size: patches, over all processes. Returns {feature: [n, D]}, float32
     on the encoder's device, in the order of the patches. Raises UserError for features that are not finite.
     """
-    device, rows, share = encoder.mean.device, {name: [] for name in features}, shard(len(dataset))
+    device, rows, share = encoder.mean.device, [], shard(len(dataset))
+    count = int(dataset.first_id[share.stop] - dataset.first_id[share.start])
     progress = run.Progress(dataset.num_patches, "encoding", "patches")
-    batches = dataset.batches(share, max(1, batch_size // world_size()), workers, pin_memory=device.type == "cuda")
-    # A process without images has no rows, of the width of any.
-    black = [] if share else [(torch.zeros(1, 3, *encoder.native_size, dtype=torch.uint8), ())]
-    for patches, ids in chain(black, batches):
+    # A process without images encodes one to know how wide its features would be, of which it keeps no row.
+    for patches, ids in dataset.batches(share or [0], max(1, batch_size // world_size()), workers,
+                                        pin_memory=device.type == "cuda"):
         with torch.inference_mode(), run.autocast(device, precision):
             extracted = encoder.extract(encoder.preprocess(patches.to(device, non_blocking=True)), isometric=True)
-        for name in features:
-            rows[name].append(extracted[name][:len(ids)])
+        rows.append([extracted[name] for name in features])
         progress.update(len(ids) * world_size())
-    found = {name: torch.cat(parts) for name, parts in rows.items()}
+    found = {name: torch.cat(parts)[:count] for name, *parts in zip(features, *rows, strict=True)}
     if all_reduce(torch.tensor(sum(int((~part.isfinite()).sum()) for part in found.values()))):
         raise UserError(f"the encoder gave features that are not finite at --precision {precision}; "
                         "use --precision fp32, or other weights")

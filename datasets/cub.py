@@ -11,20 +11,20 @@ from .patches import PatchDataset, Transform, choose_keypoints, count_outside, k
 PARTS = (11, 12, 9, 14)  # right eye, right leg, left wing, tail: the paper's four, in its order
 
 
-def load_cub(root: str | Path, split: str | None = None, parts: Sequence[int | str] = PARTS, crop_scale: float = 0.5,
-             transform: Transform | None = None) -> PatchDataset:
+def load_cub(root: str | Path, split: str | None = None, keypoints: Sequence[int | str] | None = None,
+             crop_scale: float = 0.5, transform: Transform | None = None) -> PatchDataset:
     """The part patches of the official folder CUB_200_2011 (by the rule of select_keypoints): 30,543 of 11,231 images.
 
-    split: "train", "test", or None for all images, as in part retrieval. parts: ids or names of parts/parts.txt, or
-    ["all"]; class k is the k-th of them. Only visible parts count, in the distances too. Order: images.txt, within an
-    image that of parts. Raises UserError as read_cub and count_outside, for an unknown part, and without any patch.
+    split: "train", "test", or None for all images, as in part retrieval. keypoints: ids or names of parts, or ["all"]
+    (default PARTS); class k is the k-th of them. Only visible parts count, in the distances too. Order: images.txt,
+    then keypoints. Raises UserError as read_cub and count_outside, for an unknown part, and without any patch.
     """
     root = Path(root)
     paths, points, names = read_cub(root)
     if split is not None:
         is_train = dict(read_table(root, "train_test_split.txt", (int, int), paths))
         paths = {image: path for image, path in paths.items() if is_train[image] == (split == "train")}
-    parts = choose_keypoints(parts, names, "part", root / "parts/parts.txt")
+    parts = choose_keypoints(keypoints or PARTS, names, "part", root / "parts/parts.txt")
     by_path = ((path, [(label, points[image][part]) for label, part in enumerate(parts) if part in points[image]])
                for image, path in paths.items())
     dataset = keypoint_patches(by_path, parts, names, "part", crop_scale, transform)

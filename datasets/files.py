@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from utils import UserError
 
 # What Pillow raises for a picture that is missing, truncated, not an image, or far too large (-W error: and warns of).
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError, Warning)
-ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
 
 
 @contextmanager
@@ -24,10 +23,9 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except BAD_IMAGE as error:
+        reason = getattr(error, "strerror", None) or error
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image"
-        else:
-            reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be decoded ({reason}); replace it, or take it out of the data set") from None
 
 
@@ -41,17 +39,16 @@ def read_rgb(path: str | Path, size: tuple[int, int] | None = None, upright: boo
     """
     with open_image(path) as image:
         image.load()
-        turned = image
+        chosen = image
         if upright or size not in (None, image.size):
             turned = ImageOps.exif_transpose(image)
-        if size not in (None, image.size, turned.size):
-            raise UserError(f"{path} has {image.width} x {image.height} pixels, its annotation says {size[0]} x "
-                            f"{size[1]}; use the pictures that were annotated, neither resized nor cropped")
-        if size is not None and image.size != turned.size:
-            upright = turned.size == size
+            if size in (None, turned.size):
+                chosen = turned
+            elif size != image.size:
+                raise UserError(f"{path} has {image.width} x {image.height} pixels, its annotation says {size[0]} x "
+                                f"{size[1]}; use the pictures that were annotated, neither resized nor cropped")
         if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
             raise ValueError("its values have 32 bits, and which of them is white is not known: save it with 8 bits")
-        chosen = turned if upright else image
         if image.mode.startswith("I"):
             # PNG has mode I before Pillow 11, PGM always; Pillow's own conversion cuts off what is above 255.
             chosen = Image.fromarray((np.asarray(chosen) >> 8).astype(np.uint8))
@@ -63,7 +60,7 @@ def picture_size(path: str | Path, upright: bool = False) -> tuple[int, int]:
     """(width, height) from a picture's header; upright: when it is turned as its EXIF orientation says. Raises
     UserError."""
     with open_image(path) as image:
-        quarter_turn = upright and image.getexif().get(ORIENTATION, 1) > 4
+        quarter_turn = upright and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
         return image.size[::-1] if quarter_turn else image.size
 
 

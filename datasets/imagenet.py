@@ -30,9 +30,8 @@ def load_image_folder(root: str | Path, split: str, transform: Transform, uprigh
         labels = [label]  # one list per class, shared by its images
         images += [PatchImage(path, None, labels) for path in paths]
         others += unread
-    dataset = PatchDataset(images, classes, transform, partial(read_rgb, upright=upright))
-    dataset.notes = notes_of(others, "another suffix, or beside the class folders")
-    return dataset
+    return PatchDataset(images, classes, transform, partial(read_rgb, upright=upright),
+                        notes_of(others, "another suffix, or beside the class folders"))
 
 
 def is_shown(name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from utils import UserError
 from utils.results import digest
@@ -20,8 +20,6 @@ from utils.results import digest
 from .files import read_rgb
 
 Transform = Callable[[Image.Image], torch.Tensor]  # PIL RGB image -> uint8 [3, h, w]
-# Workers send groups of at most about this many patches: the cost of a transfer hardly depends on its size.
-PATCHES_PER_GROUP = 64
 
 
 def select_keypoints(points, crop_scale: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -53,17 +51,12 @@ class PatchImage(NamedTuple):
 
 
 # torchvision is imported where it is used: it takes longer than all else that a script's --help needs.
-def resize_square(size: int = 224) -> Transform:
-    """The published transform of part patches, which are square: bicubic (Pillow). PIL -> uint8 [3, size, size]."""
+def resize_center_crop(size: int = 224, short_side: int | None = None) -> Transform:
+    """Bicubic (Pillow) to a short side, by default of size * 256 / 224, then the central crop. Part patches are square,
+    so short_side = size shows the whole patch. PIL image -> uint8 [3, size, size]."""
     from torchvision import transforms
-    return transforms.Compose([transforms.Resize(size, Image.BICUBIC), transforms.PILToTensor()])
-
-
-def resize_center_crop(resize: int = 256, crop: int = 224) -> Transform:
-    """Bicubic (Pillow) to a short side of resize, then the central crop. PIL image -> uint8 [3, crop, crop]."""
-    from torchvision import transforms
-    return transforms.Compose([transforms.Resize(resize, Image.BICUBIC), transforms.CenterCrop(crop),
-                               transforms.PILToTensor()])
+    resize = transforms.Resize(short_side or round(size * 256 / 224), Image.BICUBIC)
+    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
 
 
 def random_crop_flip(size: int = 224) -> Transform:
@@ -73,29 +66,34 @@ def random_crop_flip(size: int = 224) -> Transform:
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
-class PatchDataset(Dataset):
+class PatchDataset:
     """The patches of a list of images, one item per image, so that each image is decoded once.
 
     dataset[i] -> (patches uint8 [n, 3, h, w], ids int64 [n]). Ids number the patches of the whole data set, image by
     image in the order of the boxes; labels and image_index, int64 [num_patches], are by id.
 
     images: each gives at least one patch. classes: names, by class index. transform: PIL patch -> uint8 [3, h, w]
-    (default resize_square()); the encoder normalises on its device. load: path, and the stated size where there is one
-    -> PIL RGB image. num_outside: visible keypoints outside of their pictures. notes: lines for the log.
+    (default: all of a square patch, at 224 x 224); the encoder normalises on its device. load: path, and the stated
+    size where there is one -> PIL RGB image. notes: for the log. num_outside: visible keypoints out of their pictures.
     """
 
     def __init__(self, images: Sequence[PatchImage], classes: Sequence[str], transform: Transform | None = None,
-                 load: Callable[..., Image.Image] = read_rgb):
+                 load: Callable[..., Image.Image] = read_rgb, notes: Sequence[str] = (), num_outside: int = 0):
         self.images, self.classes = images, list(classes)
-        self.transform, self.load = transform or resize_square(), load
+        self.transform, self.load = transform or resize_center_crop(short_side=224), load
         self.labels = torch.tensor([label for image in images for label in image.labels], dtype=torch.int64)
         self.num_patches = len(self.labels)
         self.first_id = torch.tensor([0, *(len(image.labels) for image in images)]).cumsum(0)
         self.image_index = torch.repeat_interleave(self.first_id.diff())
-        self.num_outside, self.notes = 0, []
+        self.notes, self.num_outside = list(notes), num_outside
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def subset(self, indices: Sequence[int]) -> "PatchDataset":
+        """Some images of this data set as a data set of their own."""
+        images = [self.images[index] for index in indices]
+        return PatchDataset(images, self.classes, self.transform, self.load, self.notes, self.num_outside)
 
     def files(self) -> list[str]:
         """The paths of the images; none of synthetic ones, which are known by a number."""
@@ -119,34 +117,23 @@ class PatchDataset(Dataset):
 
     def batches(self, image_indices: Sequence[int], batch_size: int, workers: int,
                 pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]), b = batch_size except
-        in the last batch. Every image is decoded once, by a worker process (0: by this one). pin_memory: patches in
-        page-locked memory. Raises UserError for an image that cannot be decoded."""
-        indices = torch.tensor(image_indices, dtype=torch.int64)
-        counts = self.first_id.diff()[indices]
-        # Four groups at least for each worker, where that leaves 16 patches in one.
-        size = min(PATCHES_PER_GROUP, max(16, int(counts.sum()) // (4 * max(1, workers))))
-        lengths = ((counts.cumsum(0) - counts) // size).unique_consecutive(return_counts=True)[1].tolist()
-        groups = [group.tolist() for group in indices.split(lengths)]
-        filled = 0
-        for group in DataLoader(groups, None, num_workers=workers, collate_fn=self._load_group):
-            if isinstance(group, UserError):
-                raise group
-            patches, ids = group
-            while len(ids):
-                if filled == 0:
-                    batch = patches.new_empty((batch_size, *patches.shape[1:]), pin_memory=pin_memory)
-                    batch_ids = ids.new_empty(batch_size)
-                count = min(batch_size - filled, len(ids))
-                batch[filled:filled + count], batch_ids[filled:filled + count] = patches[:count], ids[:count]
-                patches, ids, filled = patches[count:], ids[count:], filled + count
-                if filled == batch_size:
-                    yield batch, batch_ids
-                    filled = 0
-        if filled:
-            yield batch[:filled], batch_ids[:filled]
+        """Yields the patches of the given images in order, (uint8 [b, 3, h, w], ids int64 [b]). A batch has all patches
+        of as many images as give at most batch_size, of one at least, and is made by one worker process (0 workers: by
+        this one). pin_memory: patches in page-locked memory. Raises UserError for an image that cannot be decoded."""
+        groups, room = [], 0
+        for index in image_indices:
+            count = len(self.images[index].labels)
+            if count > room:
+                groups.append([])
+                room = batch_size
+            groups[-1].append(index)
+            room -= count
+        for batch in DataLoader(groups, None, num_workers=workers, collate_fn=self._load_batch, pin_memory=pin_memory):
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
-    def _load_group(self, image_indices: list[int]) -> tuple[torch.Tensor, torch.Tensor] | UserError:
+    def _load_batch(self, image_indices: list[int]) -> tuple[torch.Tensor, torch.Tensor] | UserError:
         """What a worker runs. An error is returned: the DataLoader turns a raised one into a message of many lines."""
         try:
             patches, ids = zip(*(self[index] for index in image_indices), strict=True)
@@ -182,13 +169,11 @@ def keypoint_patches(points: Iterable[tuple], chosen: Sequence[int], names: dict
     images = []
     for path, pairs, *size in points:
         kept, half_sides = select_keypoints([point for _, point in pairs], crop_scale)
-        boxes, labels = [], []
-        for index, half in zip(kept, half_sides.tolist(), strict=True):
-            label, (x, y, *_) = pairs[index]
-            boxes.append((x - half, y - half, x + half, y + half))
-            labels.append(label)
-        if boxes:
-            images.append(PatchImage(path, boxes, labels, *size))
+        if len(kept):
+            labels, centres = zip(*(pairs[index] for index in kept), strict=True)
+            boxes = [(x - half, y - half, x + half, y + half)
+                     for (x, y, *_), half in zip(centres, half_sides.tolist(), strict=True)]
+            images.append(PatchImage(path, boxes, [*labels], *size))
     if not images:
         raise UserError(f"no patch of the {word}s {', '.join(map(str, chosen))} is left; use two or more, of which an "
                         "object shows at least two, over 40 pixels apart")
@@ -217,13 +202,6 @@ def count_outside(points: Sequence[Sequence[float]], sizes: Sequence[tuple[int, 
 def draw_numbers(count: int, num: int | None, seed: int) -> list[int]:
     """num of the numbers below count (None, or more than there are: all), drawn by the seed, ascending."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:num].sort().values.tolist()
-
-
-def some_images(dataset: PatchDataset, indices: Sequence[int]) -> PatchDataset:
-    """These images of a data set, as a data set of their own."""
-    found = PatchDataset([dataset.images[index] for index in indices], dataset.classes, dataset.transform, dataset.load)
-    found.num_outside, found.notes = dataset.num_outside, dataset.notes
-    return found
 
 
 class RandomViews(PatchDataset):

@@ -7,12 +7,11 @@ from . import check_data_path
 from .coco import load_coco, open_keypoints
 from .cub import load_cub
 from .files import read_rgb
-from .patches import PatchDataset, PatchImage, draw_numbers, resize_center_crop, resize_square, some_images
+from .patches import PatchDataset, PatchImage, draw_numbers, resize_center_crop
 from .sheets import list_images, load_grid
 from .synthetic import draw_image, image_seeds, load_synthetic_patches
 
-LOADERS = {"cub": load_cub, "coco": load_coco}
-RETRIEVAL_DATASETS = (*LOADERS, "keypoints", "imagenet", "synthetic")
+RETRIEVAL_DATASETS = ("cub", "coco", "keypoints", "imagenet", "synthetic")
 
 
 def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] | None, crop_scale: float,
@@ -26,15 +25,17 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
     open_keypoints. Raises UserError for an unknown keypoint, and files that are missing or wrong.
     """
     check_data_path(name, data_path)
-    options = {"crop_scale": crop_scale, "transform": resize_square(image_size)}
+    options = {"keypoints": keypoints, "crop_scale": crop_scale,
+               "transform": resize_center_crop(image_size, short_side=image_size)}
     if name == "synthetic":
-        return load_synthetic_patches("train", num_images or 30, seed, keypoints, **options)
+        return load_synthetic_patches("train", num_images or 30, seed, **options)
     if name == "imagenet":
         return load_grid(data_path, num_images, seed, image_size)
-    if keypoints is not None:
-        options["parts" if name == "cub" else "keypoints"] = keypoints
-    dataset = open_keypoints(files, 1, **options)[0] if name == "keypoints" else LOADERS[name](data_path, **options)
-    return some_images(dataset, draw_numbers(len(dataset), num_images, seed)) if num_images else dataset
+    if name == "keypoints":
+        dataset = open_keypoints(files, 1, **options)[0]
+    else:
+        dataset = (load_cub if name == "cub" else load_coco)(data_path, **options)
+    return dataset.subset(draw_numbers(len(dataset), num_images, seed)) if num_images else dataset
 
 
 def open_images(name: str, data_path: Path | None, num_images: int, seed: int, image_size: int) -> PatchDataset:
@@ -45,7 +46,5 @@ def open_images(name: str, data_path: Path | None, num_images: int, seed: int, i
         paths, notes, load = image_seeds("test", num_images, seed), [], draw_image
     else:
         (paths, notes), load = list_images(data_path, num_images, seed), read_rgb
-    transform = resize_center_crop(round(image_size * 256 / 224), image_size)
-    dataset = PatchDataset([PatchImage(path, None, [0]) for path in paths], ["image"], transform, load)
-    dataset.notes = notes
-    return dataset
+    images = [PatchImage(path, None, [0]) for path in paths]
+    return PatchDataset(images, ["image"], resize_center_crop(image_size), load, notes)

@@ -164,7 +164,7 @@ def test_keypoints_of_retrieval():
     def classes(name, path, keypoints):
         return open_retrieval(name, path, keypoints, 0.5, None, 0).classes
     assert classes("cub", CUB, None) == load_cub(CUB).classes
-    assert classes("cub", CUB, ["all"]) == load_cub(CUB, parts=ALL_PARTS).classes
+    assert classes("cub", CUB, ["all"]) == load_cub(CUB, keypoints=ALL_PARTS).classes
     assert classes("coco", COCO, ["all"]) == load_coco(COCO, keypoints=ALL_KEYPOINTS).classes
     assert classes("coco", COCO, ["17", "6"]) == ["right_ankle", "left_shoulder"]
     assert classes("coco", COCO, ["right_ankle", "6"]) == ["right_ankle", "left_shoulder"]
@@ -194,7 +194,7 @@ def cub(tmp_path):
 
 def test_small_cub(cub):
     """Invisible parts count in no distance, and images without patches are left out."""
-    dataset = load_cub(cub, parts=(3, 1, 2))
+    dataset = load_cub(cub, keypoints=(3, 1, 2))
     assert dataset.classes == ["tail", "left eye", "beak"]
     assert [(Path(image.path).name, image.boxes, image.labels) for image in dataset.images] == [
         ("1.jpg", [(-15, -15, 35, 35), (85, -15, 135, 35)], [1, 2]),
@@ -244,7 +244,7 @@ def test_cub_parts_that_do_not_fit(cub):
 
 def test_cub_without_a_split_file_or_an_image(cub):
     (cub / "train_test_split.txt").unlink()
-    assert load_cub(cub, parts=(1, 2, 3)).num_patches == 4
+    assert load_cub(cub, keypoints=(1, 2, 3)).num_patches == 4
     (cub / "images/001.Bird/3.jpg").unlink()
     expect_line(["3.jpg cannot be decoded (No such file"], load_cub, cub, None, (1, 2, 3))
 
@@ -256,7 +256,7 @@ def test_cub_cropped_to_boxes_is_refused(cub):
                 load_cub, cub, None, (1, 2, 3))
     expect_line(["1 of 4 visible"], load_cub, cub, "train", (1, 2))
     Image.new("RGB", (150, 150)).save(cub / "images/001.Bird/3.jpg")
-    assert load_cub(cub, parts=(1, 2)).num_outside == 0
+    assert load_cub(cub, keypoints=(1, 2)).num_outside == 0
 
 
 def test_samples_of_images(cub, zoo):

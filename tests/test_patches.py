@@ -10,7 +10,6 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from datasets import patches as patches_module
 from datasets.patches import (
     PatchDataset,
     PatchImage,
@@ -18,9 +17,7 @@ from datasets.patches import (
     draw_numbers,
     keypoint_patches,
     resize_center_crop,
-    resize_square,
     select_keypoints,
-    some_images,
 )
 from utils import UserError
 
@@ -110,7 +107,7 @@ def test_patch_pixels_equal_plain_pillow(box):
 
 
 @pytest.mark.parametrize("ours, published", [
-    (resize_square(), [transforms.Resize(224, InterpolationMode.BICUBIC)]),
+    (resize_center_crop(short_side=224), [transforms.Resize(224, InterpolationMode.BICUBIC)]),
     (resize_center_crop(), [transforms.Resize(256, InterpolationMode.BICUBIC), transforms.CenterCrop(224)]),
 ])
 def test_normalised_uint8_equals_to_tensor_and_normalize(ours, published):
@@ -133,7 +130,7 @@ def folder(tmp_path):
 
 
 def small(images, **options):
-    return PatchDataset(images, ["a", "b", "c"], resize_square(16), **options)
+    return PatchDataset(images, ["a", "b", "c"], resize_center_crop(16, 16), **options)
 
 
 def collect(dataset, indices, batch_size, workers=0):
@@ -161,23 +158,22 @@ def test_identity_is_of_number_classes_labels_and_boxes(folder):
     assert all(key.endswith("test set") for key in first)
 
 
-def test_some_images_drawn_by_the_seed(folder):
+def test_a_subset_drawn_by_the_seed(folder):
     dataset = small(folder[1])
     dataset.num_outside, dataset.notes = 3, ["a note"]
-    part = some_images(dataset, draw_numbers(6, 2, 0))
+    part = dataset.subset(draw_numbers(6, 2, 0))
     assert len(part) == 2 and part.labels.tolist() == sum((list(image.labels) for image in part.images), [])
     assert (part.num_outside, part.notes, part.classes) == (3, ["a note"], ["a", "b", "c"])
     assert draw_numbers(6, None, 1) == draw_numbers(6, 9, 2) == list(range(6))
     assert len({tuple(draw_numbers(6, 2, seed)) for seed in range(99)}) == 15
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 13, 100])
-@pytest.mark.parametrize("group", [1, 3, 16])
-def test_batches_are_the_items_in_order(folder, batch_size, group, monkeypatch):
-    monkeypatch.setattr(patches_module, "PATCHES_PER_GROUP", group)
+@pytest.mark.parametrize("batch_size, expected", [
+    (1, [2, 1, 4, 3, 1, 2]), (3, [3, 4, 3, 3]), (4, [3, 4, 4, 2]), (7, [7, 6]), (12, [11, 2]), (13, [13]), (99, [13])])
+def test_batches_are_as_many_whole_images_as_fit_in_order(folder, batch_size, expected):
     dataset = small(folder[1])
     sizes, patches, ids = collect(dataset, range(6), batch_size)
-    assert sizes == [batch_size] * (13 // batch_size) + ([13 % batch_size] if 13 % batch_size else [])
+    assert sizes == expected
     assert ids.tolist() == list(range(13))
     assert torch.equal(patches, torch.cat([dataset[index][0] for index in range(6)]))
 
@@ -185,7 +181,7 @@ def test_batches_are_the_items_in_order(folder, batch_size, group, monkeypatch):
 def test_batches_of_some_images_in_any_order(folder):
     dataset = small(folder[1])
     sizes, patches, ids = collect(dataset, [3, 0], 4)
-    assert sizes == [4, 1] and ids.tolist() == [7, 8, 9, 0, 1]
+    assert sizes == [3, 2] and ids.tolist() == [7, 8, 9, 0, 1]
     assert torch.equal(patches, torch.cat([dataset[3][0], dataset[0][0]]))
     # As of a process among more than there are images.
     assert all(list(dataset.batches([], 4, workers)) == [] for workers in (0, 2))
@@ -204,8 +200,7 @@ class CountingLoad:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_image_is_decoded_once(folder, workers, monkeypatch):
-    monkeypatch.setattr(patches_module, "PATCHES_PER_GROUP", 3)
+def test_every_image_is_decoded_once(folder, workers):
     root, images = folder
     dataset = small(images, load=CountingLoad(root / "record"))
     _, patches, ids = collect(dataset, range(6), 2, workers)
