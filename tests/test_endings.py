@@ -39,11 +39,6 @@ def test_what_a_user_can_mend_is_one_line(name):
     assert call_main(raising(error), []) == (status, "", line)
 
 
-def test_memory_that_really_runs_out_is_one_line():
-    status, _, err = call_main(lambda: torch.empty(1 << 50, dtype=torch.uint8), [])
-    assert status == 2 and err.startswith("error: memory ran out (") and len(err.splitlines()) == 1
-
-
 def test_output_that_nobody_reads_on_is_no_defect():
     """As in --table | head."""
     body = "import sys; sys.path.insert(0, '.'); from utils.run import run_main; run_main(lambda: print('x' * 10**6))"
@@ -91,12 +86,12 @@ def script(tmp_path, body):
     return [path]
 
 
-def start(words, processes=0, options=(), **environment):
+def start(words, processes=0, options=()):
     """(exit status, output, errors) of a script as a user starts it, or, with processes, torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes else []
     # A shell has the jobs that it starts in the background ignore Ctrl-C, and they hand that on.
     done = subprocess.run([sys.executable, *options, *map(str, [*torchrun, *words])], cwd=ROOT, capture_output=True,
-                          encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=300,
+                          encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return done.returncode, done.stdout, done.stderr
 
@@ -136,33 +131,23 @@ def classify_folder(tmp_path, *names):
             "--epochs", 2, "--save-plots"]
 
 
-@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C"}])
-def test_names_that_the_terminal_cannot_show_end_no_run(tmp_path, environment):
-    """Class names in Chinese, and bytes that are no text. The log says what the terminal does."""
-    words = [*classify_folder(tmp_path, "猫", b"\xff".decode(errors="surrogateescape")), "--name", "猫"]
-    status, out, err = start(words, **environment)
-    assert status == 0 and (tmp_path / "results.jsonl").exists() and list(tmp_path.glob("*_accuracy.png")), err
-    said = (tmp_path / "log.txt").read_text(encoding="utf-8")
-    assert "name=猫" in said and out in (said, said.encode("ascii", "backslashreplace").decode())
-
-
 def test_warnings_as_errors(tmp_path):
     status, out, err = start(classify_folder(tmp_path, "cats", "dogs"), options=["-W", "error"])
     assert status == 0 and (tmp_path / "log.txt").read_text() == out and "classify.py run " in out, err
 
 
 def test_progress_that_is_no_terminal(capsys, monkeypatch):
-    """A first line after ten seconds, then every tenth of the work, or every five minutes of slow work."""
+    """A first line after ten seconds, another after twenty more, and so on up to every five minutes."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress, seen = run.Progress(1000, "testing", "images"), []
-    for seconds, count in ((9, 1), (2, 1), (100, 50), (10, 51), (250, 1), (60, 1), (9, 800), (3, 95)):
+    for seconds, count in ((9, 1), (2, 1), (19, 50), (1, 1), (120, 1), (340, 2), (310, 1), (299, 1), (1, 943)):
         now[0] += seconds
         progress.update(count)
         seen.append(capsys.readouterr().err)
     assert seen[1] == "testing: 2/1000 images, 0:00:11 elapsed, 1:31:29 left\n"
-    assert [bool(line) for line in seen] == [False, True, False, True, False, True, False, True]
-    assert seen[-1].startswith("testing: 1000/1000 images, 0:07:23 elapsed, 0:00:00 left")
+    assert [bool(line) for line in seen] == [False, True, False, True, True, True, True, False, True]
+    assert seen[-1].startswith("testing: 1000/1000 images, 0:18:21 elapsed, 0:00:00 left")
 
 
 def test_progress_of_a_process_with_nothing_or_more_than_its_share(capsys, monkeypatch):

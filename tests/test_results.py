@@ -80,12 +80,6 @@ def test_lines_that_cannot_be_read_are_said(tmp_path):
         read_results(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb", "\u2028"])
-def test_a_name_that_is_not_one_line_of_text_is_refused(launch, tmp_path, name):
-    _, err = launch(classify.main, ["--name", name, "--output-dir", tmp_path, "--device", "cpu"], 1, 2)
-    assert err == f"error: --name {name!r}: use characters that can be printed, on one line\n"
-
-
 def test_what_differs_from_a_default_is_recorded_whatever_its_name():
     parser = OneLineParser()
     parser.add_argument("--rate", type=float, default=0.1)

@@ -6,7 +6,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,8 +26,6 @@ def run_main(main: Callable[[], None]) -> None:
     if dist.is_torchelastic_launched():  # by torchrun, whose report shows the error
         from torch.distributed.elastic.multiprocessing.errors import record
         main = record(main)
-    with suppress(AttributeError):  # where standard output is no stream of the system's
-        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         main()
         if dist.is_initialized():
@@ -43,7 +40,7 @@ def run_main(main: Callable[[], None]) -> None:
             leave(f"error: {text}", 2)
         if isinstance(error, OSError) and error.filename:
             leave(f"error: {error.filename}: {error.strerror}; correct this and start again", 2)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in text and "memory" in text:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
             leave(f"error: memory ran out ({text[:150]}): use a smaller --batch-size, fewer --workers", 2)
         leave(traceback.format_exc(), 1)
 
@@ -159,8 +156,6 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     """Starts a run: joins the processes, chooses device, precision and name (kept in args), makes the output folder,
     and logs run, revision, versions, processes and arguments. Raises UserError and OSError."""
     args.name = args.name or args.model
-    if not args.name.isprintable():
-        raise UserError(f"--name {args.name!r}: use characters that can be printed, on one line")
     if args.dataset != "keypoints" and any(vars(args).get(name) for name in ("annotations", "images", "category")):
         raise UserError(f"--annotations, --images and --category are for --dataset keypoints, not for {args.dataset}")
     if args.data_path and args.dataset.startswith("synthetic"):
@@ -199,30 +194,28 @@ class Log:
 
 
 class Progress:
-    """Shows on the main process's standard error how far long work is and how long it will take: on one rewritten line
-    in a terminal; elsewhere on a line after ten seconds, then every tenth of the work or every five minutes."""
+    """Shows on the main process's standard error how far long work is and how long it will take: on a line that is
+    rewritten in a terminal; elsewhere on lines after ten seconds, twenty more, and so on up to every five minutes."""
 
     def __init__(self, total: int, label: str, unit: str = ""):
-        self.total, self.label, self.unit = total, label, unit
-        self.done, self.start, self.terminal = 0, time.monotonic(), sys.stderr.isatty()
-        self.last, self.next_share = self.start, 0.0
+        self.total, self.label, self.unit, self.done = total, label, unit, 0
+        self.start = self.last = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        self.wait = 0.2 if self.terminal else 10
 
     def update(self, count: int = 1) -> None:
         # A process's own share, from which the others' is estimated, may be more than theirs, or nothing.
         self.done = min(self.done + count, self.total)
-        if not is_main() or self.done == 0:
+        now, finished = time.monotonic(), self.done == self.total
+        early = now - self.last < self.wait and not (finished and self.terminal)
+        if early or self.done == 0 or not is_main():
             return
-        now, share = time.monotonic(), self.done / self.total
-        if self.terminal:
-            due = now - self.last > 0.2 or share >= 1
-        else:
-            due = now - self.last > 10 and (share >= self.next_share or now - self.last > 300)
-        if not due:
-            return
-        self.last, self.next_share = now, share + 0.1
-        elapsed = now - self.start
+        self.last, elapsed = now, now - self.start
         left = elapsed * (self.total - self.done) / self.done
         text = (f"{self.label}: {self.done}/{self.total} {self.unit}, {timedelta(seconds=int(elapsed))} elapsed, "
                 f"{timedelta(seconds=int(left))} left")
-        start, end = ("\r\033[K", "\n" if share >= 1 else "") if self.terminal else ("", "\n")
-        print(start + text, file=sys.stderr, end=end, flush=True)
+        if self.terminal:
+            print(f"\r\033[K{text}", file=sys.stderr, end="\n" if finished else "", flush=True)
+        else:
+            self.wait = min(2 * self.wait, 300)
+            print(text, file=sys.stderr, flush=True)
