@@ -71,8 +71,8 @@ def open_pascal(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
     """Pascal-Part, unpacked into VOCdevkit/VOC2010, whose 10,103 training and validation images it annotates."""
     pairs = {}
     for split in LONG_NAMES:
-        path = (args.lists or args.source / "ImageSets" / "Main") / f"{split}.txt"
-        names = sorted({line.split()[0] for line in read_lines(path) if line.strip()})
+        lines = read_lines(args.source / "ImageSets" / "Main" / f"{split}.txt")
+        names = sorted({line.split()[0] for line in lines if line.strip()})
         pairs[split] = [(args.source / "JPEGImages" / f"{name}.jpg", args.source / "Annotations_Part" / f"{name}.mat")
                         for name in names]
     return pairs, CLASS_NAMES[args.dataset], partial(read_pascal, parts=args.dataset == "pascal-part")
@@ -168,11 +168,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=positive_int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--classes", type=Path, metavar="FILE",
                         help="ADE20K: names of the classes to keep, one a line, in label order")
-    parser.add_argument("--lists", type=Path, metavar="DIR",
-                        help="Pascal: folder of train.txt and val.txt (default: the source's ImageSets/Main)")
     args = parser.parse_args(words)
-    if args.classes and not args.dataset.startswith("ade20k") or args.lists and not args.dataset.startswith("pascal"):
-        raise UserError("--classes is for ADE20K, --lists for Pascal; leave it out")
+    if args.classes and not args.dataset.startswith("ade20k"):
+        raise UserError("--classes is for ADE20K; leave it out")
 
     pairs, names, read_labels = OPEN[args.dataset](args)
     root, layout = args.target / ROOTS[args.dataset][0], LAYOUTS[args.dataset == "ade20k-object"]
