@@ -23,9 +23,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 def run_main(main: Callable[[], None]) -> None:
     """Runs a script's main. A mistake of the user's, a file that cannot be used and memory that ran out are one line
     and exit status 2, Ctrl-C is one line and 130; anything else is a defect and shows its traceback."""
-    if dist.is_torchelastic_launched():  # by torchrun, whose report shows the error
-        from torch.distributed.elastic.multiprocessing.errors import record
-        main = record(main)
     try:
         main()
         if dist.is_initialized():

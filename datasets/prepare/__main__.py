@@ -38,8 +38,6 @@ from .ade20k_part import find_pairs, list_images, name_pairs, read_index, read_p
 MAX_CLASSES = 254  # in a label map of 8 bits, where 0 is "other" and 255 is ignored
 PASCAL_PART_LABELS = {name: label for label, name in enumerate(PASCAL_PART_193, 1)}
 PASCAL_OBJECT_LABELS = {name: label for label, name in enumerate(PASCAL_OBJECT_16, 1)}
-# No object of these classes has parts in Pascal-Part; the paper leaves them out.
-PASCAL_OBJECT_LABELS |= dict.fromkeys(("boat", "chair", "diningtable", "sofa", "table"), 0)
 
 
 def open_lip(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
@@ -91,7 +89,8 @@ def read_pascal(path: Path, parts: bool) -> np.ndarray:
         for item in objects:
             name = str(item["class"][0])
             if not parts:
-                labels[item["mask"] > 0] = PASCAL_OBJECT_LABELS[name]
+                # The other four classes have no parts in Pascal-Part; the paper leaves them out.
+                labels[item["mask"] > 0] = PASCAL_OBJECT_LABELS.get(name, 0)
                 continue
             for part in item["parts"].ravel():
                 family = str(part["part_name"][0]).rstrip("0123456789").removesuffix("_")
