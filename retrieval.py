@@ -364,15 +364,13 @@ def parse_arguments() -> argparse.Namespace:
         parser.check_used(args, "--load-features", *(name for name in args.changed if name not in read))
     elif args.dataset in PAIR_DATASETS:
         drawn = () if args.dataset == "synthetic-pairs" else ("num_images",)
-        parser.check_used(args, f"--dataset {args.dataset}", *features, *ranking, *sheets, *drawn)
+        parser.check_used(args, f"--dataset {args.dataset}", "pca", *features, *ranking, *sheets, *drawn)
+    elif args.dataset != "imagenet":
+        parser.check_used(args, f"--dataset {args.dataset}", "pca", *sheets, *pairs, "plot_format")
     elif args.pca:
         parser.check_used(args, "--pca", *features, *ranking, *sheets, *pairs, "plot_format")
-    elif args.dataset == "imagenet":
-        parser.check_used(args, "picture sheets (--dataset imagenet)", *ranking, *pairs)
     else:
-        parser.check_used(args, f"--dataset {args.dataset}", *sheets, *pairs, "plot_format")
-    if args.pca and args.dataset != "imagenet":
-        raise UserError(f"--pca draws a folder of images: use --dataset imagenet --data-path DIR, not {args.dataset}")
+        parser.check_used(args, "picture sheets (--dataset imagenet)", *ranking, *pairs)
     return args
 
 

@@ -134,7 +134,7 @@ def test_warnings_as_errors(tmp_path):
     assert status == 0 and (tmp_path / "log.txt").read_text() == out and "classify.py run " in out, err
 
 
-def test_progress_that_is_no_terminal(capsys, monkeypatch):
+def test_progress(capsys, monkeypatch):
     """A first line after ten seconds, another after twenty more, and so on up to every five minutes."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -191,28 +191,21 @@ class Log:
 
 
 class Progress:
-    """Shows on the main process's standard error how far long work is and how long it will take: on a line that is
-    rewritten in a terminal; elsewhere on lines after ten seconds, twenty more, and so on up to every five minutes."""
+    """Says on the main process's standard error how far long work is and how long it will take: after ten seconds,
+    after twenty more, and so on up to every five minutes."""
 
     def __init__(self, total: int, label: str, unit: str = ""):
         self.total, self.label, self.unit, self.done = total, label, unit, 0
         self.start = self.last = time.monotonic()
-        self.terminal = sys.stderr.isatty()
-        self.wait = 0.2 if self.terminal else 10
+        self.wait = 10
 
     def update(self, count: int = 1) -> None:
         # A process's own share, from which the others' is estimated, may be more than theirs, or nothing.
         self.done = min(self.done + count, self.total)
-        now, finished = time.monotonic(), self.done == self.total
-        early = now - self.last < self.wait and not (finished and self.terminal)
-        if early or self.done == 0 or not is_main():
+        now = time.monotonic()
+        if now - self.last < self.wait or self.done == 0 or not is_main():
             return
-        self.last, elapsed = now, now - self.start
+        self.last, self.wait, elapsed = now, min(2 * self.wait, 300), now - self.start
         left = elapsed * (self.total - self.done) / self.done
-        text = (f"{self.label}: {self.done}/{self.total} {self.unit}, {timedelta(seconds=int(elapsed))} elapsed, "
-                f"{timedelta(seconds=int(left))} left")
-        if self.terminal:
-            print(f"\r\033[K{text}", file=sys.stderr, end="\n" if finished else "", flush=True)
-        else:
-            self.wait = min(2 * self.wait, 300)
-            print(text, file=sys.stderr, flush=True)
+        print(f"{self.label}: {self.done}/{self.total} {self.unit}, {timedelta(seconds=int(elapsed))} elapsed, "
+              f"{timedelta(seconds=int(left))} left", file=sys.stderr, flush=True)
