@@ -246,10 +246,8 @@ def rgb_to_hsv(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     """int32 [B, 3, H, W], 0 to 255 -> hue 0 to 179, saturation and value 0 to 255, int32 [B, H, W] (OpenCV, 8 bits)."""
     per_value, per_spread, _ = colour_tables(rgb.device)
     red, green, blue = rgb.unbind(1)
-    value = torch.maximum(red, green)
-    value = torch.maximum(value, blue, out=value)
-    spread = torch.minimum(red, green)
-    spread = torch.sub(value, torch.minimum(spread, blue, out=spread), out=spread)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    spread = value - torch.minimum(torch.minimum(red, green), blue)
     saturation = take(per_value, value).mul_(spread).add_(2048).bitwise_right_shift_(12)
     if_green, if_blue = (blue - red).add_(spread, alpha=2), (red - green).add_(spread, alpha=4)
     numerator = torch.where(value == red, green - blue, torch.where(value == green, if_green, if_blue))

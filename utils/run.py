@@ -56,13 +56,10 @@ def leave(message: str, status: int) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, with errors on one line. doc: a script's docstring; its first line becomes the description, its
-    indented lines the examples after --help."""
+    """argparse, with errors on one line. doc: a script's docstring, which --help shows."""
 
     def __init__(self, doc: str = "", **options):
-        examples = "\n".join(line for line in doc.splitlines() if line.startswith("    "))
-        super().__init__(description=doc.split("\n")[0], epilog=examples and f"examples:\n{examples}",
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, words: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """As argparse's, and as `changed` the names of those that differ from their default, which tables mark."""
@@ -161,7 +158,6 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     log = Log(args.output_dir)
-    this_run.cache_clear()
     run = this_run()
     log(f"{Path(sys.argv[0]).name} run {run['run']}, {run['date']}, revision {run['revision']}, "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + f", processes {world_size()}")
