@@ -89,10 +89,8 @@ def take(pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def unpack(pixels: torch.Tensor) -> torch.Tensor:
     """int32 [B, H, W] -> red, green, blue as int32 [B, 3, H, W]."""
-    colours = torch.stack([pixels, pixels, pixels], dim=1)
-    colours[:, 1].bitwise_right_shift_(8)
-    colours[:, 2].bitwise_right_shift_(16)
-    return colours.bitwise_and_(255)
+    shifts = torch.arange(0, 24, 8, dtype=torch.int32, device=pixels.device)[:, None, None]
+    return (pixels[:, None] >> shifts).bitwise_and_(255)
 
 
 def _steps(out_size: torch.Tensor, in_size: torch.Tensor) -> torch.Tensor:
