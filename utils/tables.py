@@ -103,18 +103,18 @@ def order(row: tuple[str, str]) -> tuple:
 def runs_of(folder: Path, tasks: Iterable[str]) -> list[Run]:
     """The runs of these tasks, of those with equal arguments the last, in the order of their rows. Raises UserError
     where there is no results.jsonl."""
+    results = [result for result in read_results(folder) if result["task"] in tasks]
     groups, runs = defaultdict(list), {}
-    for result in read_results(folder):
-        if result["task"] in tasks:
-            result["args"]["weights"] = f"{result['weights']} {(result['sha256'] or '')[:8]}".strip()
-            groups[result["task"], dataset_title(result), result["name"]].append(result)
-    for group, alike in groups.items():
-        for result in alike:
-            figures, about, baselines = measured(result)
-            counts = {column: value for column, value in about.items() if isinstance(value, int)}
-            baselines = {title: chance | counts for title, chance in baselines.items()}
-            marks = marks_of(result, counts.values(), alike)
-            runs[(*group, marks, *figures)] = Run(*group, marks, figures, about, baselines)
+    for result in results:
+        result["args"]["weights"] = f"{result['weights']} {(result['sha256'] or '')[:8]}".strip()
+        groups[result["task"], dataset_title(result), result["name"]].append(result)
+    for result in results:
+        group = result["task"], dataset_title(result), result["name"]
+        figures, about, baselines = measured(result)
+        counts = {column: value for column, value in about.items() if isinstance(value, int)}
+        baselines = {title: chance | counts for title, chance in baselines.items()}
+        marks = marks_of(result, counts.values(), groups[group])
+        runs[(*group, marks, *figures)] = Run(*group, marks, figures, about, baselines)
     return sorted(runs.values(), key=lambda run: order((run.name, run.marks)))
 
 
