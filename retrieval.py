@@ -40,10 +40,6 @@ from utils.tables import paper_tables
 # What made the features, as keys of a results line of their own; and what a file of features holds.
 PROTOCOL = ("crop_scale", "image_size", "keypoints", "authors_defects")
 FEATURE_FILE = ("features", "labels", "classes", "paths", "data", "line")
-# Options that --load-features takes from the file, or does not need.
-MAKE_FEATURES = (*PROTOCOL, "name", "model", "dataset", "precision", "weights", "weights_key", "num_heads", "data_path",
-                 "batch_size", "compile", "features", "num_images", "save_features", "annotations", "images",
-                 "category")
 
 
 def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: torch.Tensor | None = None,
@@ -359,18 +355,17 @@ def parse_arguments() -> argparse.Namespace:
     ranking = ("exclude_query", "crop_scale", "keypoints")
     features = ("features", "save_features", "load_features", "authors_defects")
     if args.load_features:
-        parser.check_used(args, "--load-features", *pairs, "pca", *MAKE_FEATURES)
+        read = ("load_features", "exclude_query", "output_dir", "workers", "seed", "device", "plot_format", *sheets)
+        parser.check_used(args, "--load-features", *(name for name in args.changed if name not in read))
     elif args.dataset in PAIR_DATASETS:
         drawn = () if args.dataset == "synthetic-pairs" else ("num_images",)
-        parser.check_used(args, f"--dataset {args.dataset}", *features, *ranking, *sheets, *drawn)
+        parser.check_used(args, f"--dataset {args.dataset}", "pca", *features, *ranking, *sheets, *drawn)
+    elif args.dataset != "imagenet":
+        parser.check_used(args, f"--dataset {args.dataset}", "pca", *sheets, *pairs, "plot_format")
     elif args.pca:
         parser.check_used(args, "--pca", *features, *ranking, *sheets, *pairs, "plot_format")
-    elif args.dataset == "imagenet":
-        parser.check_used(args, "picture sheets (--dataset imagenet)", *ranking, *pairs)
     else:
-        parser.check_used(args, f"--dataset {args.dataset}", *sheets, *pairs, "plot_format")
-    if args.pca and args.dataset != "imagenet":
-        raise UserError(f"--pca draws a folder of images: use --dataset imagenet --data-path DIR, not {args.dataset}")
+        parser.check_used(args, "picture sheets (--dataset imagenet)", *ranking, *pairs)
     if args.pictures or args.dataset == "imagenet" or "all" in args.layers:
         require_matplotlib()
     return args

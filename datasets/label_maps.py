@@ -11,8 +11,6 @@ from utils import UserError
 from .files import open_image, picture_size
 from .segmentation_transforms import IGNORE
 
-GREY_OR_PALETTE = ("1", "L", "P", "I", "I;16")
-
 
 def pair_files(images: Path, labels: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
     """Sorted pairs (image, label map), and a note on each folder with files of other suffixes. Hidden files are passed
@@ -61,7 +59,7 @@ def read_label_map(path: Path, largest: int) -> np.ndarray:
     are. Raises UserError for another format, colours, and a label above largest but 255."""
     with open_image(path) as image:
         require_png(path, image)
-        if image.mode not in GREY_OR_PALETTE:
+        if image.mode not in ("1", "L", "P", "I", "I;16"):  # grey values or a palette
             raise UserError(f"{path} is a picture of mode {image.mode}; a label map holds one class number per pixel")
         raw = np.asarray(image, dtype=np.uint8 if image.mode == "1" else None)
         if image.mode == "L":

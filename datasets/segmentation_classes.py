@@ -86,17 +86,12 @@ CLASS_NAMES = {
 def class_names(dataset: str, root: Path | None = None) -> tuple[str, ...]:
     """A data set's class names in label order: from root/names.txt (of datasets.prepare, any number of them) where it
     exists, else from this file. PartImageNet's names.txt, in a folder that the parts share, holds the 158 objects. The
-    user's own data set, "folder", has no other names than those of its names.txt.
-
-    Raises UserError as read_names does, and for another number of PartImageNet's objects.
+    user's own data set, "folder", has no other names than those of its names.txt. Raises UserError as read_names does.
     """
     path = root / "names.txt" if root else None
     if dataset != "folder" and (path is None or not path.is_file() or dataset == "partimagenet-part"):
         return CLASS_NAMES[dataset]
-    names = read_names(path)
-    if dataset == "partimagenet-object" and len(names) != 158:
-        raise UserError(f"{path} holds {len(names)} names; PartImageNet has 158 objects: correct or remove the file")
-    return names
+    return read_names(path)
 
 
 def read_names(path: Path) -> tuple[str, ...]:

@@ -19,8 +19,6 @@ from .label_maps import require_labelled
 from .segmentation import Split, in_order
 
 LARGEST_RATIO = 2.0  # of the base scale
-# Left free beside the images: what training takes on a GPU, and the rest of the machine.
-RESERVED_BYTES = {"gpu": 12 << 30, "cpu": 2 << 30}
 
 
 class PixelStore:
@@ -38,7 +36,7 @@ class PixelStore:
         self.stored = [min(size, transforms.rescale_size(*size, largest)) for size in self.sizes]
         self.starts = torch.tensor([0, *(height * width for height, width in self.stored)]).cumsum(0)
         self.pixels = allocate((int(self.starts[-1]),), torch.int32, device, tier, folder,
-                               f"{len(split)} training images, decoded", log, reserve=RESERVED_BYTES, pin=False)
+                               f"{len(split)} training images, decoded", log, pin=False)
         self.label_counts = np.zeros(split.num_classes, np.int64)
         progress = Progress(len(split), "decoding", "images")
         for index, (pixels, counts) in enumerate(in_order(self._packed, range(len(split)), workers)):

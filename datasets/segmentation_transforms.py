@@ -37,15 +37,22 @@ class Packed(NamedTuple):
     widths: torch.Tensor
 
 
-class Region(NamedTuple):
-    """Crops of resized images: rows int64 [B, h] and columns [B, w] of images of heights and widths int64 [B];
-    inside_rows bool [B, h], inside_columns bool [B, w]: where the crop lies in the image."""
-    rows: torch.Tensor
-    columns: torch.Tensor
+class Crops(NamedTuple):
+    """Crops of resized images: where each source image begins in flat storage, its height and width, those of the
+    resized image, all int64 [B], and rows int64 [B, h] and columns [B, w] of the resized image."""
+    starts: torch.Tensor
     heights: torch.Tensor
     widths: torch.Tensor
-    inside_rows: torch.Tensor
-    inside_columns: torch.Tensor
+    out_heights: torch.Tensor
+    out_widths: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    def inside(self) -> torch.Tensor:
+        """Which pixels of the crops lie in the resized images, bool [B, h, w]."""
+        rows, columns = (torch.arange(index.shape[1], device=index.device) < size[:, None]
+                         for index, size in ((self.rows, self.out_heights), (self.columns, self.out_widths)))
+        return rows[:, :, None] & columns[:, None]
 
 
 def draw_augmentation(seed: int, iteration: int, position: int) -> Augmentation:
@@ -82,28 +89,21 @@ def take(pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def unpack(pixels: torch.Tensor) -> torch.Tensor:
     """int32 [B, H, W] -> red, green, blue as int32 [B, 3, H, W]."""
-    colours = torch.stack([pixels, pixels, pixels], dim=1)
-    colours[:, 1].bitwise_right_shift_(8)
-    colours[:, 2].bitwise_right_shift_(16)
-    return colours.bitwise_and_(255)
+    shifts = torch.arange(0, 24, 8, dtype=torch.int32, device=pixels.device)[:, None, None]
+    return (pixels[:, None] >> shifts).bitwise_and_(255)
 
 
 def _steps(out_size: torch.Tensor, in_size: torch.Tensor) -> torch.Tensor:
     return (1 / (out_size.double() / in_size.double()))[:, None]
 
 
-class Taps(NamedTuple):
-    """The two source rows or columns of each output one, int64 [B, n], and their weights in 1/2048, int32 [B, n]."""
-    lower: torch.Tensor
-    upper: torch.Tensor
-    lower_weight: torch.Tensor
-    upper_weight: torch.Tensor
+def linear_taps(index: torch.Tensor, out_size: torch.Tensor, in_size: torch.Tensor, across: bool) -> tuple:
+    """Bilinear interpolation along one axis, as OpenCV 4 does it for 8 bits (resize, INTER_LINEAR): the two source rows
+    or columns of each output one, int64 [B, n], and their weights in 1/2048, int32 [B, n].
 
-
-def linear_taps(index: torch.Tensor, out_size: torch.Tensor, in_size: torch.Tensor, across: bool) -> Taps:
-    """Bilinear interpolation along one axis, as OpenCV 4 does it for 8 bits (resize, INTER_LINEAR). index: output rows
-    or columns, int64 [B, n]; out_size, in_size: [B]. across: of columns, where a tap outside the image gives the edge
-    full weight; taps of rows are clamped and keep their weights."""
+    index: output rows or columns, int64 [B, n]; out_size, in_size: [B]. across: of columns, where a tap outside the
+    image gives the edge full weight; taps of rows are clamped and keep their weights.
+    """
     position = ((index + 0.5) * _steps(out_size, in_size) - 0.5).float()
     lower, last = position.floor().long(), (in_size - 1)[:, None]
     weight = position - lower
@@ -111,7 +111,7 @@ def linear_taps(index: torch.Tensor, out_size: torch.Tensor, in_size: torch.Tens
         weight = torch.where((lower < 0) | (lower >= last), 0.0, weight)
     upper = torch.minimum((lower + 1).clamp(min=0), last)
     lower = torch.minimum(lower.clamp(min=0), last)
-    return Taps(lower, upper, torch.round(2048 * (1 - weight)).int(), torch.round(2048 * weight).int())
+    return lower, upper, torch.round(2048 * (1 - weight)).int(), torch.round(2048 * weight).int()
 
 
 def nearest_taps(index: torch.Tensor, out_size: torch.Tensor, in_size: torch.Tensor) -> torch.Tensor:
@@ -119,25 +119,26 @@ def nearest_taps(index: torch.Tensor, out_size: torch.Tensor, in_size: torch.Ten
     return torch.minimum((index * _steps(out_size, in_size)).floor().long(), (in_size - 1)[:, None])
 
 
-def resized_labels(batch: Packed, rows: torch.Tensor, columns: torch.Tensor, out_heights: torch.Tensor,
-                   out_widths: torch.Tensor) -> torch.Tensor:
-    """Labels at the given rows [B, h] and columns [B, w] of the resized maps: uint8 [B, h, w]."""
-    rows = nearest_taps(rows, out_heights, batch.heights)
-    columns = nearest_taps(columns, out_widths, batch.widths)
-    starts = batch.starts[:, None] + rows * batch.widths[:, None]
+def resized_labels(pixels: torch.Tensor, crops: Crops) -> torch.Tensor:
+    """Labels of crops of resized maps: uint8 [B, h, w]."""
+    rows = nearest_taps(crops.rows, crops.out_heights, crops.heights)
+    columns = nearest_taps(crops.columns, crops.out_widths, crops.widths)
+    starts = crops.starts[:, None] + rows * crops.widths[:, None]
     # The label is the highest byte; the cast drops the copies of the sign bit.
-    return take(batch.pixels, starts[:, :, None] + columns[:, None]).bitwise_right_shift_(24).to(torch.uint8)
+    return take(pixels, starts[:, :, None] + columns[:, None]).bitwise_right_shift_(24).to(torch.uint8)
 
 
-def resized_pixels(batch: Packed, rows: Taps, columns: Taps) -> torch.Tensor:
-    """Colours at the given rows [B, h] and columns [B, w] of the resized images: int32 [B, 3, h, w], 0 to 255."""
+def resized_pixels(pixels: torch.Tensor, crops: Crops) -> torch.Tensor:
+    """Colours of crops of resized images: int32 [B, 3, h, w], 0 to 255."""
+    above, below, above_weight, below_weight = linear_taps(crops.rows, crops.out_heights, crops.heights, across=False)
+    left, right, left_weight, right_weight = linear_taps(crops.columns, crops.out_widths, crops.widths, across=True)
     # Columns first, on the source rows that are needed, each once.
-    first = rows.lower.amin(1, keepdim=True)
-    count = int((rows.upper.amax(1, keepdim=True) - first).max()) + 1
-    needed = torch.minimum(first + torch.arange(count, device=first.device), batch.heights[:, None] - 1)
-    starts = (batch.starts[:, None] + needed * batch.widths[:, None])[:, :, None]
-    lines = unpack(take(batch.pixels, starts + columns.lower[:, None])).mul_(columns.lower_weight[:, None, None])
-    lines += unpack(take(batch.pixels, starts + columns.upper[:, None])).mul_(columns.upper_weight[:, None, None])
+    first = above.amin(1, keepdim=True)
+    count = int((below.amax(1, keepdim=True) - first).max()) + 1
+    needed = torch.minimum(first + torch.arange(count, device=first.device), crops.heights[:, None] - 1)
+    starts = (crops.starts[:, None] + needed * crops.widths[:, None])[:, :, None]
+    lines = unpack(take(pixels, starts + left[:, None])).mul_(left_weight[:, None, None])
+    lines += unpack(take(pixels, starts + right[:, None])).mul_(right_weight[:, None, None])
     lines.bitwise_right_shift_(4)
 
     def weighted(row, weight):
@@ -146,8 +147,7 @@ def resized_pixels(batch: Packed, rows: Taps, columns: Taps) -> torch.Tensor:
                   lines.gather(2, index[:, None, :, None].expand(-1, 3, -1, lines.shape[3])))
         return chosen.mul_(weight[:, None, :, None]).bitwise_right_shift_(16)
 
-    mixed = weighted(rows.lower, rows.lower_weight)
-    return mixed.add_(weighted(rows.upper, rows.upper_weight)).add_(2).bitwise_right_shift_(2)
+    return weighted(above, above_weight).add_(weighted(below, below_weight)).add_(2).bitwise_right_shift_(2)
 
 
 def resize_image(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -155,11 +155,8 @@ def resize_image(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     device = image.device
     padded = torch.cat([image, image.new_zeros(*image.shape[:2], 1)], dim=2)
     sizes = torch.tensor([0, *image.shape[:2], height, width], device=device)
-    start, in_height, in_width, out_height, out_width = sizes[:, None]
-    batch = Packed(padded.view(torch.int32).flatten(), start, in_height, in_width)
-    rows = linear_taps(torch.arange(height, device=device)[None], out_height, in_height, across=False)
-    columns = linear_taps(torch.arange(width, device=device)[None], out_width, in_width, across=True)
-    return resized_pixels(batch, rows, columns)[0].to(torch.uint8)
+    rows, columns = torch.arange(height, device=device)[None], torch.arange(width, device=device)[None]
+    return resized_pixels(padded.view(torch.int32).flatten(), Crops(*sizes[:, None], rows, columns))[0].to(torch.uint8)
 
 
 def accept_crops(labels: torch.Tensor, max_share: float = 0.75) -> torch.Tensor:
@@ -189,44 +186,32 @@ def choose_crops(cut, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return chosen, labels
 
 
-def crop_indices(offset: torch.Tensor, size: torch.Tensor, crop: int, flip: torch.Tensor | None = None) -> tuple:
-    """Rows or columns of the resized image in a crop, int64 [B, crop], and which are inside the image, bool [B, crop]:
-    where the image is smaller than the crop, the edge is repeated. flip: bool [B], columns in reverse."""
-    position = torch.arange(crop, device=size.device)[None]
-    covered = size.clamp(max=crop)[:, None]
-    inside = position < covered
-    position = torch.minimum(position, covered - 1)  # repeating the edge costs resized_pixels no source rows
-    if flip is not None:
-        position = torch.where(flip[:, None], covered - 1 - position, position)
-    return offset[:, None] + position, inside
-
-
 def choose_crop_region(batch: Packed, augmentations: list[Augmentation], out_sizes: list[tuple[int, int]],
-                       crop_size: tuple[int, int]) -> tuple[Region, torch.Tensor]:
+                       crop_size: tuple[int, int]) -> tuple[Crops, torch.Tensor]:
     """Resize, random crop and flip: the source of each pixel of the crops, and their labels uint8 [B, h, w], 255
     outside the image. out_sizes: of the resized images."""
-    room = np.maximum(np.subtract(out_sizes, crop_size), 0) + 1
+    device, room = batch.pixels.device, np.maximum(np.subtract(out_sizes, crop_size), 0) + 1
     offsets = (np.stack([one.offsets for one in augmentations]) * room[:, None]).astype(np.int64)
     flips = [[one.flip] for one in augmentations]
     # All parameters in one transfer to the device.
-    numbers = to_device(torch.from_numpy(np.hstack([out_sizes, flips, offsets.reshape(len(flips), -1)])),
-                        batch.pixels.device)
-    heights, widths, flip = numbers[:, 0], numbers[:, 1], numbers[:, 2].bool()
-    offsets = numbers[:, 3:].unflatten(1, (-1, 2))
+    numbers = to_device(torch.from_numpy(np.hstack([out_sizes, flips, offsets.reshape(len(flips), -1)])), device)
+    sizes, flip, offsets = (*batch[1:], *numbers[:, :2].T), numbers[:, 2:3].bool(), numbers[:, 3:].unflatten(1, (-1, 2))
 
-    def region(samples, offset):
-        rows, inside_rows = crop_indices(offset[:, 0], heights[samples], crop_size[0])
-        columns, inside_columns = crop_indices(offset[:, 1], widths[samples], crop_size[1], flip[samples])
-        return Region(rows, columns, heights[samples], widths[samples], inside_rows, inside_columns)
+    def crops_at(samples, offset):
+        *source, out_heights, out_widths = (size[samples] for size in sizes)
+        # Where an image is smaller than the crop its edge is repeated, which costs resized_pixels no source rows.
+        rows, columns = (torch.minimum(torch.arange(side, device=device), size[:, None] - 1)
+                         for side, size in zip(crop_size, (out_heights, out_widths), strict=True))
+        columns = torch.where(flip[samples], columns[:, -1:] - columns, columns)
+        return Crops(*source, out_heights, out_widths, offset[:, :1] + rows, offset[:, 1:] + columns)
 
     def cut(samples, offset):
-        part, where = Packed(batch.pixels, *(field[samples] for field in batch[1:])), region(samples, offset)
-        labels = resized_labels(part, where.rows, where.columns, where.heights, where.widths)
-        return labels.masked_fill_(~(where.inside_rows[:, :, None] & where.inside_columns[:, None]), IGNORE)
+        crops = crops_at(samples, offset)
+        return resized_labels(batch.pixels, crops).masked_fill_(~crops.inside(), IGNORE)
 
     chosen, labels = choose_crops(cut, offsets)
-    samples = torch.arange(len(chosen), device=chosen.device)
-    return region(samples, offsets[samples, chosen]), labels
+    samples = torch.arange(len(chosen), device=device)
+    return crops_at(samples, offsets[samples, chosen]), labels
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -236,20 +221,31 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @cache
 def colour_tables(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """int32 [256] and [256], round(255 * 4096 / i) and round(30 * 4096 / i) with 0 for 0; float32 [3, 180 * 256]."""
+    """int32 [256] and [256], round(255 * 4096 / i) and round(30 * 4096 / i) with 0 for 0; and float32 [3, 180 * 256]:
+    red, green and blue at value 1, by hue and saturation."""
     quotients = [torch.tensor([0, *(round(numerator / i) for i in range(1, 256))], dtype=torch.int32)
                  for numerator in (255 * 4096, 30 * 4096)]
-    return tuple(table.to(device) for table in (*quotients, _make_hsv_factors()))
+    hue = torch.arange(180, dtype=torch.float32)[:, None] * torch.tensor(6 / 180, dtype=torch.float32)
+    saturation = torch.arange(256, dtype=torch.float32) * torch.tensor(1 / 255, dtype=torch.float32)
+    sector = hue.floor().long()
+    fraction = hue - sector
+    # float64 gives the single rounding of a fused multiply-add.
+    falling = (1 - saturation.double() * fraction.double()).float()
+    rising = (1 - saturation.double() * (1 - fraction).double()).float()
+    low, full = (1 - saturation).expand(180, 256), torch.ones(180, 256)
+    by_sector = torch.stack([torch.stack(colours) for colours in (
+        (full, rising, low), (falling, full, low), (low, full, rising),
+        (low, falling, full), (rising, low, full), (full, low, falling))])
+    factors = by_sector.gather(0, sector.view(1, 1, 180, 1).expand(1, 3, 180, 256)).view(3, -1)
+    return tuple(table.to(device) for table in (*quotients, factors))
 
 
 def rgb_to_hsv(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """int32 [B, 3, H, W], 0 to 255 -> hue 0 to 179, saturation and value 0 to 255, int32 [B, H, W] (OpenCV, 8 bits)."""
     per_value, per_spread, _ = colour_tables(rgb.device)
     red, green, blue = rgb.unbind(1)
-    value = torch.maximum(red, green)
-    value = torch.maximum(value, blue, out=value)
-    spread = torch.minimum(red, green)
-    spread = torch.sub(value, torch.minimum(spread, blue, out=spread), out=spread)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    spread = value - torch.minimum(torch.minimum(red, green), blue)
     saturation = take(per_value, value).mul_(spread).add_(2048).bitwise_right_shift_(12)
     if_green, if_blue = (blue - red).add_(spread, alpha=2), (red - green).add_(spread, alpha=4)
     numerator = torch.where(value == red, green - blue, torch.where(value == green, if_green, if_blue))
@@ -265,22 +261,6 @@ def hsv_to_rgb(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor)
     for channel, factors in enumerate(colour_tables(hue.device)[2]):
         colours[:, channel] = take(factors, index).mul_(scaled).mul_(255)
     return colours
-
-
-def _make_hsv_factors() -> torch.Tensor:
-    """float32 [3, 180 * 256]: red, green and blue at value 1, by hue and saturation."""
-    hue = torch.arange(180, dtype=torch.float32)[:, None] * torch.tensor(6 / 180, dtype=torch.float32)
-    saturation = torch.arange(256, dtype=torch.float32) * torch.tensor(1 / 255, dtype=torch.float32)
-    sector = hue.floor().long()
-    fraction = hue - sector
-    # float64 gives the single rounding of a fused multiply-add.
-    falling = (1 - saturation.double() * fraction.double()).float()
-    rising = (1 - saturation.double() * (1 - fraction).double()).float()
-    low, full = (1 - saturation).expand(180, 256), torch.ones(180, 256)
-    by_sector = torch.stack([torch.stack(colours) for colours in (
-        (full, rising, low), (falling, full, low), (low, full, rising),
-        (low, falling, full), (rising, low, full), (full, low, falling))])
-    return by_sector.gather(0, sector.view(1, 1, 180, 1).expand(1, 3, 180, 256)).view(3, -1)
 
 
 def photometric_distortion(images: torch.Tensor, augmentations: list[Augmentation]) -> torch.Tensor:
@@ -322,17 +302,14 @@ def training_batch(batch: Packed, sizes: list[tuple[int, int]], augmentations: l
     """
     scales = [tuple(int(side * one.ratio) for side in base_scale) for one in augmentations]
     out_sizes = [rescale_size(*size, scale) for size, scale in zip(sizes, scales, strict=True)]
-    region, labels = choose_crop_region(batch, augmentations, out_sizes, (crop_size, crop_size))
-    rows = linear_taps(region.rows, region.heights, batch.heights, across=False)
-    columns = linear_taps(region.columns, region.widths, batch.widths, across=True)
+    crops, labels = choose_crop_region(batch, augmentations, out_sizes, (crop_size, crop_size))
     samples = 1 if labels.device.type == "cpu" else len(sizes)
     images = torch.empty(len(sizes), 3, crop_size, crop_size, device=labels.device)
     for i in range(0, len(sizes), samples):
         part = slice(i, i + samples)
-        sources = Packed(batch.pixels, *(field[part] for field in batch[1:]))
-        colours = resized_pixels(sources, *(Taps(*(field[part] for field in taps)) for taps in (rows, columns)))
+        colours = resized_pixels(batch.pixels, Crops(*(field[part] for field in crops)))
         images[part] = photometric_distortion(colours, augmentations[part])
     images.sub_(255 * mean).mul_(1 / (255 * std))
     if any(min(size) < crop_size for size in out_sizes):
-        images *= region.inside_rows[:, None, :, None] & region.inside_columns[:, None, None]
+        images *= crops.inside()[:, None]
     return images, labels

@@ -57,7 +57,36 @@ class Picture:
     @cached_property
     def image(self) -> Image.Image:
         """RGB; painted when first asked for, since lists of patches and pairs need the keypoints alone."""
-        return paint(self)
+        dice = np.random.RandomState(random.Random(2 * self.seed + 1).getrandbits(32))
+        num_figures, num_things = len(self.species), max(shape.owner for shape in self.shapes) + 1
+        owner = np.array([0, *(shape.owner for shape in self.shapes)])[self.shape_map]
+        shade = np.array([1, *(0.5 if shape.dark else 1 for shape in self.shapes)], np.float32)[self.shape_map]
+        # A palette for each figure and two more; clutter has any of them.
+        palettes = np.array([*range(num_figures), *dice.randint(num_figures + 2, size=num_things - num_figures)])
+        palettes = dice.randint(15, 241, (num_figures + 2, 3, 3))[palettes]
+        # Each part has two colours near those of the palette, the same on both sides of the body.
+        chosen = dice.randint(3, size=(num_things, len(PART_NAMES) + 1, 2))
+        colours = palettes[np.arange(num_things)[:, None, None], chosen] + dice.randint(-25, 26, (*chosen.shape, 3))
+
+        # Textures lie in any direction; position: in periods of 6 to 18 pixels.
+        waves = np.exp(2j * math.pi * dice.rand(num_things)) / dice.uniform(6, 18, num_things)
+        rows, columns = np.indices(owner.shape, np.float32)
+        position = (columns + 1j * rows) * waves.astype(np.complex64)[owner]
+        along, across = position.real % 1 - 0.5, position.imag % 1 - 0.5
+        textures = (False, False, along > 0, along ** 2 + across ** 2 < 0.1)
+        second = np.choose(dice.randint(4, size=num_things)[owner], textures).astype(np.uint8)
+        figures = colours[owner, self.part_mask, second] * shade[..., None]
+
+        # The background is a gradient, stripes, squares or clouds, from a grid of colours that is enlarged.
+        low, grid = dice.randint(0, 110), ((2, 2), (3, 1), (5, 5), (9, 9), (30, 30))[dice.randint(5)]
+        cells = Image.fromarray(dice.randint(low, low + dice.randint(60, 140), (*grid, 3), np.uint8))
+        image = cells.resize(owner.shape[::-1], (Image.BILINEAR, Image.NEAREST)[dice.randint(2)])
+        image.paste(Image.fromarray(figures.clip(0, 255).astype(np.uint8)), mask=Image.fromarray(self.shape_map > 0))
+        cells = Image.fromarray(dice.randint(100, 156, (3, 3), np.uint8))
+        light = np.asarray(cells.resize(image.size, Image.BILINEAR), np.float32)[..., None] / 128
+        grain = dice.randint(-10, 11, light.shape, np.int8) * np.float32(dice.rand())
+        image = np.asarray(image.filter(ImageFilter.GaussianBlur(0.6))) * light + grain
+        return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
 def draw_figure(seed: int, num_figures: int | None = None) -> Picture:
@@ -69,10 +98,10 @@ def draw_figure(seed: int, num_figures: int | None = None) -> Picture:
     bodies = [(biped, quadruped, bird)[label - 1](dice) for label in species]
     things = [place(dice, body, size, number, num_figures) for number, body in enumerate(bodies)]
     things += [clutter(dice, size) for _ in range(dice.randint(4, 10))]
-    shapes = [shape._replace(owner=owner) for owner, thing in enumerate(things) for shape in thing]
     # All but the last pieces of clutter lie behind the figures.
-    behind = range(num_figures, len(things) - dice.choice((0, 0, 1, 2)))
-    shapes.sort(key=lambda shape: shape.owner not in behind)
+    last = len(things) - dice.choice((0, 0, 1, 2))
+    order = [*range(num_figures, last), *range(num_figures), *range(last, len(things))]
+    shapes = [shape._replace(owner=owner) for owner in order for shape in things[owner]]
 
     canvas = Image.new("L", size)
     parts, objects = np.zeros((2, len(shapes) + 1), np.uint8)
@@ -82,11 +111,11 @@ def draw_figure(seed: int, num_figures: int | None = None) -> Picture:
             parts[label], objects[label] = PART_NAMES.index(shape.part) + 1, species[shape.owner]
     shape_map = np.asarray(canvas)
     keypoints = []
-    named = {(shape.owner, shape.keypoint): label for label, shape in enumerate(shapes, 1) if shape.keypoint}
-    for (_, name), label in named.items():
-        x, y = round(shapes[label - 1].tip.real), round(shapes[label - 1].tip.imag)
+    named = {(shape.owner, shape.keypoint): (label, shape) for label, shape in enumerate(shapes, 1) if shape.keypoint}
+    for label, shape in named.values():
+        x, y = round(shape.tip.real), round(shape.tip.imag)
         visible = 0 <= x < size[0] and 0 <= y < size[1] and bool(shape_map[y, x] == label)
-        keypoints.append(Keypoint(name, x, y, visible))
+        keypoints.append(Keypoint(shape.keypoint, x, y, visible))
     return Picture(seed, species, shapes, shape_map, keypoints, parts[shape_map], objects[shape_map])
 
 
@@ -214,40 +243,6 @@ def place(dice, shapes, size, number, num_figures):
     shift = complex(*(centre - scale * (low + high) / 2))
     return [shape._replace(outline=scale * turn * shape.outline + shift, tip=scale * turn * shape.tip + shift)
             for shape in shapes]
-
-
-def paint(picture: Picture) -> Image.Image:
-    """The image of a picture: colours, textures, background, light, grain."""
-    dice = np.random.RandomState(random.Random(2 * picture.seed + 1).getrandbits(32))
-    num_figures, num_things = len(picture.species), max(shape.owner for shape in picture.shapes) + 1
-    owner = np.array([0, *(shape.owner for shape in picture.shapes)])[picture.shape_map]
-    shade = np.array([1, *(0.5 if shape.dark else 1 for shape in picture.shapes)], np.float32)[picture.shape_map]
-    # A palette for each figure and two more; clutter has any of them.
-    palettes = np.array([*range(num_figures), *dice.randint(num_figures + 2, size=num_things - num_figures)])
-    palettes = dice.randint(15, 241, (num_figures + 2, 3, 3))[palettes]
-    # Each part has two colours near those of the palette, the same on both sides of the body.
-    chosen = dice.randint(3, size=(num_things, len(PART_NAMES) + 1, 2))
-    colours = palettes[np.arange(num_things)[:, None, None], chosen] + dice.randint(-25, 26, (*chosen.shape, 3))
-
-    # Textures lie in any direction; position: in periods of 6 to 18 pixels.
-    waves = np.exp(2j * math.pi * dice.rand(num_things)) / dice.uniform(6, 18, num_things)
-    rows, columns = np.indices(owner.shape, np.float32)
-    position = (columns + 1j * rows) * waves.astype(np.complex64)[owner]
-    along, across = position.real % 1 - 0.5, position.imag % 1 - 0.5
-    textures = (False, False, along > 0, along ** 2 + across ** 2 < 0.1)
-    second = np.choose(dice.randint(4, size=num_things)[owner], textures).astype(np.uint8)
-    figures = colours[owner, picture.part_mask, second] * shade[..., None]
-
-    # The background is a gradient, stripes, squares or clouds, from a grid of colours that is enlarged.
-    low, grid = dice.randint(0, 110), ((2, 2), (3, 1), (5, 5), (9, 9), (30, 30))[dice.randint(5)]
-    cells = Image.fromarray(dice.randint(low, low + dice.randint(60, 140), (*grid, 3), np.uint8))
-    image = cells.resize(owner.shape[::-1], (Image.BILINEAR, Image.NEAREST)[dice.randint(2)])
-    image.paste(Image.fromarray(figures.clip(0, 255).astype(np.uint8)), mask=Image.fromarray(picture.shape_map > 0))
-    cells = Image.fromarray(dice.randint(100, 156, (3, 3), np.uint8))
-    light = np.asarray(cells.resize(image.size, Image.BILINEAR), np.float32)[..., None] / 128
-    grain = dice.randint(-10, 11, light.shape, np.int8) * np.float32(dice.rand())
-    image = np.asarray(image.filter(ImageFilter.GaussianBlur(0.6))) * light + grain
-    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
 def image_seeds(split: str, num_images: int | None = None, seed: int = 0) -> range:

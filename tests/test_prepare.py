@@ -98,8 +98,7 @@ def slow_pascal(name: str, parts: bool) -> dict[tuple[int, int], str]:
                                                           ("pascal-object", "pascal_semantic", False)])
 def test_pascal_maps_equal_a_slow_reader(voc, tmp_path, capsys, dataset, folder, parts):
     root = tmp_path / folder
-    more = [] if parts else ["--lists", str((voc / "ImageSets" / "Main").rename(tmp_path / "lists"))]
-    run(dataset, voc, tmp_path, *more)
+    run(dataset, voc, tmp_path)
     names = (root / "names.txt").read_text().splitlines()
     assert len(names) == (193 if parts else 16)
     for split, listed in (("train", TRAIN), ("val", VAL)):
@@ -194,9 +193,6 @@ def test_ade20k_part_keeps_the_pairs_of_both_splits(release_2021, tmp_path, caps
     names = (root / "names.txt").read_text().splitlines()
     assert names == sorted((images[0] | images[1]) & (images[1] | images[2])) and len(names) == 4
     assert "4 with their objects" in out and "2 images for training, 2 for validation" in out
-    assert sorted((root / "parts.txt").read_text().splitlines()) == [
-        f"{name}\t{sum(name in pairs for pairs in images[:2])}\t{sum(name in pairs for pairs in images[1:])}"
-        for name in names]
     for split, folder, name in (("train", "training", "ADE_train_00016869"),
                                 ("val", "validation", "ADE_val_00000002")):
         stem = release_2021 / "images" / "ADE" / folder / "street" / name
@@ -278,18 +274,6 @@ def test_more_pairs_than_labels_and_parts_without_an_object(tmp_path):
     assert labels.max() == 254 and not labels[:, 300].any()
     assert (labels[:, [7, 301]] == [names.index("n5 n407") + 1, names.index("n7 n901") + 1]).all()
 
-    classes = tmp_path / "classes.txt"
-    everything = [line.split("\t")[0] for line in (root / "parts.txt").read_text().splitlines()]
-    for chosen, error in ((everything, "301 names; an 8-bit label map holds"), (everything[:2], "another class list"),
-                          (["car unicorn"], "car unicorn is not among the 301 classes")):
-        classes.write_text("\n".join(chosen))
-        with pytest.raises(UserError, match=error):
-            run("ade20k-part", release, tmp_path, "--classes", str(classes))
-    classes.write_text("n5 n410\nn5 n402\n")
-    run("ade20k-part", release, tmp_path / "two", "--classes", str(classes))
-    labels = read_map(tmp_path / "two" / "ADE20K_Part" / "ann" / "val" / "ADE_val_00000001.png")
-    assert [*labels[0, [10, 2]]] == [1, 2] and np.count_nonzero(labels) == 8
-
 
 def test_parts_that_would_share_a_name_have_all_synonyms():
     names = ["", "door, a", "door, b", "knob"]
@@ -318,13 +302,11 @@ def test_the_index_is_unpickled_without_running_code(tmp_path, protocol, monkeyp
 
 
 @needs_real_data
-@pytest.mark.parametrize("chosen", [None, ["wall", "car", "sky"]])
-def test_ade20k_object_renumbers_by_name(tmp_path, chosen):
-    (tmp_path / "classes.txt").write_text("wall\n\ncar\nsky\n")
-    run("ade20k-object", CHALLENGE, tmp_path, *(["--classes", str(tmp_path / "classes.txt")] if chosen else []))
+def test_ade20k_object_renumbers_by_name(tmp_path):
+    run("ade20k-object", CHALLENGE, tmp_path)
     root = tmp_path / "ade_59object" / "ADEChallengeData2016"
     kept = (root / "names.txt").read_text().splitlines()
-    assert kept == (chosen or list(segmentation_classes.ADE20K_OBJECT_59))
+    assert kept == list(segmentation_classes.ADE20K_OBJECT_59)
     by_label = {row.split("\t")[0].strip(): row.split("\t")[4].split(",")[0].strip()
                 for row in (CHALLENGE / "objectInfo150.txt").read_text().splitlines()[1:]}
     files = sorted((root / "annotations").rglob("*.png"))
@@ -378,8 +360,8 @@ def test_lip_with_bad_labels_and_into_its_own_folder(made_lip, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "error"), [
-    (["lipp"], "invalid choice"), (["lip"], "train_images"), (["lip", "--classes", "x"], "--classes is for ADE20K"),
-    (["pascal-part"], "train.txt"), (["ade20k-part"], "index_ade20k"), (["ade20k-object"], "training")])
+    (["lipp"], "invalid choice"), (["lip"], "train_images"), (["pascal-part"], "train.txt"),
+    (["ade20k-part"], "index_ade20k"), (["ade20k-object"], "training")])
 def test_a_mistake_is_one_line(tmp_path, words, error, launch):
     _, err = launch(lambda: run(words[0], tmp_path, tmp_path / "out", *words[1:]), [], 1, 2)
     assert err.count("\n") == 1 and error in err

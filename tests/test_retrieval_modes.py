@@ -82,7 +82,7 @@ def test_pca_puts_the_models_of_a_folder_on_one_sheet(run, tmp_path):
     (("--dataset", "synthetic-pairs", "--layers", "9"), "blocks 0 to 3"),
     (("--image-size", 100), "--image-size 100 is not divisible by the patch size 16; use 96"),
     (("--weights", "/etc/passwd"), "truncated or no PyTorch checkpoint"),
-    (("--dataset", "cub", "--pca"), "--pca draws a folder of images"),
+    (("--dataset", "cub", "--pca"), "--pca has no effect with --dataset cub"),
 ])
 def test_mistakes_are_one_line(run, tmp_path, words, message):
     _, error = run(*IBOT, *words, status=2)

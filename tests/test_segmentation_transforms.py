@@ -14,7 +14,6 @@ from datasets.segmentation_transforms import (
     choose_crops,
     draw_augmentation,
     hsv_to_rgb,
-    linear_taps,
     pack_pixels,
     photometric_distortion,
     rescale_size,
@@ -43,11 +42,8 @@ def packed(images, labels):
 
 
 def resize_crop_flip(batch, augmentations, out_sizes, crop_size):
-    region, labels = choose_crop_region(batch, augmentations, out_sizes, crop_size)
-    inside = region.inside_rows[:, :, None] & region.inside_columns[:, None]
-    rows = linear_taps(region.rows, region.heights, batch.heights, across=False)
-    columns = linear_taps(region.columns, region.widths, batch.widths, across=True)
-    return resized_pixels(batch, rows, columns), labels, inside
+    crops, labels = choose_crop_region(batch, augmentations, out_sizes, crop_size)
+    return resized_pixels(batch.pixels, crops), labels, crops.inside()
 
 
 def plain(offsets=((0.0, 0.0),) * 11, ratio=1.0, flip=False, **distortions):

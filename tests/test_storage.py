@@ -46,12 +46,6 @@ def test_a_full_disk_is_one_line(tmp_path):
                                    "start again\n")
 
 
-def test_a_file_of_the_longest_name_is_written(tmp_path):
-    path = tmp_path / ("x" * 255)
-    atomic_write(path, lambda temporary: temporary.write_text("whole"))
-    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("damage", ["cut", "empty", "a bit", "text", "a key", "code", "no file"])
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path, damage):
     path, content = tmp_path / "head.pth", {"head": torch.arange(1000.0), "kind": "linear"}
@@ -87,10 +81,10 @@ def allocate_with(folder, free_by_rank, tier="auto"):
 
 
 def test_processes_that_differ_in_free_memory_take_one_tier(launch, tmp_path, monkeypatch):
-    """They share the machine's memory, and of a process's share 0.8 may be taken."""
+    """They share the machine's memory, and of a process's share two thirds may be taken."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for free, where in (((10200, 10200), "in memory (0.00 GB free)"), ((10200, 9800), "in a mapped file"),
-                        ((9800, 10200), "in a mapped file")):
+    for free, where in (((12020, 12020), "in memory (0.00 GB free)"), ((12020, 11980), "in a mapped file"),
+                        ((11980, 12020), "in a mapped file")):
         out, _ = launch(partial(allocate_with, tmp_path, free), [], processes=2)
         assert out.startswith("3000 (10, 100) array: 0.00 GB, ") and where in out
     assert not list(tmp_path.iterdir())
@@ -98,10 +92,10 @@ def test_processes_that_differ_in_free_memory_take_one_tier(launch, tmp_path, mo
 
 def test_the_tier_that_is_asked_for_and_what_stays_free(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "free_memory", lambda device: 10_000)
-    for tier, reserve, where in (("cpu", None, "in memory"), ("gpu", None, "in memory"), ("disk", None, "in a mapped"),
-                                 ("auto", {"cpu": 5000}, "in memory"), ("auto", {"cpu": 7000}, "in a mapped file in")):
+    for tier, count, where in (("cpu", 1000, "in memory"), ("gpu", 1000, "in memory"), ("disk", 1000, "in a mapped"),
+                               ("auto", 1660, "in memory"), ("auto", 1670, "in a mapped file in")):
         lines = []
-        array = allocate((1000,), torch.float32, CPU, tier, tmp_path, "x", lines.append, reserve)
+        array = allocate((count,), torch.float32, CPU, tier, tmp_path, "x", lines.append)
         assert where in lines[0] and array.dtype == torch.float32
 
 
@@ -109,7 +103,6 @@ def test_a_mapped_file_has_no_name_and_a_full_disk_is_said_at_once(tmp_path, mon
     array = allocate((3, 1000), torch.bfloat16, CPU, "disk", tmp_path, "x", print)
     array.copy_(torch.arange(3000).view(3, 1000))
     assert array[2, 40] == 2040 and not list(tmp_path.iterdir())
-    assert allocate((0, 5), torch.int32, CPU, "disk", tmp_path, "x", print).shape == (0, 5)
 
     def full(*_):
         raise OSError(28, "No space left on device")

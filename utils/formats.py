@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Sequence
 
 # A bracket at the start of a row would be an argument of the \\ before it.
@@ -25,7 +24,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(re.sub(r"[\\|]", r"\\\g<0>", cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("\\", r"\\").replace("|", r"\|") for cell in line) + " |"
+                     for line in lines)
 
 
 def csv_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,6 @@ import secrets
 import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
@@ -31,19 +30,14 @@ NAME_ENCODER = frozenset(("weights", "weights_key", "num_heads"))
 
 @cache
 def this_run() -> dict:
-    """What every results line says of its run: id, date and time of its start (UTC), revision, versions of packages."""
+    """What every results line says of its run: id, date and time of its start (UTC), revision (the commit of this code,
+    "-dirty" where the files differ from it, "unknown" outside a checkout), versions of packages."""
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    found = subprocess.run("git describe --always --dirty --exclude '*'", shell=True, cwd=Path(__file__).parent,
+                           capture_output=True, text=True)
     return {"run": secrets.token_hex(6), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "revision": revision(), "versions": {name: metadata.version(name) for name in packages}}
-
-
-def revision() -> str:
-    """The commit of this code, with "-dirty" where the files differ from it; "unknown" outside a checkout."""
-    with suppress(OSError):
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=Path(__file__).parent,
-                               capture_output=True, text=True)
-        return found.stdout.strip() or "unknown"
-    return "unknown"
+            "revision": found.stdout.strip() or "unknown",
+            "versions": {name: metadata.version(name) for name in packages}}
 
 
 def digest(*values: object) -> str:

@@ -43,7 +43,8 @@ def run_main(main: Callable[[], None]) -> None:
             leave(f"error: {text}", 2)
         if isinstance(error, OSError) and error.filename:
             leave(f"error: {error.filename}: {error.strerror}; correct this and start again", 2)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in text and "memory" in text:
+        # PyTorch's allocator of CPU memory raises a RuntimeError.
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
             leave(f"error: memory ran out ({text[:150]}): use a smaller --batch-size, fewer --workers", 2)
         leave(traceback.format_exc(), 1)
 
@@ -62,13 +63,10 @@ def leave(message: str, status: int) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, with errors on one line. doc: a script's docstring; its first line becomes the description, its
-    indented lines the examples after --help."""
+    """argparse, with errors on one line. doc: a script's docstring, which --help shows."""
 
     def __init__(self, doc: str = "", **options):
-        examples = "\n".join(line for line in doc.splitlines() if line.startswith("    "))
-        super().__init__(description=doc.split("\n")[0], epilog=examples and f"examples:\n{examples}",
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, words: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """As argparse's, and as `changed` the names of those that differ from their default, which tables mark."""
@@ -169,7 +167,6 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     log = Log(args.output_dir)
-    this_run.cache_clear()
     run = this_run()
     log(f"{Path(sys.argv[0]).name} run {run['run']}, {run['date']}, revision {run['revision']}, "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + f", processes {world_size()}")
@@ -199,13 +196,13 @@ class Log:
 
 
 class Progress:
-    """Shows on the main process's standard error how far long work is and how long it will take: on one rewritten line
-    in a terminal; elsewhere on a line after ten seconds, then every tenth of the work or every five minutes."""
+    """Says on the main process's standard error how far long work is and how long it will take: after ten seconds, then
+    at every tenth of the work, or every five minutes."""
 
     def __init__(self, total: int, label: str, unit: str = ""):
         self.total, self.label, self.unit = total, label, unit
-        self.done, self.start, self.terminal = 0, time.monotonic(), sys.stderr.isatty()
-        self.last, self.next_share = self.start, 0.0
+        self.done, self.next_share = 0, 0.0
+        self.start = self.last = time.monotonic()
 
     def update(self, count: int = 1) -> None:
         # A process's own share, from which the others' is estimated, may be more than theirs, or nothing.
@@ -213,16 +210,9 @@ class Progress:
         if not is_main() or self.done == 0:
             return
         now, share = time.monotonic(), self.done / self.total
-        if self.terminal:
-            due = now - self.last > 0.2 or share >= 1
-        else:
-            due = now - self.last > 10 and (share >= self.next_share or now - self.last > 300)
-        if not due:
+        if now - self.last <= 10 or share < self.next_share and now - self.last <= 300:
             return
-        self.last, self.next_share = now, share + 0.1
-        elapsed = now - self.start
+        self.last, self.next_share, elapsed = now, share + 0.1, now - self.start
         left = elapsed * (self.total - self.done) / self.done
-        text = (f"{self.label}: {self.done}/{self.total} {self.unit}, {timedelta(seconds=int(elapsed))} elapsed, "
-                f"{timedelta(seconds=int(left))} left")
-        start, end = ("\r\033[K", "\n" if share >= 1 else "") if self.terminal else ("", "\n")
-        print(start + text, file=sys.stderr, end=end, flush=True)
+        print(f"{self.label}: {self.done}/{self.total} {self.unit}, {timedelta(seconds=int(elapsed))} elapsed, "
+              f"{timedelta(seconds=int(left))} left", file=sys.stderr, flush=True)

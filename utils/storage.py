@@ -40,7 +40,7 @@ def free_on_all(device: torch.device) -> int:
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     """Calls write(temporary path), flushes the file to disk and renames it to path: a reader never sees half of it.
     Raises OSError that names the path."""
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -85,41 +85,36 @@ def check_archive(path: Path) -> None:
                     archive.read(member)
 
 
-def mapped_temporary(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An array in a mapped file without a name, which vanishes with it. Raises OSError where the disk is too small."""
-    count = torch.Size(shape).numel()
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    with TemporaryFile(dir=folder) as file:
-        try:
-            # All blocks are reserved: writing to a mapped file of holes would kill the process where the disk is full.
-            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(folder)) from error
-        return torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=count, dtype=dtype).view(shape)
-
-
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tier: str, folder: Path, what: str,
-             log: Callable[[str], None], reserve: dict[str, int] | None = None, pin: bool = True) -> torch.Tensor:
+             log: Callable[[str], None], pin: bool = True) -> torch.Tensor:
     """An uninitialised array on the GPU, in host memory or in a mapped file in folder, the same tier on every process.
 
-    tier: "gpu", "cpu" or "disk", tried first; the others follow in this order, which is "auto"'s. A fifth of what is
-    free stays unused, and at least reserve bytes, by tier. what: the array in the log. pin: page-locked for a GPU.
+    tier: "gpu", "cpu" or "disk", tried first; the others follow in this order, which is "auto"'s. A third of what is
+    free stays unused, for training and others on the machine. what: the array in the log. pin: page-locked for a GPU.
+    Raises OSError where the disk is too small.
     """
-    need, pinned = torch.Size(shape).numel() * dtype.itemsize, pin and device.type == "cuda"
-    need = int(gather_rows(torch.tensor([need])).max())
+    count, pinned = torch.Size(shape).numel(), pin and device.type == "cuda"
+    most = int(gather_rows(torch.tensor([count])).max())
+    need = most * dtype.itemsize
     tiers = [] if tier == "disk" else ["gpu", "cpu"] if device.type == "cuda" else ["cpu"]
     for one in sorted(tiers, key=lambda one: one != tier):
         target = device if one == "gpu" else torch.device("cpu")
         free = free_on_all(target)
         # PyTorch takes page-locked memory in powers of two.
         taken = 1 << (need - 1).bit_length() if pinned and one == "cpu" else need
-        if taken <= min(0.8 * free, free - (reserve or {}).get(one, 0)):
+        if taken <= 2 * free // 3:
             where = "on the GPU" if one == "gpu" else "in pinned host memory" if pinned else "in memory"
             log(f"{what}: {need / 1e9:.2f} GB, {where} ({free / 1e9:.2f} GB free)")
             return torch.empty(shape, dtype=dtype, device=target, pin_memory=pinned and one == "cpu")
     log(f"{what}: {need / 1e9:.2f} GB, in a mapped file in {folder}")
-    return mapped_temporary(folder, shape, dtype)
+    with TemporaryFile(dir=folder) as file:  # without a name, so that it vanishes with the array
+        try:
+            # All blocks are reserved: writing to a mapped file of holes would kill the process where the disk is full.
+            os.posix_fallocate(file.fileno(), 0, need)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        array = torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=most, dtype=dtype)
+        return array[:count].view(shape)
 
 
 def prefetched(batches: Iterator[Sequence], device: torch.device) -> Iterator[Sequence]:

@@ -18,6 +18,8 @@ from .run import OneLineParser, run_main
 # "whole": [how many, of what] where known, "figures": {column: {model: published number}}}}}
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
 TASKS, MODELS = PAPER["tasks"], [*PAPER["models"]]
+# Arguments that are no marks: name, table, column, and the marks of the run that made loaded features say the last.
+NO_MARK = NO_EFFECT | {"model", "dataset", "probe", "ours", "load_features"}
 
 
 class Run(NamedTuple):
@@ -41,7 +43,9 @@ def measured(result: Mapping) -> tuple[dict, dict, dict]:
         return figures, {"token": best, "patches": result["num_patches"]}, {"random ranking": chance}
     if task == "classify":
         figures = {probe: result["best_acc1"], f"{probe} +-": result.get("best_acc1_std")}
-        about = {"train": result.get("num_train"), "held out": result.get("num_held_out"), "test": result["num_test"]}
+        # No column of held-out patches where no run has any.
+        about = {"train": result.get("num_train"), "held out": result.get("num_held_out") or None,
+                 "test": result["num_test"]}
         return figures, about, {"most frequent class": {probe: result["chance"]}}
     if task == "segment":
         figures, chance = ({f"{probe} {name}": found[name] for name in ("mIoU", "mAcc", "aAcc")}
@@ -58,16 +62,6 @@ def measured(result: Mapping) -> tuple[dict, dict, dict]:
     return pck(result), about, {"random cell": pck(result["chance"]), "same place": pck(result["same_place"])}
 
 
-def arguments_of(result: Mapping) -> tuple[dict, set]:
-    """All arguments of a run that can change a figure, and the names of those that are not the default."""
-    # Column, title and marks_of say the first three; loaded features have the arguments of the run that made them.
-    left_out = NO_EFFECT | {"dataset", "probe", "ours", "load_features"}
-    values = {name: value for name, value in result["args"].items() if name not in left_out}
-    values["weights"] = f"{result['weights']} {(result['sha256'] or '')[:8]}".strip()
-    named = {"model"} if result["name"] != result["model"] else set()
-    return values, set(result["args"]["changed"]) - {"model"} | named
-
-
 def words(name: str, value: object) -> str:
     """An argument in words: "epochs 10", "exclude query", "no norm"."""
     text = name.replace("_", " ")
@@ -78,14 +72,13 @@ def words(name: str, value: object) -> str:
     return f"{text} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-def marks_of(result: Mapping, counts: Iterable[int], alike: Sequence[tuple[dict, set]]) -> str:
-    """The marks of a line's Run. counts: of what was measured. alike: arguments_of runs of its name and data."""
-    values, changed = arguments_of(result)
-    marks = []
-    for name, value in values.items():
+def marks_of(result: Mapping, counts: Iterable[int], alike: Sequence[Mapping]) -> str:
+    """The marks of a line's Run. counts: of what was measured. alike: the lines of its name and data."""
+    marks = [f"model {result['model']}"] if result["name"] != result["model"] else []
+    for name, value in result["args"].items():
         # Defaults differ too: the precision by the device, or those of another version.
-        differs = any(theirs.get(name) != value for theirs, named in alike if name not in named)
-        if name in changed or differs:
+        defaults = {str(other["args"].get(name)) for other in alike if name not in other["args"]["changed"]}
+        if name not in NO_MARK and (name in result["args"]["changed"] or len(defaults) > 1):
             marks.append(words(name, value))
     used, in_training = sum(counts), result.get("num_test_in_training")
     whole, unit = PAPER[result["task"]].get(result["dataset"], {}).get("whole", (used, ""))
@@ -111,18 +104,17 @@ def runs_of(folder: Path, tasks: Iterable[str]) -> list[Run]:
     """The runs of these tasks, of those with equal arguments the last, in the order of their rows. Raises UserError
     where there is no results.jsonl."""
     results = [result for result in read_results(folder) if result["task"] in tasks]
-    arguments, runs = defaultdict(list), {}
+    groups, runs = defaultdict(list), {}
     for result in results:
-        arguments[result["task"], dataset_title(result), result["name"]].append(arguments_of(result))
+        result["args"]["weights"] = f"{result['weights']} {(result['sha256'] or '')[:8]}".strip()
+        groups[result["task"], dataset_title(result), result["name"]].append(result)
     for result in results:
-        task, dataset, name = result["task"], dataset_title(result), result["name"]
+        group = result["task"], dataset_title(result), result["name"]
         figures, about, baselines = measured(result)
-        # No column for what no run has, as held-out patches.
-        about = {column: value for column, value in about.items() if value}
         counts = {column: value for column, value in about.items() if isinstance(value, int)}
         baselines = {title: chance | counts for title, chance in baselines.items()}
-        marks = marks_of(result, counts.values(), arguments[task, dataset, name])
-        runs[task, dataset, name, marks, str([*figures])] = Run(task, dataset, name, marks, figures, about, baselines)
+        marks = marks_of(result, counts.values(), groups[group])
+        runs[(*group, marks, *figures)] = Run(*group, marks, figures, about, baselines)
     return sorted(runs.values(), key=lambda run: order((run.name, run.marks)))
 
 

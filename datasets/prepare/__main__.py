@@ -17,7 +17,7 @@ import shutil
 import signal
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -32,14 +32,11 @@ from utils.storage import atomic_write
 from ..files import read_lines, read_rgb
 from ..label_maps import pair_files, read_label_map
 from ..segmentation import LAYOUTS, LONG_NAMES, OTHER_LAYOUTS, ROOTS
-from ..segmentation_classes import ADE20K_150, CLASS_NAMES, PASCAL_OBJECT_16, PASCAL_PART_193, read_names
+from ..segmentation_classes import ADE20K_150, ADE20K_OBJECT_59, CLASS_NAMES, PASCAL_OBJECT_16, PASCAL_PART_193
 from .ade20k_part import find_pairs, list_images, name_pairs, read_index, read_parts
 
-MAX_CLASSES = 254  # in a label map of 8 bits, where 0 is "other" and 255 is ignored
 PASCAL_PART_LABELS = {name: label for label, name in enumerate(PASCAL_PART_193, 1)}
 PASCAL_OBJECT_LABELS = {name: label for label, name in enumerate(PASCAL_OBJECT_16, 1)}
-# No object of these classes has parts in Pascal-Part; the paper leaves them out.
-PASCAL_OBJECT_LABELS |= dict.fromkeys(("boat", "chair", "diningtable", "sofa", "table"), 0)
 
 
 def open_lip(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
@@ -52,14 +49,13 @@ def open_lip(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
 
 
 def open_ade20k_object(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
-    """Some of the 150 classes of ADEChallengeData2016, renumbered (default: the paper's 59)."""
+    """The paper's 59 of the 150 classes of ADEChallengeData2016, renumbered."""
     pairs = {split: pair_files(args.source / "images" / folder, args.source / "annotations" / folder)[0]
              for split, folder in LONG_NAMES.items()}
-    names = choose(args.classes, ADE20K_150, CLASS_NAMES["ade20k-object"])
     table = np.zeros(len(ADE20K_150) + 1, dtype=np.uint8)
-    for label, name in enumerate(names, 1):
+    for label, name in enumerate(ADE20K_OBJECT_59, 1):
         table[ADE20K_150.index(name) + 1] = label
-    return pairs, names, partial(read_and_renumber, table=table)
+    return pairs, ADE20K_OBJECT_59, partial(read_and_renumber, table=table)
 
 
 def read_and_renumber(path: Path, table: np.ndarray) -> np.ndarray:
@@ -71,8 +67,8 @@ def open_pascal(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
     """Pascal-Part, unpacked into VOCdevkit/VOC2010, whose 10,103 training and validation images it annotates."""
     pairs = {}
     for split in LONG_NAMES:
-        path = (args.lists or args.source / "ImageSets" / "Main") / f"{split}.txt"
-        names = sorted({line.split()[0] for line in read_lines(path) if line.strip()})
+        lines = read_lines(args.source / "ImageSets" / "Main" / f"{split}.txt")
+        names = sorted({line.split()[0] for line in lines if line.strip()})
         pairs[split] = [(args.source / "JPEGImages" / f"{name}.jpg", args.source / "Annotations_Part" / f"{name}.mat")
                         for name in names]
     return pairs, CLASS_NAMES[args.dataset], partial(read_pascal, parts=args.dataset == "pascal-part")
@@ -91,7 +87,8 @@ def read_pascal(path: Path, parts: bool) -> np.ndarray:
         for item in objects:
             name = str(item["class"][0])
             if not parts:
-                labels[item["mask"] > 0] = PASCAL_OBJECT_LABELS[name]
+                # The other four classes have no parts in Pascal-Part; the paper leaves them out.
+                labels[item["mask"] > 0] = PASCAL_OBJECT_LABELS.get(name, 0)
                 continue
             for part in item["parts"].ravel():
                 family = str(part["part_name"][0]).rstrip("0123456789").removesuffix("_")
@@ -102,8 +99,7 @@ def read_pascal(path: Path, parts: bool) -> np.ndarray:
 
 
 def open_ade20k_part(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
-    """The parts that occur in both splits, with their objects (default: the 254 in most training images). parts.txt
-    lists them all, with their numbers of training and validation images."""
+    """The parts that occur in both splits, with their objects; of more than 254 those in most training images."""
     class_names = read_index(args.source)
     pairs, images = {}, {}
     for split in LONG_NAMES:
@@ -113,24 +109,9 @@ def open_ade20k_part(args: Namespace) -> tuple[dict, Sequence[str], Callable]:
     parts = name_pairs(images["train"].keys() & images["val"].keys(), class_names)
     print(f"parts in both splits: {len(parts)} with their objects, {len({part for _, part in parts.values()})} by the "
           "part's name alone; the paper: 209")
-    text = "".join(f"{name}\t{images['train'][pair]}\t{images['val'][pair]}\n" for name, pair in parts.items())
-    root = args.target / ROOTS[args.dataset][0]
-    root.mkdir(parents=True, exist_ok=True)
-    atomic_write(root / "parts.txt", lambda path: path.write_text(text, encoding="utf-8"))
-    most = sorted(parts, key=lambda name: -images["train"][parts[name]])[:MAX_CLASSES]
-    names = choose(args.classes, parts, sorted(most))
+    # A label map of 8 bits has no room for more, as 0 is "other" and 255 is ignored.
+    names = sorted(sorted(parts, key=lambda name: -images["train"][parts[name]])[:254])
     return pairs, names, partial(read_parts, labels={parts[name]: label for label, name in enumerate(names, 1)})
-
-
-def choose(classes: Path | None, known: Collection[str], default: Sequence[str]) -> Sequence[str]:
-    """The names in the file of --classes, or the default. Raises UserError for one that is not known."""
-    names = read_names(classes) if classes else default
-    for name in names:
-        if name not in known:
-            raise UserError(f"--classes {classes}: {name} is not among the {len(known)} classes of this release")
-    if len(names) > MAX_CLASSES:
-        raise UserError(f"--classes {classes}: {len(names)} names; an 8-bit label map holds {MAX_CLASSES}")
-    return names
 
 
 def run_all(function: Callable, items: Sequence, workers: int, label: str) -> list:
@@ -166,13 +147,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="the unpacked release")
     parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="where to make the folder")
     parser.add_argument("--workers", type=positive_int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--classes", type=Path, metavar="FILE",
-                        help="ADE20K: names of the classes to keep, one a line, in label order")
-    parser.add_argument("--lists", type=Path, metavar="DIR",
-                        help="Pascal: folder of train.txt and val.txt (default: the source's ImageSets/Main)")
     args = parser.parse_args(words)
-    if args.classes and not args.dataset.startswith("ade20k") or args.lists and not args.dataset.startswith("pascal"):
-        raise UserError("--classes is for ADE20K, --lists for Pascal; leave it out")
 
     pairs, names, read_labels = OPEN[args.dataset](args)
     root, layout = args.target / ROOTS[args.dataset][0], LAYOUTS[args.dataset == "ade20k-object"]

@@ -18,14 +18,12 @@ from utils import UserError
 from ..files import open_image
 from ..label_maps import require_png
 
-NUM_TRAIN = 20210
-
 
 def list_images(release: Path, split: str) -> list[tuple[Path, Path]]:
-    """(image, _seg.png) of the images of "train" or "val" that the release of 2016 has too, by their numbers."""
+    """(image, _seg.png) of the images of "train" or "val" that the release of 2016 has too: its 20,210 and 2,000."""
     paths = sorted((release / "images").rglob(f"ADE_{split}_*_seg.png"))
     return [(path.with_name(path.name.replace("_seg.png", ".jpg")), path) for path in paths
-            if int(path.name.split("_")[2]) <= NUM_TRAIN]
+            if int(path.name.split("_")[2]) <= 20210]
 
 
 def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
