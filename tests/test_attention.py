@@ -48,12 +48,12 @@ def check_weights(blocks, forward):
     forward()
     for hook in hooks:
         hook.remove()
-    read_attention(blocks, forward, lambda layer, weights: layers.append((layer, weights)))
+    with read_attention(blocks, lambda *weights: layers.append(weights)):
+        forward()
     assert [layer for layer, _ in layers] == list(range(len(blocks)))
     assert all(block.attn.fused_attn and not block.attn.attn_drop._forward_hooks for block in blocks)
     for (attn, (tokens, *_), output), (_, weights) in zip(calls, layers, strict=True):
-        assert weights.dtype == torch.float32 and not weights.requires_grad
-        assert weights.shape == (len(tokens), attn.num_heads, *tokens.shape[1:2] * 2)
+        assert weights.dtype == torch.float32 and weights.shape == (len(tokens), attn.num_heads, *tokens.shape[1:2] * 2)
         assert (weights.sum(-1) - 1).abs().max() < 1e-5
         value = attn.qkv(tokens)[..., -attn.proj.in_features:]
         if getattr(attn, "v_bias", None) is not None:
@@ -94,26 +94,27 @@ def test_weights_with_norms_and_with_a_blocks_own_bias():
 
 
 def test_sums_are_not_rounded_under_autocast():
-    drop, weights = torch.nn.Dropout().eval(), seeded(2, 3, 17, 17).softmax(3)
-    blocks = [SimpleNamespace(attn=SimpleNamespace(attn_drop=drop, fused_attn=True, num_heads=3))]
+    blocks = [SimpleNamespace(attn=SimpleNamespace(num_heads=3))]
     ours, theirs = (Sums(blocks, 4, 1, CPU) for _ in range(2))
+    inputs = torch.zeros(2, 16), 0, seeded(2, 3, 17, 17).softmax(3)
     with torch.autocast("cpu", torch.bfloat16):
-        ours.add_maps(partial(drop, weights), torch.zeros(2, 16))
-    theirs.add_maps(partial(drop, weights), torch.zeros(2, 16))
+        ours.add_maps(*inputs)
+    theirs.add_maps(*inputs)
     assert torch.equal(ours.maps, theirs.maps) and torch.equal(ours.distance, theirs.distance)
 
 
 def test_attention_without_one_softmax_for_each_head_is_refused():
     for attn in (torch.nn.Identity(), type("DiffAttention", (), {"attn_drop": torch.nn.Dropout()})()):
-        with pytest.raises(UserError, match=f"timm's {type(attn).__name__} has not one softmax"):
-            read_attention([SimpleNamespace(attn=attn)], None, None)
+        with pytest.raises(UserError, match=f"timm's {type(attn).__name__} has not one softmax"), \
+             read_attention([SimpleNamespace(attn=attn)], None):
+            pass
 
 
 def test_what_is_not_finite_is_refused():
     encoder = build("dino")
     sums = Sums(encoder.vit.blocks, 4, 1, CPU)
-    attention.add_encoder(encoder, torch.full((1, 3, 64, 64), torch.inf), *[torch.empty(1, 0, dtype=torch.int64)] * 2,
-                          sums)
+    nothing = torch.empty(1, 0, dtype=torch.int64)
+    attention.add_encoder(encoder, torch.full((1, 3, 64, 64), torch.inf), nothing, nothing[..., None], sums)
     with pytest.raises(UserError, match="attention weights are not finite"):
         sums.figures(16, 1)
 
@@ -126,11 +127,12 @@ def test_sums_against_numpy(method, form, prefix):
     blocks = encoder.decoder.decoder_blocks if method == "mae" else encoder.vit.blocks
     sums = Sums(blocks, 4, prefix, CPU, decoder=method == "mae")
     if method == "mae":
-        add = partial(attention.add_decoder, encoder, images(), noise, 0.75, nothing, nothing, sums)
+        add = partial(attention.add_decoder, encoder, images(), None, noise, 0.75, nothing, nothing[..., None], sums)
     else:
-        add = partial(attention.add_encoder, encoder, images(), nothing, nothing, sums)
+        add = partial(attention.add_encoder, encoder, images(), nothing, nothing[..., None], sums)
     layers = []
-    read_attention(blocks, add, lambda layer, weights: layers.append(weights.double().numpy()))
+    with read_attention(blocks, lambda layer, weights: layers.append(weights.double().numpy())):
+        add()
     figures = sums.figures(16, 3)
     between = np.array([[math.hypot(q // 4 - k // 4, q % 4 - k % 4) for k in range(16)] for q in range(16)])
     assert figures["distance_patches_uniform"] == pytest.approx(between.mean(), rel=1e-5)
@@ -195,7 +197,7 @@ def test_receptive_fields_against_the_jacobian():
                 (alone.fields["receptive_field"], range(16), by_patch(
                     lambda x: encoder(x)[0, 1 + query] @ token_direction[0, 0])))
     image.requires_grad_()
-    attention.add_decoder(encoder, image, noise, 0.75, torch.tensor([[query]]), pixel_direction, both)
+    attention.add_decoder(encoder, image, None, noise, 0.75, torch.tensor([[query]]), pixel_direction, both)
     attention.add_encoder(encoder, image, torch.tensor([[query]]), token_direction, alone)
     for (total, count), patches, norms in expected:
         assert count.sum() == len(patches)
@@ -297,4 +299,4 @@ def test_other_models_of_timm(model):
     queries, directions = torch.tensor([[3], [7]]), torch.randn(2, 1, encoder.embed_dim)
     attention.add_encoder(encoder, pictures, queries, directions, sums)
     total, seen = sums.fields["receptive_field"]
-    assert seen.sum() == 2 * count and (total[seen > 0] > 0).all() and sums.queries.sum() == 2 * count
+    assert seen.sum() == 2 * count and (total[seen > 0] > 0).all() and (sums.queries.sum((0, 2)) == 2 * count).all()
