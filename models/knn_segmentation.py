@@ -90,13 +90,6 @@ def choose_patches(histograms: torch.Tensor, count: int, uniform: torch.Tensor) 
     return torch.zeros_like(labelled).scatter_(1, order, True) & labelled
 
 
-def patches_per_crop(memory_size: int, num_crops: int, crop_size: int, patch_size: int) -> int:
-    """How many patches of each training crop go into a memory of memory_size patches. Raises UserError for none."""
-    if memory_size < num_crops:
-        raise UserError(f"--memory-size {memory_size}: use one patch for each of {num_crops} training crops at least")
-    return min(memory_size // num_crops, (crop_size // patch_size) ** 2)
-
-
 @torch.inference_mode()
 def fill_memory(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], num_crops: int, batch_size: int,
                 per_crop: int, num_classes: int, seed: int, precision: str,
@@ -127,6 +120,5 @@ def fill_memory(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Te
         raise UserError("no training crop has a labelled pixel; check the label maps")
     if not memory.isfinite().all():
         raise UserError(f"the encoder gave tokens that are not finite at --precision {precision}; use bf16 or fp32")
-    log(f"a memory of {len(memory)} patches, up to {per_crop} from each of {num_crops} crops: "
-        f"{(memory.nbytes + labels.nbytes) / 1e9:.2f} GB")
+    log(f"a memory of {len(memory)} patches of {num_crops} crops: {(memory.nbytes + labels.nbytes) / 1e9:.2f} GB")
     return memory, labels
