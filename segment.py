@@ -37,7 +37,7 @@ from utils.distributed import all_reduce, shard, world_size
 from utils.storage import prefetched, save
 from utils.tables import paper_tables
 
-CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the training images"}
+MEANS = ("mIoU", "mAcc", "aAcc")
 # The study decays the bias too, but not in its configurations of these methods.
 NO_BIAS_DECAY = ("mae", "beit", "cae")
 # A linear head may be resumed with others of these.
@@ -145,16 +145,14 @@ def slide_inference(model: Callable, images: torch.Tensor, crop_size: int, strid
     return sums.div_(counts)
 
 
-def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int], limit: int = 256 << 20) -> torch.Tensor:
-    """argmax over classes of logits [K, h, w] after bilinear upsampling to size: int64 [H, W].
-
-    Some classes at a time, so that no more than limit bytes of upsampled logits exist."""
-    step = max(1, limit // (4 * size[0] * size[1]))
+def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int], together: int = 32) -> torch.Tensor:
+    """argmax over classes of logits [K, h, w] after bilinear upsampling to size: int64 [H, W]. Only that many classes
+    are upsampled together, as an image may be large."""
     best = logits.new_full(size, float("-inf"))
     classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    for first in range(0, len(logits), step):
-        part = F.interpolate(logits[None, first:first + step], size=size, mode="bilinear", align_corners=False)[0]
-        value, index = part.max(0)
+    for first in range(0, len(logits), together):
+        part = logits[None, first:first + together]
+        value, index = F.interpolate(part, size=size, mode="bilinear", align_corners=False)[0].max(0)
         classes = torch.where(value > best, index + first, classes)
         best = torch.maximum(value, best)
     return classes
@@ -183,21 +181,11 @@ def segmentation_metrics(confusion: torch.Tensor) -> dict:
             "aAcc": (100 * correct.sum().double() / labelled.sum()).item(), "iou_per_class": iou, "acc_per_class": acc}
 
 
-def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
-    """The metrics of a results line; JSON has no NaN, so that what is undefined becomes None."""
-    def plain(value):
-        return None if math.isnan(value) else value
-    means, chance = ({key: plain(found[key]) for key in ("mIoU", "mAcc", "aAcc")}
-                     for found in (metrics, metrics["chance"]))
-    return {**means, "chance": chance, "num_images": metrics["num_images"],
-            "iou_per_class": dict(zip(names, map(plain, metrics["iou_per_class"].tolist()), strict=True))}
-
-
 @torch.inference_mode()
 def evaluate(segmenter: PatchSegmenter, split, test_scale: tuple[int, int], crop_size: int, stride: int, workers: int,
              num_pictures: int = 0, folder: Path | None = None) -> dict:
-    """segmentation_metrics of a split at full resolution, each image once over all processes; num_images; and chance,
-    the metrics of the largest class everywhere.
+    """mIoU, mAcc and aAcc of a split at full resolution, each image once over all processes; as "chance" those of the
+    largest class everywhere; iou_per_class by name, None where 0 / 0; and num_images.
 
     num_pictures: of the first images pictures go into the folder. Raises UserError, on all processes, for logits that
     are not finite, and where no pixel of the split has a class."""
@@ -226,7 +214,10 @@ def evaluate(segmenter: PatchSegmenter, split, test_scale: tuple[int, int], crop
     require_labelled(labelled.tolist(), "test")
     largest = torch.zeros_like(confusion)
     largest[:, labelled.argmax()] = labelled
-    return segmentation_metrics(confusion) | {"num_images": len(split), "chance": segmentation_metrics(largest)}
+    metrics, chance = segmentation_metrics(confusion), segmentation_metrics(largest)
+    iou = zip(split.names, metrics["iou_per_class"].tolist(), strict=True)
+    return {**{name: metrics[name] for name in MEANS}, "chance": {name: chance[name] for name in MEANS},
+            "num_images": len(split), "iou_per_class": {name: None if math.isnan(one) else one for name, one in iou}}
 
 
 def open_data(args: argparse.Namespace, log: run.Log) -> tuple:
@@ -243,6 +234,9 @@ def open_data(args: argparse.Namespace, log: run.Log) -> tuple:
         shared = shared_images(train_split, test_split, args.dataset == "folder")
         if args.select == "held-out":
             train_split, held_out = data.hold_out(train_split, args.seed)
+        if "knn" in args.probe and args.memory_size < (crops := args.passes * len(train_split)):
+            raise UserError(f"--memory-size {args.memory_size}: use one patch for each of {crops} training crops at "
+                            "least")
     if args.dataset == "folder":
         check_labels(train_split, test_split, args.workers, log, held_out)
     for note in dict.fromkeys([*test_split.notes, *(train_split.notes if train_split else ())]):
@@ -297,8 +291,8 @@ def train_linear(args: argparse.Namespace, encoder: Encoder, batches: Callable, 
     def write():
         save(path, {"settings": settings, "iteration": done, "class_names": list(names), **probe.state()})
 
-    progress, losses, left = run.Progress(total - done, "training", "iterations"), [], range(done, total)
-    for iteration, (images, labels) in zip(left, batches(left) if left else (), strict=True):
+    progress, losses = run.Progress(total - done, "training", "iterations"), []
+    for iteration, (images, labels) in enumerate(batches(range(done, total)), done):
         schedule = partial(linear.linear_learning_rate, iteration, total, args.warmup_iterations)
         losses.append(probe.step(images, labels, args.batch_size, schedule))
         done = iteration + 1
@@ -328,8 +322,8 @@ def choose_head(args: argparse.Namespace, probe: linear.LinearProbe, test: Calla
         log(f"{name}: mIoU {about['mIoU']:.2f}")
     best = max(range(len(heads)), key=lambda number: heads[number]["mIoU"])
     probe.segmenter.head = probe.heads[best]
-    log(f"chosen on {CHOSEN_BY[args.select]}: {probe.names[best]}")
-    return {"lr": heads[best]["lr"], "weight_decay": heads[best]["weight_decay"], "heads": heads}
+    log(f"chosen on the {args.select} images: {probe.names[best]}")
+    return {name: heads[best][name] for name in ("lr", "weight_decay")} | {"heads": heads}
 
 
 def fill_knn(args: argparse.Namespace, encoder: Encoder, batches: Callable, num_images: int, num_classes: int,
@@ -337,8 +331,6 @@ def fill_knn(args: argparse.Namespace, encoder: Encoder, batches: Callable, num_
     """Nearest neighbours among patches of the training images, in --passes passes with other random crops: what
     train_linear returns."""
     crops, size = args.passes * num_images, args.batch_size
-    if args.memory_size < crops:
-        raise UserError(f"--memory-size {args.memory_size}: use one patch for each of {crops} training crops at least")
     memory, labels = knn.fill_memory(encoder, batches(range(-(-crops // size))), crops, size, args.memory_size // crops,
                                      num_classes, args.seed, args.precision, log)
     segmenter = knn.KNNSegmenter(encoder, memory, labels, args.precision, args.neighbours)
@@ -371,13 +363,13 @@ def main() -> None:
                                        test_split.identity("test set"))
     settings["the encoder"] = encoder.signature
 
-    @cache  # decoded once for both probes, and only where there is something to train
+    @cache  # decoded once for both probes, and only where one is trained or filled
     def store():
         return PixelStore(train_split, args.base_scale, device, args.output_dir, args.cache, args.workers, log)
 
     def batches(iterations):
         return prefetched(training_batches(store(), iterations, args.batch_size, args.base_scale, args.crop_size,
-                                           encoder.mean, encoder.std, args.seed), device)
+                                           encoder.mean, encoder.std, args.seed), device) if iterations else ()
 
     def test(segmenter, split=test_split, **pictures):
         return evaluate(segmenter, split, args.test_scale, args.crop_size, args.stride, args.workers, **pictures)
@@ -385,8 +377,7 @@ def main() -> None:
     # Each probe: trained, loaded or filled, then tested
     for probe in args.probe:
         if args.resume and results.is_finished(args.output_dir, probe, line):
-            log(f"{results.run_title(line)}, {probe}: finished already, its line is in "
-                f"{args.output_dir / 'results.jsonl'}")
+            log(f"{results.run_title(line)}, {probe}: finished already, its line is in {args.output_dir}/results.jsonl")
             continue
         if args.evaluate:
             segmenter, found = linear.load_segmenter(args.evaluate, encoder, names, args.precision)
@@ -399,7 +390,7 @@ def main() -> None:
         metrics = test(segmenter, num_pictures=args.save_pictures, folder=folder)
         log(f"{results.run_title(line)}, {probe}: mIoU {metrics['mIoU']:.2f}, mAcc {metrics['mAcc']:.2f}, "
             f"aAcc {metrics['aAcc']:.2f} ({metrics['num_images']} images)")
-        results.append_result(args.output_dir, line | {"probe": probe} | found | metrics_for_json(metrics, names)
+        results.append_result(args.output_dir, line | {"probe": probe} | found | metrics
                               | {"seconds": time.monotonic() - started})
 
 

@@ -60,13 +60,10 @@ class PixelStore:
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[transforms.Packed, list[tuple[int, int]]]:
         """Some images on the device, and their original sizes."""
-        pixels, starts = self.pixels, self.starts[indices]
+        parts = [self.pixels[self.starts[index]:self.starts[index + 1]] for index in indices]
+        pixels, starts = torch.cat(parts), torch.tensor([0, *map(len, parts)]).cumsum(0)[:-1]
         if pixels.device != device:
-            parts = [pixels[self.starts[index]:self.starts[index + 1]] for index in indices]
-            starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
-            pixels = torch.cat(parts, out=torch.empty(int(starts[-1]), dtype=torch.int32, pin_memory=True))
-            starts = starts[:-1]
-            pixels = pixels.to(device, non_blocking=True)
+            pixels = transforms.to_device(pixels, device)
         numbers = torch.stack([starts, *torch.tensor([self.stored[index] for index in indices]).T])
         batch = transforms.Packed(pixels, *transforms.to_device(numbers, device))
         return batch, [self.sizes[index] for index in indices]
