@@ -215,13 +215,11 @@ def hold_out(split: Split, seed: int) -> tuple[Split, Split]:
 
 
 def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """map(function, items) by that many threads (0: by this one), at most two items ahead per thread, in order."""
-    if workers == 0:
-        yield from map(function, items)
-        return
-    items, pool = iter(items), ThreadPoolExecutor(workers)
+    """map(function, items) by that many threads, one at least, and at most two items ahead per thread, in order."""
+    threads, items = max(1, workers), iter(items)
+    pool = ThreadPoolExecutor(threads)
     try:
-        pending = deque(pool.submit(function, item) for item in islice(items, 2 * workers))
+        pending = deque(pool.submit(function, item) for item in islice(items, 2 * threads))
         while pending:
             pending.extend(pool.submit(function, item) for item in islice(items, 1))
             yield pending.popleft().result()

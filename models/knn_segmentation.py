@@ -27,17 +27,16 @@ class KNNSegmenter(PatchSegmenter):
     memory [M, D], rows of length 1, and labels float32 [M, K], rows that sum to 1: see fill_memory."""
 
     def __init__(self, encoder: Encoder, memory: torch.Tensor, labels: torch.Tensor, precision: str,
-                 neighbours: int = NEIGHBOURS, temperature: float = TEMPERATURE):
+                 neighbours: int = NEIGHBOURS):
         super().__init__(encoder)
-        self.memory, self.labels, self.precision = memory, labels, precision
-        self.neighbours, self.temperature = neighbours, temperature
+        self.memory, self.labels, self.precision, self.neighbours = memory, labels, precision, neighbours
 
     @torch.inference_mode()
     def patch_logits(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, h, w], divisible by the patch size -> probabilities float32 [B, K, h/p, w/p]."""
         tokens, grid = patch_tokens(self.encoder, images, self.precision), self.encoder.grid(images)
         similarity, index = nearest(tokens.flatten(0, 1), self.memory, self.neighbours)
-        weights = (similarity.float() / self.temperature).softmax(1)
+        weights = (similarity.float() / TEMPERATURE).softmax(1)
         mixed = F.embedding_bag(index, self.labels, per_sample_weights=weights, mode="sum")
         return mixed.view(len(images), *grid, -1).permute(0, 3, 1, 2).contiguous()
 

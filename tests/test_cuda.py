@@ -133,7 +133,8 @@ def test_the_segmentation_head_is_a_matrix_product():
 def test_logits_of_windows_stay_below_what_cuda_interpolates(monkeypatch, classes, crop_size, together):
     counts, split = [], segment.data.open_segmentation("synthetic", None, "val", 1)
     split.num_classes, split.names = classes, range(classes)
-    monkeypatch.setattr(segment, "slide_inference", lambda *given: counts.append(given[4]) or torch.ones(1, classes, 2, 2))
+    logits = torch.ones(1, classes, 2, 2)
+    monkeypatch.setattr(segment, "slide_inference", lambda *given: counts.append(given[4]) or logits)
     segment.evaluate(Segmenter(loaded("dino"), None, (1, 3), "fp32"), split, (64, 64), crop_size, 32, workers=0)
     assert counts == [together]
 
