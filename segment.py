@@ -148,14 +148,10 @@ def slide_inference(model: Callable, images: torch.Tensor, crop_size: int, strid
 def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int], together: int = 32) -> torch.Tensor:
     """argmax over classes of logits [K, h, w] after bilinear upsampling to size: int64 [H, W]. Only that many classes
     are upsampled together, as an image may be large."""
-    best = logits.new_full(size, float("-inf"))
-    classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    for first in range(0, len(logits), together):
-        part = logits[None, first:first + together]
-        value, index = F.interpolate(part, size=size, mode="bilinear", align_corners=False)[0].max(0)
-        classes = torch.where(value > best, index + first, classes)
-        best = torch.maximum(value, best)
-    return classes
+    found = [F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0].max(0)
+             for part in logits.split(together)]
+    best = torch.stack([values for values, _ in found]).argmax(0, keepdim=True)
+    return torch.stack([index for _, index in found]).gather(0, best)[0] + together * best[0]
 
 
 def confusion_matrix(pred: torch.Tensor, label: torch.Tensor, num_classes: int,

@@ -217,11 +217,8 @@ def hold_out(split: Split, seed: int) -> tuple[Split, Split]:
 def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
     """map(function, items) by that many threads, one at least, and at most two items ahead per thread, in order."""
     threads, items = max(1, workers), iter(items)
-    pool = ThreadPoolExecutor(threads)
-    try:
+    with ThreadPoolExecutor(threads) as pool:
         pending = deque(pool.submit(function, item) for item in islice(items, 2 * threads))
         while pending:
             pending.extend(pool.submit(function, item) for item in islice(items, 1))
             yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
