@@ -12,6 +12,7 @@ is trained on. --probe knn fills a memory with patches instead of training a hea
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -36,9 +37,7 @@ from utils.distributed import all_reduce, shard, world_size
 from utils.storage import prefetched, save
 from utils.tables import paper_tables
 
-# Logits of one pass over sliding windows, in bytes.
-WINDOW_BYTES = {"cuda": 8 << 30, "cpu": 512 << 20}
-CHOSEN_BY = {"test": "the test images", "held-out": "a held-out tenth of the training images"}
+MEANS = ("mIoU", "mAcc", "aAcc")
 # The study decays the bias too, but not in its configurations of these methods.
 NO_BIAS_DECAY = ("mae", "beit", "cae")
 # A linear head may be resumed with others of these.
@@ -67,14 +66,13 @@ def parse_arguments() -> argparse.Namespace:
                        help="a first try: that many training and test images, drawn by the seed")
     group = parser.add_argument_group("test")
     group.add_argument("--evaluate", type=Path, metavar="HEAD", help="no training: test this checkpoint's head")
-    group.add_argument("--eval-every", type=run.positive_int, metavar="N", help="test every N iterations too")
     group.add_argument("--save-pictures", type=run.non_negative_int, default=0, metavar="N",
                        help="image, truth and prediction of the first N test images, and the predicted label maps")
     group.add_argument("--figure6", type=Path, metavar="FILE",
                        help="no run: draw figure 6 with the results beside it (.png or .pdf)")
     args = parser.parse_args()
     # The numbers of a recipe may stand beside --evaluate and --probe knn: one command line serves all three.
-    training = ("norm", "batch_norm", "select", "eval_every")
+    training = ("norm", "batch_norm", "select")
     if args.evaluate:
         parser.check_used(args, "--evaluate", "resume", *training, *KNN_ARGUMENTS)
     elif args.probe == ["knn"]:
@@ -125,55 +123,36 @@ def window_boxes(height: int, width: int, crop_size: int, stride: int) -> list[t
             for top in starts(height) for left in starts(width)]
 
 
-def windows_together(device: torch.device, num_classes: int, crop_size: int) -> int:
-    """Windows in one call of the model: within WINDOW_BYTES of logits, and below 2^31 of them, which CUDA's
-    interpolation counts in 32 bits."""
-    return min(32, max(1, min(WINDOW_BYTES[device.type] // 4, 2**31 - 1) // (num_classes * crop_size**2)))
+def slide_inference(model: Callable, images: torch.Tensor, crop_size: int, stride: int,
+                    window_batch: int = 8) -> torch.Tensor:
+    """Sliding windows over images: logits are summed and divided by how many windows saw a pixel.
 
-
-def slide_inference(model: Callable, images: torch.Tensor | Sequence[torch.Tensor], crop_size: int, stride: int,
-                    window_batch: int = 8) -> torch.Tensor | list[torch.Tensor]:
-    """Sliding windows over images, batched across them; logits are summed and divided by how many windows saw a pixel.
-
-    model: maps [B, 3, h, w] to logits [B, K, h, w]. images: [B, 3, H, W] -> returns [B, K, H, W]; or a list of
-    [3, H, W] of any sizes -> a list of [K, H, W]. window_batch: windows in one call of the model. Raises ValueError
-    for a stride above crop_size, which would leave pixels without logits.
+    model: maps [B, 3, h, w] to logits [B, K, h, w]. images: [B, 3, H, W] -> returns [B, K, H, W]. window_batch: windows
+    in one call of the model. Raises ValueError for a stride above crop_size, which would leave pixels without logits.
     """
     if not 0 < stride <= crop_size:
         raise ValueError(f"stride {stride} is not from 1 to the crop size, {crop_size}")
-    windows = [(index, box) for index, image in enumerate(images)
-               for box in window_boxes(*image.shape[1:], crop_size, stride)]
-    by_size = {}
-    for index, (top, left, bottom, right) in windows:
-        by_size.setdefault((bottom - top, right - left), []).append((index, (top, left, bottom, right)))
-    sums, counts = [None] * len(images), [image.new_zeros(image.shape[1:]) for image in images]
-    for group in by_size.values():
-        for first in range(0, len(group), window_batch):
-            part = group[first:first + window_batch]
-            logits = model(torch.stack([images[index][:, top:bottom, left:right]
-                                        for index, (top, left, bottom, right) in part]))
-            for one, (index, (top, left, bottom, right)) in zip(logits, part, strict=True):
-                if sums[index] is None:
-                    sums[index] = one.new_zeros(len(one), *images[index].shape[1:])
-                sums[index][:, top:bottom, left:right] += one
-                counts[index][top:bottom, left:right] += 1
-    means = [total.div_(count) for total, count in zip(sums, counts, strict=True)]
-    return torch.stack(means) if isinstance(images, torch.Tensor) else means
+    windows = [(number, slice(top, bottom), slice(left, right)) for number in range(len(images))
+               for top, left, bottom, right in window_boxes(*images.shape[2:], crop_size, stride)]
+    counts = torch.zeros_like(images[:, :1])
+    for first in range(0, len(windows), window_batch):
+        part = windows[first:first + window_batch]
+        logits = model(torch.stack([images[number, :, rows, columns] for number, rows, columns in part]))
+        if first == 0:
+            sums = logits.new_zeros(len(images), logits.shape[1], *images.shape[2:])
+        for one, (number, rows, columns) in zip(logits, part, strict=True):
+            sums[number, :, rows, columns] += one
+            counts[number, :, rows, columns] += 1
+    return sums.div_(counts)
 
 
-def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int], limit: int = 256 << 20) -> torch.Tensor:
-    """argmax over classes of logits [K, h, w] after bilinear upsampling to size: int64 [H, W].
-
-    Some classes at a time, so that no more than limit bytes of upsampled logits exist."""
-    step = max(1, limit // (4 * size[0] * size[1]))
-    best = logits.new_full(size, float("-inf"))
-    classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    for first in range(0, len(logits), step):
-        part = F.interpolate(logits[None, first:first + step], size=size, mode="bilinear", align_corners=False)[0]
-        value, index = part.max(0)
-        classes = torch.where(value > best, index + first, classes)
-        best = torch.maximum(value, best)
-    return classes
+def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int], together: int = 32) -> torch.Tensor:
+    """argmax over classes of logits [K, h, w] after bilinear upsampling to size: int64 [H, W]. Only that many classes
+    are upsampled together, as an image may be large."""
+    found = [F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0].max(0)
+             for part in logits.split(together)]
+    best = torch.stack([values for values, _ in found]).argmax(0, keepdim=True)
+    return torch.stack([index for _, index in found]).gather(0, best)[0] + together * best[0]
 
 
 def confusion_matrix(pred: torch.Tensor, label: torch.Tensor, num_classes: int,
@@ -201,65 +180,62 @@ def segmentation_metrics(confusion: torch.Tensor) -> dict:
 
 @torch.inference_mode()
 def evaluate(segmenter: PatchSegmenter, split, test_scale: tuple[int, int], crop_size: int, stride: int, workers: int,
-             num_heads: int = 1, num_pictures: int = 0, pictures: list | None = None) -> list[dict]:
-    """For each head, segmentation_metrics of a split at full resolution, each image once over all processes,
-    num_images, and chance, the metrics of the largest class everywhere.
+             num_pictures: int = 0, pictures: list | None = None) -> dict:
+    """mIoU, mAcc and aAcc of a split at full resolution, each image once over all processes; as "chance" those of the
+    largest class everywhere; iou_per_class by name, None where 0 / 0; and num_images.
 
-    num_heads: whose logits the segmenter gives, one head's classes after another's. pictures: gets (name, image, truth,
-    last head's prediction) of this process's among the first num_pictures images. Raises UserError, on all processes,
-    for logits that are not finite, and where no pixel of the split has a class."""
-    segmenter.eval().all_finite = True
+    pictures: gets (name, image, truth, prediction) of this process's among the first num_pictures images. Raises
+    UserError, on all processes, for logits that are not finite, and where no pixel of the split has a class."""
+    segmenter.eval()
     mean, std = segmenter.encoder.mean, segmenter.encoder.std
     device, classes = mean.device, split.num_classes
-    window_batch = windows_together(device, num_heads * classes, crop_size)
-    confusions = torch.zeros(num_heads, classes, classes, dtype=torch.int64, device=device)
-    share, group, num_windows = shard(len(split)), [], 0
+    # CUDA's interpolation counts the logits of one call in 32 bits.
+    window_batch = max(1, min(8, (2**31 - 1) // (classes * crop_size**2)))
+    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    broken, share = torch.zeros((), dtype=torch.int64, device=device), shard(len(split))
     progress = run.Progress(len(share), "testing", "images")
-    for index, (image, label) in zip(share, data.in_order(split.load, share, workers), strict=True):
-        scaled = resize_image(torch.from_numpy(image).to(device), *rescale_size(*label.shape, test_scale))
-        group.append((index, image, label, ((scaled.float() / 255 - mean) / std)[0]))
-        num_windows += len(window_boxes(*scaled.shape[1:], crop_size, stride))
-        if num_windows < window_batch and index != share[-1]:
-            continue
-        logits = slide_inference(segmenter, [scaled for *_, scaled in group], crop_size, stride, window_batch)
-        for (number, picture, truth, _), one in zip(group, logits, strict=True):
-            label = torch.from_numpy(truth).to(device)
-            for confusion, of_head in zip(confusions, one.split(classes), strict=True):
-                pred = upsampled_argmax(of_head, truth.shape)
-                confusion += confusion_matrix(pred, label, classes)
-            if number < num_pictures:
-                pictures.append((split.name(number), picture, truth, pred.cpu().numpy()))
-            progress.update()
-        group, num_windows = [], 0
-    if all_reduce(1 - torch.as_tensor(segmenter.all_finite).long()):
+    for index, (image, truth) in zip(share, data.in_order(split.load, share, workers), strict=True):
+        scaled = resize_image(torch.from_numpy(image).to(device), *rescale_size(*truth.shape, test_scale))
+        logits = slide_inference(segmenter, (scaled / 255 - mean) / std, crop_size, stride, window_batch)[0]
+        broken += ~logits.sum().isfinite()  # one that is not finite makes the sum so; isfinite of each takes longer
+        pred = upsampled_argmax(logits, truth.shape)
+        confusion += confusion_matrix(pred, torch.from_numpy(truth).to(device), classes)
+        if index < num_pictures:
+            pictures.append((split.name(index), image, truth, pred.cpu().numpy()))
+        progress.update()
+    if all_reduce(broken):
         raise UserError("the logits are not finite, so there is no prediction; use --precision fp32, or another head")
-    confusions = all_reduce(confusions).cpu()
-    labelled = confusions[0].sum(1)
+    confusion = all_reduce(confusion).cpu()
+    labelled = confusion.sum(1)
     require_labelled(labelled.tolist(), "test")
-    largest = torch.zeros_like(confusions[0])
+    largest = torch.zeros_like(confusion)
     largest[:, labelled.argmax()] = labelled
-    more = {"num_images": len(split), "chance": segmentation_metrics(largest)}
-    return [segmentation_metrics(confusion) | more for confusion in confusions]
+    metrics, chance = segmentation_metrics(confusion), segmentation_metrics(largest)
+    iou = zip(split.names, metrics["iou_per_class"].tolist(), strict=True)
+    return {**{name: metrics[name] for name in MEANS}, "chance": {name: chance[name] for name in MEANS},
+            "num_images": len(split), "iou_per_class": {name: None if math.isnan(one) else one for name, one in iou}}
 
 
 def open_data(args: argparse.Namespace, log: run.Log) -> tuple:
-    """(training, held-out and test split, what a results line says of them): no training split with --evaluate, no
-    held-out one where the test images choose. Sets the iterations in args. Raises UserError."""
-    train_split, held_out, shared = None, None, 0
-    test_split = data.open_segmentation(args.dataset, args.data_path, "val", args.num_images, args.seed)
+    """(training, held-out and test split, how many test images are training images too): no training split with
+    --evaluate, no held-out one where the test images choose. Sets the iterations in args. Raises UserError."""
+    opened = partial(data.open_segmentation, args.dataset, args.data_path, num_images=args.num_images, seed=args.seed)
+    test_split, train_split, held_out, shared = opened("val"), None, None, 0
     if args.data_path:
         test_split.sizes(args.workers)  # a damaged file shows before training, not after
     if not args.evaluate:
-        train_split = data.open_segmentation(args.dataset, args.data_path, "train", args.num_images, args.seed)
+        train_split = opened("train")
         if train_split.names != test_split.names:
             raise UserError(f"the training and the test split below {args.data_path} have different names.txt")
         shared = shared_images(train_split, test_split, args.dataset == "folder")
-    if train_split and args.select == "held-out":
-        train_split, held_out = data.hold_out(train_split, args.seed)
+        if args.select == "held-out":
+            train_split, held_out = data.hold_out(train_split, args.seed)
+        if "knn" in args.probe and args.memory_size < (crops := args.passes * len(train_split)):
+            raise UserError(f"--memory-size {args.memory_size}: use one patch for each of {crops} training crops at "
+                            "least")
     if args.dataset == "folder":
         check_labels(train_split, test_split, args.workers, log, held_out)
-    notes = [*test_split.notes, *(train_split.notes if train_split else [])]
-    for note in dict.fromkeys(notes + [data.PARTIMAGENET_NOTE] * args.dataset.startswith("partimagenet")):
+    for note in dict.fromkeys([*test_split.notes, *(train_split.notes if train_split else ())]):
         log(note)
     if shared:
         log(f"{shared} of {len(test_split)} test images are training images too")
@@ -271,7 +247,7 @@ def open_data(args: argparse.Namespace, log: run.Log) -> tuple:
     if args.warmup_iterations is None:
         args.warmup_iterations = min(1500, args.iterations // 10)
     log(f"{len(test_split.names)} classes, {len(train_split or ())} training and {len(test_split)} test images")
-    return train_split, held_out, test_split, {"num_test_in_training": shared}
+    return train_split, held_out, test_split, shared
 
 
 def open_encoder(args: argparse.Namespace, device: torch.device, log: run.Log) -> Encoder:
@@ -290,58 +266,60 @@ def open_encoder(args: argparse.Namespace, device: torch.device, log: run.Log) -
 
 
 def train_linear(args: argparse.Namespace, encoder: Encoder, batches: Callable, names: Sequence[str], settings: dict,
-                 tests: tuple[Callable, Callable], log: run.Log) -> tuple[linear.Segmenter, dict]:
+                 test: Callable, log: run.Log) -> tuple[linear.Segmenter, dict]:
     """Trains a head for every pair of a learning rate and a weight decay, and chooses one.
 
-    batches: the training batches of a range of iterations. settings: what a resumed run must share. tests: segmenter
-    and num_heads -> metrics of each head, on the test images and on those that choose. Returns a segmenter with the
-    chosen head, and what a results line says of it. Raises UserError where a loss is not finite.
+    batches: the training batches of a range of iterations. settings: what a resumed run must share. test: segmenter ->
+    metrics, on the images that choose. Returns a segmenter with the chosen head, and what a results line says of it.
+    Raises UserError where a loss is not finite.
     """
     head = LinearHead(len(args.layers) * encoder.embed_dim, len(names))
     segmenter = linear.Segmenter(encoder, head, args.layers, args.precision, args.norm, args.batch_norm)
-    segmenter.to(encoder.mean.device)
+    segmenter.to(encoder.mean.device).train()
     probe = linear.LinearProbe(segmenter, args.lr, args.weight_decay, args.model not in NO_BIAS_DECAY, args.seed,
                                args.compile)
-    path, total, done = checkpoint_path(args, "linear"), args.iterations, 0
+    path, total, done = output_path(args, "segment.pt"), args.iterations, 0
     if args.resume and (saved := results.resume_from(path, settings, ("iteration", *probe.state()), log)):
         probe.load_state(saved)
         done = saved["iteration"]
         log(f"resumed after iteration {done}")
 
-    def write(iteration):
-        save(path, {"settings": settings, "iteration": iteration, "class_names": list(names), **probe.state()})
+    def write():
+        save(path, {"settings": settings, "iteration": done, "class_names": list(names), **probe.state()})
 
-    progress, losses, iterations = run.Progress(total - done, "training", "iterations"), [], range(done, total)
-    for iteration, (images, labels) in zip(iterations, batches(iterations) if iterations else (), strict=True):
-        segmenter.train()
+    progress, losses = run.Progress(total - done, "training", "iterations"), []
+    for iteration, (images, labels) in enumerate(batches(range(done, total)), done):
         schedule = partial(linear.linear_learning_rate, iteration, total, args.warmup_iterations)
         losses.append(probe.step(images, labels, args.batch_size, schedule))
         done = iteration + 1
         if len(losses) == 50 or done == total:
-            shown = ", ".join(linear.mean_losses(losses, probe.names, done))
+            means, losses = all_reduce(torch.stack(losses).mean(0)).tolist(), []
+            shown = ", ".join(f"{mean:.4f} ({name})" for mean, name in zip(means, probe.names, strict=True))
+            if not all(map(math.isfinite, means)):
+                raise UserError(f"the loss is {shown} near iteration {done}; lower --lr, or use --precision fp32")
             log(f"iteration {done}/{total}: loss {shown}; learning rates at {schedule(1.0):.3g} of these")
-            losses = []
         progress.update()
         if done % args.checkpoint_every == 0 or done == total:
-            write(done)
-        if args.eval_every and done % args.eval_every == 0 and done < total:
-            for name, metrics in zip(probe.names, probe.measure(tests[0]), strict=True):
-                log(f"after iteration {done}: {linear.summary(metrics)}, {name}")
-    found = choose_head(args, probe, tests[1], log)
-    write(total)
-    return segmenter, found
+            write()
+    found = choose_head(args, probe, test, log)
+    write()
+    return segmenter, found | {name: vars(args)[name] for name in ("iterations", "layers", "norm", "batch_norm")}
 
 
 def choose_head(args: argparse.Namespace, probe: linear.LinearProbe, test: Callable, log: run.Log) -> dict:
-    """Gives the segmenter the best of several heads. Returns what a results line says of the choice. test: segmenter
-    and num_heads -> metrics of each head."""
-    if len(probe.pairs) == 1:
-        return {"lr": args.lr[0], "weight_decay": args.weight_decay[0]}
-    found = probe.choose(probe.measure(test))
-    for name, entry in zip(probe.names, found["heads"], strict=True):
-        log(f"{name}: mIoU {entry['mIoU']:.2f}")
-    log(f"chosen on {CHOSEN_BY[args.select]}: lr {found['lr']:g}, weight decay {found['weight_decay']:g}")
-    return found
+    """Gives the segmenter the head of the best mIoU. Returns what a results line says of the choice. test: segmenter ->
+    metrics."""
+    heads = [{"lr": lr, "weight_decay": decay} for lr, decay in probe.pairs]
+    if len(heads) == 1:
+        return heads[0]
+    for name, head, about in zip(probe.names, probe.heads, heads, strict=True):
+        probe.segmenter.head = head
+        about["mIoU"] = test(probe.segmenter)["mIoU"]
+        log(f"{name}: mIoU {about['mIoU']:.2f}")
+    best = max(range(len(heads)), key=lambda number: heads[number]["mIoU"])
+    probe.segmenter.head = probe.heads[best]
+    log(f"chosen on the {args.select} images: {probe.names[best]}")
+    return {name: heads[best][name] for name in ("lr", "weight_decay")} | {"heads": heads}
 
 
 def fill_knn(args: argparse.Namespace, encoder: Encoder, batches: Callable, num_images: int, num_classes: int,
@@ -349,16 +327,14 @@ def fill_knn(args: argparse.Namespace, encoder: Encoder, batches: Callable, num_
     """Nearest neighbours among patches of the training images, in --passes passes with other random crops: what
     train_linear returns."""
     crops, size = args.passes * num_images, args.batch_size
-    per_crop = knn.patches_per_crop(args.memory_size, crops, args.crop_size, encoder.patch_size)
-    memory, labels = knn.fill_memory(encoder, batches(range(-(-crops // size))), crops, size, per_crop, num_classes,
-                                 args.seed, args.precision, log)
+    memory, labels = knn.fill_memory(encoder, batches(range(-(-crops // size))), crops, size, args.memory_size // crops,
+                                     num_classes, args.seed, args.precision, log)
     segmenter = knn.KNNSegmenter(encoder, memory, labels, args.precision, args.neighbours)
     return segmenter, {"iterations": 0, "memory": len(memory)}
 
 
-def checkpoint_path(args: argparse.Namespace, probe: str) -> Path:
-    name = results.run_slug(f"{args.name}_{args.dataset}_{probe}".removesuffix("_linear"))
-    return args.output_dir / f"{name}_segment.pt"
+def output_path(args: argparse.Namespace, ending: str) -> Path:
+    return args.output_dir / f"{results.run_slug(f'{args.name}_{args.dataset}')}_{ending}"
 
 
 def main() -> None:
@@ -373,20 +349,23 @@ def main() -> None:
     device, log = run.setup(args)
 
     # Data and encoder
-    train_split, held_out, test_split, about = open_data(args, log)
+    train_split, held_out, test_split, shared = open_data(args, log)
     encoder = open_encoder(args, device, log)
-    names, line = test_split.names, results.start_line("segment", args, encoder) | about
+    names = test_split.names
+    line = results.start_line("segment", args, encoder) | {"num_test_in_training": shared}
     settings = {name: value for name, value in results.settings_of(args).items() if name not in KNN_ARGUMENTS}
     settings |= train_split.identity("training set") if train_split else {}
     line["made_with"] = results.digest({**results.settings_of(args), "probe": None}, settings,
                                        test_split.identity("test set"))
     settings["the encoder"] = encoder.signature
-    store = cache(partial(PixelStore, train_split, args.base_scale, device, args.output_dir, args.cache, args.workers,
-                          log))
+
+    @cache  # decoded once for both probes, and only where one is trained or filled
+    def store():
+        return PixelStore(train_split, args.base_scale, device, args.output_dir, args.cache, args.workers, log)
 
     def batches(iterations):
         return prefetched(training_batches(store(), iterations, args.batch_size, args.base_scale, args.crop_size,
-                                           encoder.mean, encoder.std, args.seed), device)
+                                           encoder.mean, encoder.std, args.seed), device) if iterations else ()
 
     def test(segmenter, split=test_split, **options):
         return evaluate(segmenter, split, args.test_scale, args.crop_size, args.stride, args.workers, **options)
@@ -394,24 +373,22 @@ def main() -> None:
     # Each probe: trained, loaded or filled, then tested
     for probe in args.probe:
         if args.resume and results.is_finished(args.output_dir, probe, line):
-            log(f"{results.run_title(line)}, {probe}: finished already, its line is in "
-                f"{args.output_dir / 'results.jsonl'}")
+            log(f"{results.run_title(line)}, {probe}: finished already, its line is in {args.output_dir}/results.jsonl")
             continue
         if args.evaluate:
             segmenter, found = linear.load_segmenter(args.evaluate, encoder, names, args.precision)
         elif probe == "linear":
             segmenter, found = train_linear(args, encoder, batches, names, settings,
-                                            (test, partial(test, split=held_out or test_split)), log)
-            found |= {name: vars(args)[name] for name in ("iterations", "layers", "norm", "batch_norm")}
+                                            partial(test, split=held_out or test_split), log)
         else:
             segmenter, found = fill_knn(args, encoder, batches, len(train_split), len(names), log)
         pictures = []
-        [metrics] = test(segmenter, num_pictures=args.save_pictures, pictures=pictures)
-        log(f"{results.run_title(line)}, {probe}: {linear.summary(metrics)}")
-        log(linear.class_table(metrics, names))
-        results.append_result(args.output_dir, line | {"probe": probe} | found | linear.metrics_for_json(metrics, names)
+        metrics = test(segmenter, num_pictures=args.save_pictures, pictures=pictures)
+        log(f"{results.run_title(line)}, {probe}: mIoU {metrics['mIoU']:.2f}, mAcc {metrics['mAcc']:.2f}, "
+            f"aAcc {metrics['aAcc']:.2f} ({metrics['num_images']} images)")
+        results.append_result(args.output_dir, line | {"probe": probe} | found | metrics
                               | {"seconds": time.monotonic() - started})
-        folder = Path(f"{checkpoint_path(args, probe)}".removesuffix("_segment.pt") + "_pictures")
+        folder = output_path(args, "knn_pictures" if probe == "knn" else "pictures")
         for name, *picture in pictures:
             save_picture(folder / f"{name}.png", *picture, names, int(not test_split.background))
 

@@ -38,8 +38,7 @@ PAPER_PROTOCOLS = {
     "ade20k": _ADE20K, "ade20k-object": _ADE20K, "ade20k-part": _ADE20K,
     "pascal-object": _PASCAL, "pascal-part": _PASCAL, "lip": Protocol((1024, 320), 320, (4096, 320), 161),
 }
-# None is published for linear heads on PartImageNet: these are ADE20K's values, with val as the test split. All its
-# images are ImageNet training images: an encoder trained on ImageNet has seen those of the test split too.
+# None is published for linear heads on PartImageNet: these are ADE20K's values, with val as the test split.
 PROTOCOLS = PAPER_PROTOCOLS | dict.fromkeys(("partimagenet-object", "partimagenet-part", "folder"), _ADE20K)
 PROTOCOLS |= dict.fromkeys(("synthetic", "synthetic-object", "synthetic-part"),
                            Protocol((1024, 256), 256, (1024, 256), 171))
@@ -64,8 +63,6 @@ OTHER_LAYOUTS = {
     "partimagenet-part": (("images/{0}", "annotations/{0}"),),
     "folder": (("images/{0}", "labels/{0}"),),
 }
-PARTIMAGENET_NOTE = ("all images of PartImageNet are ImageNet training images: an encoder trained on ImageNet has seen "
-                     "those of the test split too")
 LONG_NAMES = {"train": "training", "val": "validation"}
 
 
@@ -78,9 +75,8 @@ def fit_windows(crop_size: int | None, stride: int | None, protocol: Protocol, p
     if crop_size and crop_size % patch:
         raise UserError(f"--crop-size {crop_size} is not divisible by the patch size {patch}; "
                         f"use --crop-size {nearest(crop_size)}")
-    fits = protocol.crop_size % patch == 0
-    return (crop_size or (protocol.crop_size if fits else nearest(protocol.crop_size)),
-            stride or (protocol.stride if fits else nearest(protocol.stride)))
+    usual_stride = protocol.stride if protocol.crop_size % patch == 0 else nearest(protocol.stride)
+    return crop_size or nearest(protocol.crop_size), stride or usual_stride
 
 
 def open_segmentation(name: str, data_path: Path | None, split: str, num_images: int | None = None,
@@ -148,13 +144,15 @@ class FolderSplit(Split):
 
     def __init__(self, root: Path, images: Path, labels: Path, dataset: str):
         names, background = class_names(dataset, root), 0
+        pairs, notes = pair_files(images, labels)
         self.largest_label = len(names)
         if dataset.startswith("partimagenet"):
             background = len(names)
+            notes.append("all images of PartImageNet are ImageNet training images: an encoder trained on ImageNet has "
+                         "seen those of the test split too")
         elif dataset == "folder" and (zero := re.match(r"0[\s:]+(?=\S)", names[0])):  # label 0 is a class too
             names = (names[0][zero.end():], *names[1:])
             background, self.largest_label = IGNORE, len(names) - 1
-        pairs, notes = pair_files(images, labels)
         super().__init__(names, pairs, background, notes)
 
     def name(self, index: int) -> str:
@@ -188,7 +186,6 @@ class SyntheticSplit(Split):
     def __init__(self, kind: str, split: str):
         super().__init__(PART_NAMES if kind == "part" else OBJECT_NAMES, range(NUM_IMAGES[split]))
         self.kind, self.split = kind, split
-        self.draw = cache(self._draw)
 
     def name(self, index: int) -> str:
         return f"{self.split}_{self.items[index]:05}"
@@ -200,11 +197,13 @@ class SyntheticSplit(Split):
         return [self.load(index)[1].shape for index in range(len(self))]
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.draw(self.items[index])
+        return draw_synthetic(self.kind, self.split, self.items[index])
 
-    def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        picture = draw_figure(image_seeds(self.split)[number])
-        return np.array(picture.image), reduce_label(picture.part_mask if self.kind == "part" else picture.object_mask)
+
+@cache
+def draw_synthetic(kind: str, split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    picture = draw_figure(image_seeds(split)[number])
+    return np.array(picture.image), reduce_label(picture.part_mask if kind == "part" else picture.object_mask)
 
 
 def hold_out(split: Split, seed: int) -> tuple[Split, Split]:
@@ -216,15 +215,10 @@ def hold_out(split: Split, seed: int) -> tuple[Split, Split]:
 
 
 def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """map(function, items) by that many threads (0: by this one), at most two items ahead per thread, in order."""
-    if workers == 0:
-        yield from map(function, items)
-        return
-    items, pool = iter(items), ThreadPoolExecutor(workers)
-    try:
-        pending = deque(pool.submit(function, item) for item in islice(items, 2 * workers))
+    """map(function, items) by that many threads, one at least, and at most two items ahead per thread, in order."""
+    threads, items = max(1, workers), iter(items)
+    with ThreadPoolExecutor(threads) as pool:
+        pending = deque(pool.submit(function, item) for item in islice(items, 2 * threads))
         while pending:
             pending.extend(pool.submit(function, item) for item in islice(items, 1))
             yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -53,29 +53,22 @@ class PixelStore:
         image, label = self.split.load(index)
         counts = np.bincount(label.ravel(), minlength=256)[:self.split.num_classes]
         if label.shape != self.stored[index]:
-            image, label = shrink(image, label, *self.stored[index])
+            height, width = self.stored[index]
+            image = transforms.resize_image(torch.from_numpy(image), height, width).permute(1, 2, 0).numpy()
+            rows, columns = (transforms.nearest_taps(torch.arange(new)[None], torch.tensor([new]), torch.tensor([old]))
+                             for new, old in zip((height, width), label.shape, strict=True))
+            label = label[rows[0].numpy()][:, columns[0].numpy()]
         return transforms.pack_pixels(image, label).flatten(), counts
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[transforms.Packed, list[tuple[int, int]]]:
         """Some images on the device, and their original sizes."""
-        pixels, starts = self.pixels, self.starts[indices]
+        parts = [self.pixels[self.starts[index]:self.starts[index + 1]] for index in indices]
+        pixels, starts = torch.cat(parts), torch.tensor([0, *map(len, parts)]).cumsum(0)[:-1]
         if pixels.device != device:
-            parts = [pixels[self.starts[index]:self.starts[index + 1]] for index in indices]
-            starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
-            pixels = torch.cat(parts, out=torch.empty(int(starts[-1]), dtype=torch.int32, pin_memory=True))
-            starts = starts[:-1]
-            pixels = pixels.to(device, non_blocking=True)
+            pixels = transforms.to_device(pixels, device)
         numbers = torch.stack([starts, *torch.tensor([self.stored[index] for index in indices]).T])
         batch = transforms.Packed(pixels, *transforms.to_device(numbers, device))
         return batch, [self.sizes[index] for index in indices]
-
-
-def shrink(image: np.ndarray, label: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [H, W, 3] and [H, W] -> [height, width, 3], bilinear, and [height, width], nearest."""
-    colours = transforms.resize_image(torch.from_numpy(image), height, width)
-    rows, columns = (transforms.nearest_taps(torch.arange(new)[None], torch.tensor([new]), torch.tensor([old]))[0]
-                     for new, old in zip((height, width), label.shape, strict=True))
-    return colours.permute(1, 2, 0).numpy(), label[rows.numpy()][:, columns.numpy()]
 
 
 @lru_cache(maxsize=2)

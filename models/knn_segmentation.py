@@ -27,17 +27,16 @@ class KNNSegmenter(PatchSegmenter):
     memory [M, D], rows of length 1, and labels float32 [M, K], rows that sum to 1: see fill_memory."""
 
     def __init__(self, encoder: Encoder, memory: torch.Tensor, labels: torch.Tensor, precision: str,
-                 neighbours: int = NEIGHBOURS, temperature: float = TEMPERATURE):
+                 neighbours: int = NEIGHBOURS):
         super().__init__(encoder)
-        self.memory, self.labels, self.precision = memory, labels, precision
-        self.neighbours, self.temperature = neighbours, temperature
+        self.memory, self.labels, self.precision, self.neighbours = memory, labels, precision, neighbours
 
     @torch.inference_mode()
     def patch_logits(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, h, w], divisible by the patch size -> probabilities float32 [B, K, h/p, w/p]."""
         tokens, grid = patch_tokens(self.encoder, images, self.precision), self.encoder.grid(images)
         similarity, index = nearest(tokens.flatten(0, 1), self.memory, self.neighbours)
-        weights = (similarity.float() / self.temperature).softmax(1)
+        weights = (similarity.float() / TEMPERATURE).softmax(1)
         mixed = F.embedding_bag(index, self.labels, per_sample_weights=weights, mode="sum")
         return mixed.view(len(images), *grid, -1).permute(0, 3, 1, 2).contiguous()
 
@@ -90,13 +89,6 @@ def choose_patches(histograms: torch.Tensor, count: int, uniform: torch.Tensor) 
     return torch.zeros_like(labelled).scatter_(1, order, True) & labelled
 
 
-def patches_per_crop(memory_size: int, num_crops: int, crop_size: int, patch_size: int) -> int:
-    """How many patches of each training crop go into a memory of memory_size patches. Raises UserError for none."""
-    if memory_size < num_crops:
-        raise UserError(f"--memory-size {memory_size}: use one patch for each of {num_crops} training crops at least")
-    return min(memory_size // num_crops, (crop_size // patch_size) ** 2)
-
-
 @torch.inference_mode()
 def fill_memory(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], num_crops: int, batch_size: int,
                 per_crop: int, num_classes: int, seed: int, precision: str,
@@ -127,6 +119,5 @@ def fill_memory(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Te
         raise UserError("no training crop has a labelled pixel; check the label maps")
     if not memory.isfinite().all():
         raise UserError(f"the encoder gave tokens that are not finite at --precision {precision}; use bf16 or fp32")
-    log(f"a memory of {len(memory)} patches, up to {per_crop} from each of {num_crops} crops: "
-        f"{(memory.nbytes + labels.nbytes) / 1e9:.2f} GB")
+    log(f"a memory of {len(memory)} patches of {num_crops} crops: {(memory.nbytes + labels.nbytes) / 1e9:.2f} GB")
     return memory, labels

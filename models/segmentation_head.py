@@ -30,21 +30,18 @@ class LinearHead(nn.Conv2d):
 class PatchSegmenter(nn.Module):
     """Frozen encoder, and logits of its patches: normalised images [B, 3, h, w] -> [B, K, h, w], any h and w.
 
-    Subclasses have patch_logits: [B, 3, h, w], divisible by the patch size -> [B, K, h/p, w/p]. all_finite: whether all
-    the logits were so far.
+    Subclasses have patch_logits: [B, 3, h, w], divisible by the patch size -> [B, K, h/p, w/p].
     """
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
-        self.encoder, self.all_finite = encoder, True
+        self.encoder = encoder
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         (height, width), patch = images.shape[2:], self.encoder.patch_size
         # As training pads: zeros, after normalisation, to the right and below.
         padded = F.pad(images, (0, -width % patch, 0, -height % patch))
-        logits = self.patch_logits(padded)
-        self.all_finite = logits.isfinite().all() & self.all_finite
-        logits = F.interpolate(logits, size=padded.shape[2:], mode="bilinear", align_corners=False)
+        logits = F.interpolate(self.patch_logits(padded), size=padded.shape[2:], mode="bilinear", align_corners=False)
         return logits[:, :, :height, :width]
 
 

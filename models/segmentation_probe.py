@@ -4,16 +4,13 @@ Protocol: paper, sections 4.1 and 4.2, appendix A.4, numbers as in its authors' 
 """
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from utils import UserError
 from utils.distributed import all_reduce
-from utils.formats import text_table
 from utils.results import check_same
 from utils.run import DTYPES, autocast
 from utils.storage import load
@@ -21,9 +18,6 @@ from utils.storage import load
 from .encoder import Encoder
 from .probes import BatchNorm
 from .segmentation_head import LinearHead, PatchSegmenter, strip_loss_and_gradient, upsampled_cross_entropy
-
-# Heads in one pass over the test images, whose logits at full resolution exist together.
-HEADS_TOGETHER = 8
 
 
 class Segmenter(PatchSegmenter):
@@ -64,7 +58,7 @@ class LinearProbe:
     def __init__(self, segmenter: Segmenter, rates: Sequence[float], decays: Sequence[float], decay_bias: bool,
                  seed: int, compiled: bool = False):
         self.segmenter, self.pairs = segmenter, list(itertools.product(rates, decays))
-        self.names = [f"lr {lr:g}, weight decay {decay:g}, seed {seed}" for lr, decay in self.pairs]
+        self.names = [f"lr {lr:g}, weight decay {decay:g}" for lr, decay in self.pairs]
         first, device, groups = segmenter.head, segmenter.encoder.mean.device, []
         self.heads = nn.ModuleList(
             LinearHead(first.in_channels, first.out_channels, torch.Generator().manual_seed(seed))
@@ -97,29 +91,6 @@ class LinearProbe:
         self.optimizer.step()
         return torch.stack(losses)
 
-    def measure(self, test: Callable[..., list[dict]]) -> list[dict]:
-        """The metrics of each head, HEADS_TOGETHER in one pass of the encoder. test: of a segmenter and num_heads."""
-        found, one = [], self.segmenter
-        for first in range(0, len(self.heads), HEADS_TOGETHER):
-            some = self.heads[first:first + HEADS_TOGETHER]
-            joint = LinearHead(some[0].in_channels, sum(head.out_channels for head in some))
-            joint.weight.data = torch.cat([head.weight.data for head in some])
-            joint.bias.data = torch.cat([head.bias.data for head in some])
-            together = Segmenter(one.encoder, joint, one.layers, one.precision, one.norm)
-            together.batch_norm = one.batch_norm
-            found += test(together, num_heads=len(some))
-        return found
-
-    def choose(self, metrics: Sequence[dict]) -> dict:
-        """Gives the segmenter the head of the best mIoU. Returns its rate and decay and the mIoU of each, for the
-        results line. metrics: of each head."""
-        grid = [{"lr": lr, "weight_decay": decay} for lr, decay in self.pairs]
-        for entry, found in zip(grid, metrics, strict=True):
-            entry["mIoU"] = found["mIoU"]
-        best = max(range(len(grid)), key=lambda number: grid[number]["mIoU"])
-        self.segmenter.head = self.heads[best]
-        return {"lr": grid[best]["lr"], "weight_decay": grid[best]["weight_decay"], "heads": grid}
-
     def state(self) -> dict:
         """What a checkpoint holds: "head" is the segmenter's."""
         norm = self.segmenter.batch_norm
@@ -131,17 +102,6 @@ class LinearProbe:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.segmenter.batch_norm is not None:
             self.segmenter.batch_norm.load_state_dict(state["batch_norm"])
-
-
-def mean_losses(losses: Sequence[torch.Tensor], names: Sequence[str], iteration: int) -> list[str]:
-    """The mean loss of each head over some steps, with its name. losses: of LinearProbe.step, one a step; added up over
-    the processes. iteration: the last. Raises UserError where a mean is not finite."""
-    means = all_reduce(torch.stack(losses).mean(0)).tolist()
-    shown = [f"{mean:.4f} ({name})" for mean, name in zip(means, names, strict=True)]
-    for mean, text in zip(means, shown, strict=True):
-        if not math.isfinite(mean):
-            raise UserError(f"the loss is {text} near iteration {iteration}; lower --lr, or use --precision fp32")
-    return shown
 
 
 def linear_learning_rate(iteration: int, total: int, warmup: int, lr: float, warmup_ratio: float = 1e-6) -> float:
@@ -166,29 +126,3 @@ def load_segmenter(path: Path, encoder: Encoder, names: Sequence[str], precision
         segmenter.batch_norm.load_state_dict(checkpoint["batch_norm"])
     about = {name: settings[name] for name in ("layers", "norm", "batch_norm")}
     return segmenter.to(encoder.mean.device), about | {"iterations": checkpoint["iteration"]}
-
-
-def summary(metrics: dict) -> str:
-    return (f"mIoU {metrics['mIoU']:.2f}, mAcc {metrics['mAcc']:.2f}, aAcc {metrics['aAcc']:.2f} "
-            f"({metrics['num_images']} images)")
-
-
-def class_table(metrics: dict, names: Sequence[str], count: int = 5) -> str:
-    """mIoU, mAcc and aAcc, and the classes of the largest and the smallest IoU, padded for a terminal."""
-    iou, acc = metrics["iou_per_class"], metrics["acc_per_class"]
-    known = [index for index in iou.argsort(descending=True).tolist() if not iou[index].isnan()]
-    rows = [["mean of the classes", f"{metrics['mIoU']:.2f}", f"{metrics['mAcc']:.2f}"],
-            ["all pixels", "", f"{metrics['aAcc']:.2f}"]]
-    for title, chosen in (("best", known[:count]), ("worst", known[count:][-count:])):
-        rows += [[f"{title}: {names[index]}", f"{iou[index]:.2f}", f"{acc[index]:.2f}"] for index in chosen]
-    return text_table(["percent", "IoU", "accuracy"], rows)
-
-
-def metrics_for_json(metrics: dict, names: Sequence[str]) -> dict:
-    """The metrics of a results line; JSON has no NaN, so that what is undefined becomes None."""
-    def plain(value):
-        return None if math.isnan(value) else value
-    means, chance = ({key: plain(found[key]) for key in ("mIoU", "mAcc", "aAcc")}
-                     for found in (metrics, metrics["chance"]))
-    return {**means, "chance": chance, "num_images": metrics["num_images"],
-            "iou_per_class": dict(zip(names, map(plain, metrics["iou_per_class"].tolist()), strict=True))}

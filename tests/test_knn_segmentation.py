@@ -16,7 +16,6 @@ from models.knn_segmentation import (
     label_histograms,
     nearest,
     patch_tokens,
-    patches_per_crop,
 )
 from utils import UserError
 from utils.distributed import gather_rows, init_processes, is_main, shard
@@ -134,8 +133,8 @@ def crops(count, side=16, classes=5, batch_size=3):
 
 
 def fill(num_crops=7, memory_size=30, seed=0, encoder=None, batches=None):
-    return fill_memory(encoder or Colours(), batches or crops(num_crops), num_crops, 3,
-                       patches_per_crop(memory_size, num_crops, 16, 4), 5, seed, "fp32", lambda line: None)
+    return fill_memory(encoder or Colours(), batches or crops(num_crops), num_crops, 3, memory_size // num_crops, 5,
+                       seed, "fp32", lambda line: None)
 
 
 def test_memory_is_bounded_and_rows_sum_to_one():
@@ -186,9 +185,6 @@ def test_mistakes_are_named():
         def forward(self, images):
             return super().forward(images) * torch.inf
 
-    with pytest.raises(UserError, match="--memory-size 6: use one patch for each of 7 training crops"):
-        patches_per_crop(6, 7, 16, 4)
-    assert patches_per_crop(7, 7, 16, 4) == 1 and patches_per_crop(1000, 7, 16, 4) == 16
     with pytest.raises(UserError, match="not finite at --precision fp32"):
         fill(encoder=Broken())
 
