@@ -180,7 +180,7 @@ def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[s
     black = [] if share else [(torch.zeros(1, 3, *encoder.native_size, dtype=torch.uint8), ())]
     for patches, ids in chain(black, batches):
         with torch.inference_mode(), run.autocast(device, precision):
-            extracted = encoder.extract(encoder.preprocess(patches.to(device, non_blocking=True)), isometric=True)
+            extracted = encoder.extract(encoder.preprocess(patches.to(device, non_blocking=True)))
         for name in features:
             rows[name].append(extracted[name][:len(ids)])
         progress.update(len(ids) * world_size())

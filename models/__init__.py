@@ -127,6 +127,8 @@ def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 layer.to(DTYPES[args.precision])
     encoder.to(device)
+    if hasattr(encoder.projector, "shorten"):
+        encoder.projector.shorten()
     if args.compile:
         # Blocks share one compilation, and dynamic shapes one for all sizes and batches.
         for block in getattr(network, "blocks", [network]):

@@ -59,7 +59,8 @@ def test_projections_are_the_official_ones(method, form):
     encoder, reference = build(method, form), golden(method)
     projected = encoder.extract(reference["image"])["projected"]
     assert error(projected, reference["projected"]) < 1e-5
-    compact = encoder.extract(reference["image"], isometric=True)["projected"]
+    encoder = load_encoder(run_arguments(method, "fp32", weights=encoder.weights), torch.device("cpu"), print)
+    compact = encoder.extract(reference["image"])["projected"]
     assert compact.shape[1] <= projected.shape[1]
     assert error(compact @ compact.T, projected @ projected.T) < 1e-5
 
@@ -201,8 +202,8 @@ def test_block_features_have_the_promised_shape_and_order():
 def test_gradients_reach_the_image_after_inference(method):
     encoder, image = build(method), golden(method)["image"].clone()
     with torch.inference_mode():
-        encoder.extract(image, isometric=True)
-    features = encoder.extract(image.requires_grad_(), isometric=True)
+        encoder.extract(image)
+    features = encoder.extract(image.requires_grad_())
     sum(rows.sum() for rows in features.values()).backward()
     assert image.grad.abs().sum() > 0
 
@@ -293,6 +294,8 @@ def test_weights_converted_once_give_what_autocast_gives(method):
     lines = []
     encoder = load_encoder(run_arguments(method, "bf16"), torch.device("cpu"), lines.append)
     whole, image = build(method), golden(method)["image"]
+    if method in ("dino", "ibot"):
+        whole.projector.shorten()
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = encoder.extract(image), whole.extract(image)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
