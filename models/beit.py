@@ -25,16 +25,14 @@ OFFICIAL = {
 class BEiTEncoder(Encoder):
     """An encoder whose blocks add one shared relative position bias to their attention scores."""
 
-    def __init__(self, vit: Beit):
-        super().__init__(vit, position_embedding=None)
-
     def block_options(self, height: int, width: int) -> dict:
         """The bias [1, heads, 1 + N, 1 + N], in autocast's type where it is on, so that not every block casts it."""
         table = self.vit.rel_pos_bias.relative_position_bias_table
         kind, index = table.device.type, relative_index(height, width, table.device)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else table.dtype
         table = resize_relative_table(table, self.vit.patch_embed.grid_size, (height, width)).to(dtype)
-        return {"shared_rel_pos_bias": table.T[:, index][None, ..., :len(index)]}
+        bias = table.T.index_select(1, index.flatten()).view(1, -1, *index.shape)
+        return {"shared_rel_pos_bias": bias[..., :len(index)]}
 
 
 @lru_cache(maxsize=1)
@@ -84,8 +82,8 @@ def cubic_spline(known: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The matrix [wanted, known] of cubic spline interpolation with not-a-knot ends, from values at the known points
     (float64, ascending, at least four) to those at the wanted points, none of which is outside of the known ones."""
     def basis(points):
-        # The third derivative may jump at each known point but the first and last two. From -1 to 1, the system of
-        # equations keeps ten digits for 127 points.
+        # The third derivative may jump at each known point but the first and last two. Scaled to -1 to 1, the solution
+        # is right to eight digits, more than float32 has, up to a grid of 128.
         points, knots = points[:, None] / known[-1], known[2:-2] / known[-1]
         return torch.cat([points ** torch.arange(4), (points - knots).clamp(min=0) ** 3], dim=1)
 
@@ -96,7 +94,7 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
     """Content of either file -> Encoder. Raises CheckpointError."""
     state = drop_keys(unwrap(checkpoint, "model"), r"lm_head\.(weight|bias)|mask_token|.*relative_position_index")
     vit = beit_vit(state, num_heads)
-    return Encoder(vit, bicubic_to_size) if vit.rel_pos_bias is None else BEiTEncoder(vit)
+    return Encoder(vit, bicubic_to_size) if vit.rel_pos_bias is None else BEiTEncoder(vit, position_embedding=None)
 
 
 def random() -> Encoder:
@@ -104,4 +102,4 @@ def random() -> Encoder:
     vit = Beit(num_classes=0, global_pool="", init_values=0.1, norm_layer=layer_norm, use_abs_pos_emb=False,
                use_shared_rel_pos_bias=True)
     nn.init.trunc_normal_(vit.rel_pos_bias.relative_position_bias_table, std=0.02)
-    return BEiTEncoder(vit)
+    return BEiTEncoder(vit, position_embedding=None)

@@ -247,23 +247,20 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
     return torch.cat([torch.zeros(1, 1, width), table[None]], dim=1)
 
 
-def bicubic_to_size(vit: nn.Module, height: int, width: int) -> torch.Tensor:
+def bicubic_to_size(vit: nn.Module, height: int, width: int, **target) -> torch.Tensor:
     """Position embedding at another grid: bicubic to the target size, align_corners False, no antialiasing; class and
-    distillation rows unchanged. As the study's segmentation code does for DeiT, MoCo v3, MAE and CAE."""
-    return _resize_positions(vit, height, width, size=(height, width))
+    distillation rows unchanged. As the study's segmentation code does for DeiT, MoCo v3, MAE and CAE. target: other
+    words of F.interpolate than size."""
+    native, prefix = vit.patch_embed.grid_size, vit.num_prefix_tokens
+    if (height, width) == native:
+        return vit.pos_embed
+    table = vit.pos_embed[:, prefix:].unflatten(1, native).permute(0, 3, 1, 2).float()
+    table = F.interpolate(table, mode="bicubic", align_corners=False, **(target or {"size": (height, width)}))
+    return torch.cat([vit.pos_embed[:, :prefix], table.flatten(2).transpose(1, 2)], dim=1)
 
 
 def bicubic_by_scale(vit: nn.Module, height: int, width: int) -> torch.Tensor:
     """Position embedding at another grid: bicubic by the scale factor (n + 0.1) / native, whose sample points differ
     slightly from a resize to n (facebookresearch/dino, interpolate_pos_encoding). For DINO and iBOT."""
     native = vit.patch_embed.grid_size[0]
-    return _resize_positions(vit, height, width, scale_factor=((height + 0.1) / native, (width + 0.1) / native))
-
-
-def _resize_positions(vit: nn.Module, height: int, width: int, **target) -> torch.Tensor:
-    native, prefix = vit.patch_embed.grid_size, vit.num_prefix_tokens
-    if (height, width) == native:
-        return vit.pos_embed
-    table = vit.pos_embed[:, prefix:].unflatten(1, native).permute(0, 3, 1, 2)
-    table = F.interpolate(table.float(), mode="bicubic", align_corners=False, **target)
-    return torch.cat([vit.pos_embed[:, :prefix], table.flatten(2).transpose(1, 2)], dim=1)
+    return bicubic_to_size(vit, height, width, scale_factor=((height + 0.1) / native, (width + 0.1) / native))
