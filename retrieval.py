@@ -175,7 +175,7 @@ def encode_patches(encoder: Encoder, dataset: PatchDataset, features: Sequence[s
     for patches, ids in dataset.batches(share or [0], max(1, batch_size // world_size()), workers,
                                         pin_memory=device.type == "cuda"):
         with torch.inference_mode(), run.autocast(device, precision):
-            extracted = encoder.extract(encoder.preprocess(patches.to(device, non_blocking=True)), isometric=True)
+            extracted = encoder.extract(encoder.preprocess(patches.to(device, non_blocking=True)))
         rows.append([extracted[name] for name in features])
         progress.update(len(ids) * world_size())
     found = {name: torch.cat(parts)[:count] for name, *parts in zip(features, *rows, strict=True)}

@@ -34,10 +34,7 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if ".py:" in name:
-            encoder = importlib.import_module(".own", __name__).load_own(name, weights)
-        else:
-            encoder = _load(name, weights, num_heads, bool(projector or decoder), weights_key, method_options)
+        encoder = _load(name, weights, num_heads, bool(projector or decoder), weights_key, method_options)
     if num_heads not in (None, encoder.num_heads):
         raise CheckpointError(f"{name} has {encoder.num_heads} heads; leave --num-heads out")
     for key, parameter in encoder.named_parameters():
@@ -57,15 +54,15 @@ def build_model(name: str, weights: str = "official", num_heads: int | None = No
 def _load(name: str, weights: str, num_heads: int | None, full: bool, weights_key: str | None,
           options: dict) -> Encoder:
     """full: of the official files the one with projector or decoder."""
+    if ".py:" in name:
+        return importlib.import_module(".own", __name__).load_own(name, weights)
     is_timm = name.startswith("timm/")
-    if is_timm:
-        method = importlib.import_module(".timm_vit", __name__)
-        options = options | {"name": name.removeprefix("timm/")}
-    elif name in METHODS:
-        method = importlib.import_module(f".{name}", __name__)
-    else:
+    if not is_timm and name not in METHODS:
         raise CheckpointError(f"unknown model {name!r}: take one of {', '.join(METHODS)}, timm/NAME or "
                               "path/to/FILE.py:FUNCTION")
+    method = importlib.import_module(".timm_vit" if is_timm else f".{name}", __name__)
+    if is_timm:
+        options = options | {"name": name.removeprefix("timm/")}
     if weights == "random":
         encoder = method.random(**options)
         encoder.weights = "random"
@@ -127,6 +124,8 @@ def load_encoder(args: argparse.Namespace, device: torch.device, log: Callable[[
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 layer.to(DTYPES[args.precision])
     encoder.to(device)
+    if hasattr(encoder.projector, "shorten"):
+        encoder.projector.shorten()
     if args.compile:
         # Blocks share one compilation, and dynamic shapes one for all sizes and batches.
         for block in getattr(network, "blocks", [network]):

@@ -4,23 +4,9 @@ The rest of the file (alignment encoder, regressor, decoder, their position embe
 Biases on query and value but not key, LayerScale, fixed sine-cosine position embedding.
 """
 
-import math
-
 from timm.models.beit import Beit
 
-from .encoder import (
-    CheckpointError,
-    Encoder,
-    bicubic_to_size,
-    drop_keys,
-    first_few,
-    layer_norm,
-    load_exactly,
-    sincos_positions,
-    take_prefix,
-    unwrap,
-    vit_shape,
-)
+from .encoder import Encoder, beit_vit, bicubic_to_size, layer_norm, sincos_positions, unwrap
 
 NESTING = "model"  # of the weights in the backbone file
 OFFICIAL = {
@@ -32,16 +18,8 @@ PRETRAINING = r"(alignment_encoder|regresser|decoder|pretext_neck)\..*|mask_toke
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
     """Content of an official file -> Encoder. Raises CheckpointError."""
-    whole = unwrap(checkpoint, "model")
-    if unexpected := drop_keys(whole, rf"encoder\..*|{PRETRAINING}"):
-        raise CheckpointError(f"unexpected keys: {first_few(list(unexpected))}")
-    state = take_prefix(whole, "encoder.")
-    shape = vit_shape(state, num_heads)
-    grid = math.isqrt(state["pos_embed"].shape[1] - 1)
-    vit = Beit(img_size=grid * shape["patch_size"], num_classes=0, global_pool="", init_values=1.0,
-               norm_layer=layer_norm, **shape)
-    load_exactly(vit, state)
-    return Encoder(vit, bicubic_to_size)
+    state = unwrap(checkpoint, "model", "encoder.", PRETRAINING)
+    return Encoder(beit_vit(state, num_heads), bicubic_to_size)
 
 
 def random() -> Encoder:

@@ -18,11 +18,7 @@ PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
     """Hexadecimal hash of a file's content."""
-    digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.new(algorithm, path.read_bytes()).hexdigest()
 
 
 def one_line(error: Exception) -> str:
@@ -32,17 +28,14 @@ def one_line(error: Exception) -> str:
     return kind + " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:400]
 
 
-def fetch(url: str, name: str | None = None, published: dict[str, str] | None = None) -> Path:
+def fetch(url: str, name: str | None = None, md5: str | None = None) -> Path:
     """The file of a URL in torch.hub's cache, downloaded at first use.
 
-    name: in the cache (default: a hash of the URL and its last part). published: {"sha256" or "md5": leading
-    hexadecimal digits}, checked at every use; default: a SHA-256 prefix in the file name, torch.hub's convention.
-    Raises CheckpointError.
+    name: in the cache (default: a hash of the URL and its last part). md5: its published leading digits. They and those
+    of a SHA-256 in the URL's file name, torch.hub's convention, are checked at every use. Raises CheckpointError.
     """
     base = url.split("?")[0].rsplit("/", 1)[-1]
     name = name or f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{base}"
-    if not published and (match := re.search(r"-([a-f0-9]{8,})\.", base)):
-        published = {"sha256": match[1]}
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -51,8 +44,9 @@ def fetch(url: str, name: str | None = None, published: dict[str, str] | None = 
         except (OSError, ValueError) as error:  # ValueError: it is no URL
             raise CheckpointError(f"{url} could not be downloaded ({one_line(error)}); download it by hand to {path}, "
                                   "or give --weights PATH") from None
-    for algorithm, digits in (published or {}).items():
-        if not (found := file_hash(path, algorithm)).startswith(digits):
+    sha256 = re.search(r"-([a-f0-9]{8,})\.", base)
+    for algorithm, digits in (("sha256", sha256 and sha256[1]), ("md5", md5)):
+        if digits and not (found := file_hash(path, algorithm)).startswith(digits):
             raise CheckpointError(f"{path}: its {algorithm.upper()} begins with {found[:len(digits)]}, published is "
                                   f"{digits}; delete it and start again")
     return path
@@ -65,8 +59,7 @@ def fetch_official(name: str, files: dict[str, dict], full: bool) -> Path:
     if "url" not in entry:
         raise CheckpointError(f"{name}: scripts cannot download the official file {entry['file']} from Google Drive; "
                               f"download it from {entry['where']} and give --weights PATH")
-    published = {key: entry[key] for key in ("sha256", "md5") if key in entry}
-    return fetch(entry["url"], entry.get("file") or entry["url"].rsplit("/", 1)[-1], published)
+    return fetch(entry["url"], entry.get("file") or entry["url"].rsplit("/", 1)[-1], entry.get("md5"))
 
 
 def open_checkpoint(path: Path) -> dict:

@@ -6,21 +6,18 @@ The distilled files have a second prefix token; it takes part in attention and i
 from .encoder import CheckpointError, Encoder, bicubic_to_size, drop_keys, plain_vit, random_vit, unwrap
 
 NESTING = "model"  # of the weights in the backbone file
-OFFICIAL = {
-    "backbone": {"url": "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth", "sha256": "b5f2ef4d"},
-}
+OFFICIAL = {"backbone": {"url": "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"}}
 
 
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
     """Content of an official file, plain or distilled -> Encoder. Raises CheckpointError."""
     state = unwrap(checkpoint, "model")
-    if "dist_token" in state:
-        state["reg_token"] = state.pop("dist_token")
-        state = drop_keys(state, r"head_dist\.(weight|bias)")
     # Only the classifier distinguishes a DeiT file from one of MAE.
     if "head.weight" not in state:
         raise CheckpointError("missing keys: head.weight, head.bias")
-    return Encoder(plain_vit(drop_keys(state, r"head\.(weight|bias)"), num_heads), bicubic_to_size)
+    if "dist_token" in state:
+        state["reg_token"] = state.pop("dist_token")
+    return Encoder(plain_vit(drop_keys(state, r"head(_dist)?\.(weight|bias)"), num_heads), bicubic_to_size)
 
 
 def random() -> Encoder:

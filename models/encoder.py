@@ -87,19 +87,17 @@ class Encoder(nn.Module):
         tokens, prefix = self.vit.norm(tokens), self.vit.num_prefix_tokens
         return tokens if prefix == 1 else torch.cat([tokens[:, :1], tokens[:, prefix:]], dim=1)
 
-    def extract(self, images: torch.Tensor, isometric: bool = False) -> dict[str, torch.Tensor]:
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """[B, 3, H, W] -> {"cls": [B, D], "avg": [B, D], "projected": [B, P] where there is a projector}, float32.
 
         avg is the mean of the patch tokens. The projector runs in float32 even under autocast: it costs little.
-        isometric: "projected" in fewer coordinates with the same inner products (see dino.WeightNormHead.isometric).
         """
         tokens = self(images).float()
         # A copy: a view would keep all tokens of the batch in memory as long as the class tokens.
         features = {"cls": tokens[:, 0].clone(), "avg": tokens[:, 1:].mean(1)}
         if self.has_projector:
             with torch.autocast(images.device.type, enabled=False):
-                compact = isometric and hasattr(self.projector, "isometric")
-                features["projected"] = (self.projector.isometric if compact else self.projector)(features["cls"])
+                features["projected"] = self.projector(features["cls"])
         return features
 
     def get_intermediate_layers(self, images: torch.Tensor, n: Sequence[int] = (3, 5, 7, 11), reshape: bool = True,
@@ -136,18 +134,14 @@ def encoder_signature(encoder: Encoder) -> torch.Tensor:
     another number of heads, mean or order of patches give others."""
     colours = torch.randint(256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     image = F.interpolate(colours.to(encoder.mean.device, torch.uint8), size=encoder.native_size, mode="nearest")
-    shuffle = getattr(encoder, "shuffle", None)  # MAE's, from which every batch draws
-    drawn = shuffle.get_state() if shuffle else None
     tokens = encoder(encoder.preprocess(image)).flatten()
-    if shuffle:
-        shuffle.set_state(drawn)
     picked = torch.arange(256, device=tokens.device) * (len(tokens) - 1) // 255
     return tokens[picked].float().cpu()
 
 
-def layer_indices(state: Mapping[str, object], pattern: str) -> list[int]:
-    """The sorted numbers that the pattern's group matches in the keys."""
-    return sorted({int(match[1]) for key in state if (match := re.fullmatch(pattern, key))})
+def num_blocks(state: Mapping[str, torch.Tensor], prefix: str = "blocks.") -> int:
+    """Of how many blocks, numbered after the prefix, there are keys."""
+    return len({key.split(".")[0] for key in take_prefix(state, prefix)})
 
 
 def take_prefix(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -160,14 +154,18 @@ def drop_keys(state: Mapping[str, torch.Tensor], pattern: str) -> dict[str, torc
     return {key: value for key, value in state.items() if not re.fullmatch(pattern, key)}
 
 
-def unwrap(checkpoint: Mapping, key: str = "") -> dict[str, torch.Tensor]:
-    """A checkpoint's state dictionary, which lies under the key if one is given. Raises CheckpointError where there is
-    none."""
+def unwrap(checkpoint: Mapping, key: str = "", prefix: str = "", others: str = ".*") -> dict[str, torch.Tensor]:
+    """A checkpoint's state dictionary, which lies under the key if one is given: the entries with the prefix, which is
+    removed. others: a pattern of the keys that may be left out. Raises CheckpointError."""
     state = checkpoint.get(key) if key else checkpoint
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"expected a dictionary of tensors{f' under {key!r}' if key else ''}; it has "
                               f"{first_few([str(name) for name in checkpoint])}")
-    return dict(state)
+    if unexpected := [name for name in drop_keys(state, others) if not name.startswith(prefix)]:
+        raise CheckpointError(f"unexpected keys: {first_few(unexpected)}")
+    if not (found := take_prefix(state, prefix)):
+        raise CheckpointError(f"no key starts with {prefix!r}")
+    return found
 
 
 def first_few(keys: Sequence[str]) -> str:
@@ -200,7 +198,7 @@ def vit_shape(state: Mapping[str, torch.Tensor], num_heads: int | None) -> dict:
                               "give --num-heads")
     return {
         "embed_dim": width,
-        "depth": len(layer_indices(state, r"blocks\.(\d+)\..*")),
+        "depth": num_blocks(state),
         "patch_size": state["patch_embed.proj.weight"].shape[-1],
         "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
         "num_heads": num_heads or width // 64,
@@ -220,6 +218,21 @@ def plain_vit(state: Mapping[str, torch.Tensor], num_heads: int | None) -> nn.Mo
     return vit
 
 
+def beit_vit(state: Mapping[str, torch.Tensor], num_heads: int | None) -> nn.Module:
+    """timm's Beit with the weights of an official file of BEiT or CAE: biases on query and value but not key,
+    LayerScale where the file has it, and one relative position bias for all blocks or an absolute embedding."""
+    from timm.models.beit import Beit
+    shape, table = vit_shape(state, num_heads), state.get("rel_pos_bias.relative_position_bias_table")
+    grid = math.isqrt(state["pos_embed"].shape[1] - 1) if table is None else (math.isqrt(len(table) - 3) + 1) // 2
+    vit = Beit(img_size=grid * shape["patch_size"], num_classes=0, global_pool="", norm_layer=layer_norm,
+               init_values=1.0 if "blocks.0.gamma_1" in state else None, use_abs_pos_emb=table is None,
+               use_shared_rel_pos_bias=table is not None, **shape)
+    # timm computes the index from the grid; its older versions have it in the state dictionary.
+    index = {key: value for key, value in vit.state_dict().items() if key.endswith("relative_position_index")}
+    load_exactly(vit, state | index)
+    return vit
+
+
 def random_vit() -> nn.Module:
     """timm's VisionTransformer, an untrained ViT-B/16 with its initialisation."""
     from timm.models.vision_transformer import VisionTransformer
@@ -234,23 +247,20 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
     return torch.cat([torch.zeros(1, 1, width), table[None]], dim=1)
 
 
-def bicubic_to_size(vit: nn.Module, height: int, width: int) -> torch.Tensor:
+def bicubic_to_size(vit: nn.Module, height: int, width: int, **target) -> torch.Tensor:
     """Position embedding at another grid: bicubic to the target size, align_corners False, no antialiasing; class and
-    distillation rows unchanged. As the study's segmentation code does for DeiT, MoCo v3, MAE and CAE."""
-    return _resize_positions(vit, height, width, size=(height, width))
+    distillation rows unchanged. As the study's segmentation code does for DeiT, MoCo v3, MAE and CAE. target: other
+    words of F.interpolate than size."""
+    native, prefix = vit.patch_embed.grid_size, vit.num_prefix_tokens
+    if (height, width) == native:
+        return vit.pos_embed
+    table = vit.pos_embed[:, prefix:].unflatten(1, native).permute(0, 3, 1, 2).float()
+    table = F.interpolate(table, mode="bicubic", align_corners=False, **(target or {"size": (height, width)}))
+    return torch.cat([vit.pos_embed[:, :prefix], table.flatten(2).transpose(1, 2)], dim=1)
 
 
 def bicubic_by_scale(vit: nn.Module, height: int, width: int) -> torch.Tensor:
     """Position embedding at another grid: bicubic by the scale factor (n + 0.1) / native, whose sample points differ
     slightly from a resize to n (facebookresearch/dino, interpolate_pos_encoding). For DINO and iBOT."""
     native = vit.patch_embed.grid_size[0]
-    return _resize_positions(vit, height, width, scale_factor=((height + 0.1) / native, (width + 0.1) / native))
-
-
-def _resize_positions(vit: nn.Module, height: int, width: int, **target) -> torch.Tensor:
-    native, prefix = vit.patch_embed.grid_size, vit.num_prefix_tokens
-    if (height, width) == native:
-        return vit.pos_embed
-    table = vit.pos_embed[:, prefix:].unflatten(1, native).permute(0, 3, 1, 2)
-    table = F.interpolate(table.float(), mode="bicubic", align_corners=False, **target)
-    return torch.cat([vit.pos_embed[:, :prefix], table.flatten(2).transpose(1, 2)], dim=1)
+    return bicubic_to_size(vit, height, width, scale_factor=((height + 0.1) / native, (width + 0.1) / native))

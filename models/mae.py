@@ -12,9 +12,9 @@ from .encoder import (
     Encoder,
     bicubic_to_size,
     drop_keys,
-    layer_indices,
     layer_norm,
     load_exactly,
+    num_blocks,
     plain_vit,
     random_vit,
     sincos_positions,
@@ -59,21 +59,21 @@ class MAEEncoder(Encoder):
     """MAE's encoder with masking and, where the file has one, its decoder.
 
     shuffle_patches: a defect of the authors' code (README, differences): the patch tokens of every image are permuted
-    at random before the position embedding is added.
+    at random before the position embedding is added, in every batch by the same orders.
     """
 
     def __init__(self, vit: nn.Module, decoder: Decoder | None = None, shuffle_patches: bool = False):
         super().__init__(vit, bicubic_to_size)
-        self.decoder = decoder
-        self.shuffle = torch.Generator().manual_seed(0) if shuffle_patches else None
+        self.decoder, self.shuffle_patches = decoder, shuffle_patches
         self.eval().requires_grad_(False)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         tokens = super().embed(images)
-        if self.shuffle is None:
+        if not self.shuffle_patches:
             return tokens
         positions = self.position_embedding(self.vit, *self.grid(images))[:, 1:]
-        order = torch.rand(len(tokens), positions.shape[1], generator=self.shuffle).argsort(dim=1).to(tokens.device)
+        drawn = torch.rand(len(tokens), positions.shape[1], generator=torch.Generator().manual_seed(0))
+        order = drawn.argsort(dim=1).to(tokens.device)
         patches = tokens[:, 1:] - positions
         patches = patches.gather(1, order[..., None].expand_as(patches)) + positions
         return torch.cat([tokens[:, :1], patches], dim=1)
@@ -105,7 +105,7 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None, decoder_num_
     if "decoder_embed.weight" not in state:
         return MAEEncoder(vit, None, shuffle_patches)
     width = state["decoder_embed.weight"].shape[0]
-    depth = len(layer_indices(state, r"decoder_blocks\.(\d+)\..*"))
+    depth = num_blocks(state, "decoder_blocks.")
     decoder_num_heads = decoder_num_heads or (16 if width == 512 else 2 * width // vit.blocks[0].attn.head_dim)
     embed = vit.patch_embed
     decoder = Decoder(vit.embed_dim, embed.grid_size[0], embed.patch_size[0], width, depth, decoder_num_heads)

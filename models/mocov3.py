@@ -6,18 +6,7 @@
 
 import torch.nn as nn
 
-from .encoder import (
-    CheckpointError,
-    Encoder,
-    bicubic_to_size,
-    drop_keys,
-    load_exactly,
-    plain_vit,
-    random_vit,
-    sincos_positions,
-    take_prefix,
-    unwrap,
-)
+from .encoder import Encoder, bicubic_to_size, drop_keys, load_exactly, plain_vit, random_vit, sincos_positions, unwrap
 
 NESTING = "state_dict"  # of the weights in the backbone file
 OFFICIAL = {"backbone": {"url": "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"}}
@@ -26,15 +15,11 @@ OFFICIAL = {"backbone": {"url": "https://dl.fbaipublicfiles.com/moco-v3/vit-b-30
 def from_checkpoint(checkpoint: dict, num_heads: int | None = None) -> Encoder:
     """Content of an official file -> Encoder. num_heads: default 12 for ViT-S (width 384), else width / 64. Raises
     CheckpointError."""
-    state = take_prefix(unwrap(checkpoint, "state_dict"), "module.base_encoder.")
-    if not state:
-        raise CheckpointError("no key starts with module.base_encoder.; this is not a MoCo v3 pre-training file")
-    vit_state = drop_keys(state, r"head\..*")
-    small = vit_state["cls_token"].shape[-1] == 384
-    vit = plain_vit(vit_state, num_heads or (12 if small else None))
-    head = take_prefix(state, "head.")
-    hidden_dim, out_dim = head["0.weight"].shape[0], head["6.weight"].shape[0]
-    projector = build_projector(vit.embed_dim, hidden_dim, out_dim)
+    state = drop_keys(unwrap(checkpoint, "state_dict", "module.base_encoder."), r"head\..*")
+    head = unwrap(checkpoint, "state_dict", "module.base_encoder.head.")
+    small = state["cls_token"].shape[-1] == 384
+    vit = plain_vit(state, num_heads or (12 if small else None))
+    projector = build_projector(vit.embed_dim, len(head["0.weight"]), len(head["6.weight"]))
     load_exactly(projector, head)
     return Encoder(vit, bicubic_to_size, projector)
 

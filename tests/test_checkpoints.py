@@ -62,16 +62,16 @@ def cached(tmp_path):
 
 
 def test_download_once_check_always(server, tmp_path, capfd):
-    published = {"md5": file_hash(GOLDEN / "mae/checkpoint.pth", "md5")[:6]}
+    md5 = file_hash(GOLDEN / "mae/checkpoint.pth", "md5")[:6]
     for _ in range(2):
-        path = fetch(f"{server}/mae/checkpoint.pth", "mae.pth", published)
+        path = fetch(f"{server}/mae/checkpoint.pth", "mae.pth", md5)
     assert path.read_bytes() == (GOLDEN / "mae/checkpoint.pth").read_bytes()
     assert cached(tmp_path) == ["mae.pth"] and len(Server.requests) == 1
     assert "100%" in capfd.readouterr().err
     with open(path, "ab") as file:
         file.write(b"x")
-    with pytest.raises(CheckpointError, match=f"its MD5 begins with .*, published is {published['md5']}; delete it"):
-        fetch(f"{server}/mae/checkpoint.pth", "mae.pth", published)
+    with pytest.raises(CheckpointError, match=f"its MD5 begins with .*, published is {md5}; delete it"):
+        fetch(f"{server}/mae/checkpoint.pth", "mae.pth", md5)
 
 
 def test_official_weights_end_to_end(server, monkeypatch):
@@ -79,11 +79,8 @@ def test_official_weights_end_to_end(server, monkeypatch):
     for method, role, file in (("deit", "backbone", "checkpoint.pth"), ("dino", "backbone", "checkpoint_backbone.pth"),
                                ("dino", "full", "checkpoint.pth"), ("mae", "backbone", "checkpoint.pth")):
         module = __import__(f"models.{method}", fromlist=["OFFICIAL"])
-        entry = dict(module.OFFICIAL[role], url=f"{server}/{method}/{file}", file=f"{method}_{role}.pth")
-        for algorithm in ("sha256", "md5"):
-            if algorithm in entry:
-                digits = len(entry[algorithm])
-                entry[algorithm] = file_hash(GOLDEN / method / file, algorithm)[:digits]
+        entry = dict(module.OFFICIAL[role], url=f"{server}/{method}/{file}", file=f"{method}_{role}.pth",
+                     md5=file_hash(GOLDEN / method / file, "md5")[:6])
         monkeypatch.setitem(module.OFFICIAL, role, entry)
     assert build_model("deit", num_heads=3).weights == "deit_backbone.pth"
     assert not build_model("dino", num_heads=3).has_projector

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import retrieval
 import segment
-from models import METHODS, load_encoder
+from models import METHODS, beit, load_encoder
 from models.features import encode_tokens
 from models.knn_segmentation import KNNSegmenter, patch_tokens
 from models.probes import HeadSGD, build_heads, knn_predict
@@ -103,12 +103,11 @@ def test_the_projector_stays_float32():
     assert torch.equal(features["projected"], encoder.projector(features["cls"]))
 
 
-def test_beits_bias_is_kept_in_the_precision_and_not_copied_for_the_kernel():
+def test_beits_bias_is_in_the_precision_and_not_copied_for_the_kernel():
     encoder = loaded("beit")
-    assert encoder.relative_bias(4, 4).dtype == torch.float32
+    assert encoder.block_options(4, 4)["shared_rel_pos_bias"].dtype == torch.float32
     with autocast(CPU, "bf16"):
-        bias = encoder.relative_bias(4, 4)
-        assert encoder.relative_bias(4, 4) is bias
+        bias = encoder.block_options(4, 4)["shared_rel_pos_bias"]
     assert bias.dtype == torch.bfloat16 and bias.shape == (1, 3, 17, 17)
     # What PyTorch asks of an attention mask (aligned_tensor in its sdp_utils), else it pads a copy in every call.
     assert all(stride % 8 == 0 for stride in bias.stride()[:-1]) and bias.stride(-1) == 1
@@ -143,6 +142,9 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    # What is kept by device has no data here.
+    for kept in (beit.geometric_spline, beit.relative_index):
+        kept.cache_clear()
     with FakeTensorMode():
         try:
             images = torch.empty(1, 1, 4, 4, device="cuda")
@@ -178,7 +180,7 @@ def test_encoders_on_cuda(encoder, fake_cuda, model, precision):
     encoder = moved(encoder, fake_cuda)
     pixels = torch.empty(2, 3, 64, 64, dtype=torch.uint8, device=fake_cuda)
     with torch.inference_mode(), autocast(fake_cuda, precision):
-        found = encoder.extract(encoder.preprocess(pixels), isometric=True)
+        found = encoder.extract(encoder.preprocess(pixels))
         layers = encoder.get_intermediate_layers(torch.empty(2, 3, 64, 96, device=fake_cuda), [1, 3], norm=True)
     assert all(value.is_cuda and value.dtype == torch.float32 for value in found.values())
     assert all(layer.is_cuda and layer.shape[2:] == (4, 6) for layer in layers)
