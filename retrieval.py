@@ -26,8 +26,7 @@ from datasets.pairs import PAIR_DATASETS, load_pairs
 from datasets.patches import PatchDataset
 from datasets.retrieval import RETRIEVAL_DATASETS, open_images, open_retrieval
 from datasets.sheets import write_sheets
-from models import METHODS, WITH_PROJECTOR, Encoder, load_encoder
-from models.layers import choose_layers
+from models import METHODS, WITH_PROJECTOR, Encoder, choose_layers, load_encoder
 from models.pca import pca_run
 from models.transfer import ALPHAS, draw_pairs, transfer_run
 from models.transfer import transfer_keypoints as transfer_keypoints

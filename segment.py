@@ -27,10 +27,9 @@ from datasets.label_maps import check_labels, require_labelled
 from datasets.segmentation_pictures import draw_figure6, figure6_panels, save_picture
 from datasets.segmentation_store import PixelStore, training_batches
 from datasets.segmentation_transforms import rescale_size, resize_image
-from models import METHODS, Encoder, load_encoder
+from models import METHODS, Encoder, choose_layers, load_encoder
 from models import knn_segmentation as knn
 from models import segmentation_probe as linear
-from models.layers import choose_layers
 from models.segmentation_head import LinearHead, PatchSegmenter
 from utils import UserError, drawing, results, run
 from utils.distributed import all_reduce, shard, world_size

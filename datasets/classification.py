@@ -8,7 +8,6 @@ import torch
 
 from utils import UserError
 
-from . import check_data_path
 from .coco import load_coco, open_keypoints
 from .cub import load_cub
 from .imagenet import load_image_folder
@@ -29,7 +28,6 @@ def open_classification(name: str, data_path: Path | None, crop_scale: float = 0
     the seed, is the test set. num_images: of training, and of test among those of the classes that are left. Raises
     UserError for another layout, an empty split, and a test class that is not in training.
     """
-    check_data_path(name, data_path)
     options = {"transform": resize_center_crop(image_size)}
     if name in CLASSIFICATION_PARTS:
         options |= {"keypoints": keypoints, "crop_scale": crop_scale}

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import check_data_path
 from .coco import load_coco, open_keypoints
 from .cub import load_cub
 from .files import read_rgb
@@ -24,7 +23,6 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
     the images that have patches (default all; of synthetic, pictures that are drawn, default 30). files: as of
     open_keypoints. Raises UserError for an unknown keypoint, and files that are missing or wrong.
     """
-    check_data_path(name, data_path)
     options = {"keypoints": keypoints, "crop_scale": crop_scale,
                "transform": resize_center_crop(image_size, short_side=image_size)}
     if name == "synthetic":
@@ -41,7 +39,6 @@ def open_retrieval(name: str, data_path: Path | None, keypoints: Sequence[str] |
 def open_images(name: str, data_path: Path | None, num_images: int, seed: int, image_size: int) -> PatchDataset:
     """Whole images, the central image_size x image_size at a short side of 256 / 224 of that: "imagenet", a sample of
     those below data_path drawn by the seed, or "synthetic", its test split. Raises UserError where there is none."""
-    check_data_path(name, data_path)
     if name == "synthetic":
         paths, notes, load = image_seeds("test", num_images, seed), [], draw_image
     else:

@@ -15,7 +15,6 @@ import numpy as np
 from utils import UserError
 from utils.results import digest
 
-from . import check_data_path
 from .files import read_rgb
 from .label_maps import label_map_size, pair_files, read_label_map, reduce_label
 from .patches import draw_numbers
@@ -83,7 +82,6 @@ def open_segmentation(name: str, data_path: Path | None, split: str, num_images:
                       seed: int = 0) -> "Split":
     """The split "train" or "val" of one of PROTOCOLS. num_images: that many, drawn by the seed, in the order of their
     names. Raises UserError where folders or files are missing or do not pair."""
-    check_data_path(name, data_path)
     if name.startswith("synthetic"):
         opened = SyntheticSplit("object" if name == "synthetic-object" else "part", split)
     else:

@@ -4,7 +4,6 @@ Nothing is decoded twice, and the batches of a run are a pure function of seed, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -71,15 +70,12 @@ class PixelStore:
         return batch, [self.sizes[index] for index in indices]
 
 
-@lru_cache(maxsize=2)
-def epoch_permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_images)
-
-
 def batch_indices(seed: int, iteration: int, batch_size: int, num_images: int) -> list[int]:
     """The images of one global batch: epochs are permutations, laid end to end and cut into batches."""
     places = range(iteration * batch_size, (iteration + 1) * batch_size)
-    return [int(epoch_permutation(seed, place // num_images, num_images)[place % num_images]) for place in places]
+    epochs = {epoch: np.random.default_rng((seed, epoch)).permutation(num_images)
+              for epoch in {place // num_images for place in places}}
+    return [int(epochs[place // num_images][place % num_images]) for place in places]
 
 
 def training_batches(store: PixelStore, iterations: range, batch_size: int, base_scale: tuple[int, int], crop_size: int,

@@ -44,7 +44,7 @@ from datasets.patches import PatchDataset
 from datasets.retrieval import open_images
 from utils import UserError
 from utils.distributed import all_reduce, is_main, shard, world_size
-from utils.drawing import COLOURS, PAGE, plot
+from utils.drawing import COLOURS, PAGE, plot, require_matplotlib
 from utils.formats import render
 from utils.results import append_result, caveats, read_results, start_line
 from utils.run import OneLineParser, Progress, add_common_arguments, autocast, number, positive_int, run_main, setup
@@ -302,6 +302,7 @@ def parse_arguments() -> argparse.Namespace:
         args.mask_ratios = ()
     if args.compile:
         raise UserError("--compile: attention is read inside the blocks, which then cannot be compiled; leave it out")
+    require_matplotlib()
     return args
 
 

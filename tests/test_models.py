@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
-from models import METHODS, WITH_PROJECTOR, build_model, encoder_signature, load_encoder
+from models import METHODS, WITH_PROJECTOR, build_model, choose_layers, encoder_signature, load_encoder
 from models.beit import resize_relative_table
-from models.layers import choose_layers
 from models.mocov3 import build_projector
 from utils import UserError
 

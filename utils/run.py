@@ -161,6 +161,8 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
         raise UserError(f"--name {args.name!r}: use characters that can be printed, on one line")
     if args.dataset != "keypoints" and any(vars(args).get(name) for name in ("annotations", "images", "category")):
         raise UserError(f"--annotations, --images and --category are for --dataset keypoints, not for {args.dataset}")
+    if args.data_path is None and args.dataset != "keypoints" and not args.dataset.startswith("synthetic"):
+        raise UserError(f"--dataset {args.dataset} needs --data-path DIR; --dataset synthetic needs no files")
     if args.data_path and args.dataset.startswith("synthetic"):
         raise UserError(f"--data-path {args.data_path}: --dataset {args.dataset} reads no files; name another data set")
     device = init_processes(args.device)
