@@ -169,6 +169,7 @@ def setup(args: argparse.Namespace) -> tuple[torch.device, "Log"]:
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     log = Log(args.output_dir)
+    this_run.cache_clear()
     run = this_run()
     log(f"{Path(sys.argv[0]).name} run {run['run']}, {run['date']}, revision {run['revision']}, "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + f", processes {world_size()}")
