@@ -21,7 +21,7 @@ from .storage import load
 # Arguments of all scripts that no figure depends on: where things lie, what is written, where it runs. A run may be
 # resumed with others (what lies in a data set is compared apart), and tables do not mark them.
 NO_EFFECT = frozenset((
-    "annotations", "cache", "changed", "checkpoint_every", "columns", "compile", "data_path", "device",
+    "annotations", "cache", "changed", "checkpoint_every", "compile", "data_path", "device",
     "figure6", "format", "images", "name", "output_dir", "pictures", "plot_format", "query", "resume", "save_features",
     "save_pictures", "save_plots", "table", "top", "workers"))
 # Arguments that name an encoder; its signature is compared in their place.
