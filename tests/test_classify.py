@@ -339,24 +339,30 @@ def test_authors_defects_use_and_move_the_statistics_at_test_time(cub):
     assert not torch.equal(confusion(), right)
 
 
-def test_batches_of_views_are_those_of_one_process(folder):
+@pytest.mark.parametrize(("place", "count", "sizes"), [(0, 1, (16, 8)), (2, 3, (16, 2))])
+def test_batches_of_views_are_those_of_one_process(monkeypatch, folder, place, count, sizes):
+    """Every batch, or the share of it of one process of three, which may be no image."""
+    monkeypatch.setattr(classify, "rank", lambda: place)
+    monkeypatch.setattr(classify, "world_size", lambda: count)
     train, _ = open_classification("folder", folder)
     encoder = small_encoder()
     views = RandomViews(train, random_crop_flip(), 0)
     steps = []
     probes = [Probe(build_heads(kind, 1, 48, 3, 3, False), Recipe((0.1,), size, every_step=True), size, [0.1], [0], 4)
-              for kind, size in (("linear", 16), ("attentive", 8))]
+              for kind, size in zip(("linear", "attentive"), sizes, strict=True)]
     for probe in probes:
         probe.step = lambda tokens, rows, labels, epoch, probe=probe: steps.append(
-            (probe.kind, tuple(tokens.shape), labels.tolist(), epoch))
+            (probe.kind, len(tokens) and tuple(tokens.shape), labels.tolist(), epoch))
     order = classify.shuffled(torch.arange(24), 0, 1)
     assert sorted(order.tolist()) == list(range(24)) and order.tolist() != list(range(24))
     classify.train_on_views(probes, encoder, views, order, 1, "fp32", 0)
-    labels = train.labels[order].tolist()
     # Linear and attentive batches may end at one image; which comes first then does not matter.
-    assert [step for step in steps if step[0] == "linear"] == [("linear", (16, 1, 48), labels[:16], 1)]
-    assert [step for step in steps if step[0] == "attentive"] == [
-        ("attentive", (8, 197, 48), labels[8 * step:8 * step + 8], 1 + step / 3) for step in range(3)]
+    for kind, size, shape in (("linear", sizes[0], (1, 48)), ("attentive", sizes[1], (197, 48))):
+        batches = [train.labels[order[at:at + size][(place - at) % count::count]].tolist()
+                   for at in range(0, 24 // size * size, size)]
+        assert [step for step in steps if step[0] == kind] == [
+            (kind, len(labels) and (len(labels), *shape), labels, 1 + step / len(batches))
+            for step, labels in enumerate(batches)]
 
 
 def test_views_depend_on_image_and_epoch_alone(folder):
