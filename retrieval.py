@@ -278,7 +278,7 @@ def retrieve(args: argparse.Namespace, device: torch.device, log: run.Log, write
                 for line, source in zip(lines, sources, strict=True)))
         return
     for source in sources:
-        source["features"] = {name: gather_rows(rows.to(device)) for name, rows in source["features"].items()}
+        source["features"] = {name: rows.to(device) for name, rows in source["features"].items()}
     files = write_sheets(sources, args.query, args.queries, args.top, args.seed, args.other_images, args.output_dir,
                          args.plot_format)
     log(f"{len(files)} sheets in {args.output_dir}")

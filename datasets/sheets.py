@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from utils import UserError
-from utils.distributed import is_main
+from utils.distributed import gather_rows, is_main
 from utils.drawing import image_rows
 
 from .files import read_rgb
@@ -89,13 +89,14 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
     """Writes a sheet per query, PNG or PDF by the suffix, with a row for each source: the query in its image and
     enlarged, then a block of patches for each feature. Returns the files' names.
 
-    sources: one for each model, {"features": {name: [N, D]}, "paths": of the images, "line": with "name" and "weights"
-    of the model}. chosen: queries as PATH:POSITION, PATH the end of an image's path, POSITION 0 to 48 in the 7 x 7
-    grid, row by row; where there are none, num_queries are drawn by the seed. top: patches shown. other_images: patches
-    of the query's own image are left out; else those that overlap the query are marked. Raises UserError for a query
-    that no image has.
+    sources: one for each model, {"features": {name: [n, D], this process's share of the patches in their order},
+    "paths": of the images, "line": with "name" and "weights" of the model}. chosen: queries as PATH:POSITION, PATH the
+    end of an image's path, POSITION 0 to 48 in the 7 x 7 grid, row by row; where there are none, num_queries are drawn
+    by the seed. top: patches shown. other_images: patches of the query's own image are left out; else those that
+    overlap the query are marked. Raises UserError for a query that no image has.
     """
     paths, per_image = sources[0]["paths"], len(GRID_BOXES)
+    leave_out = per_image if other_images else 1
     if other_images and len(paths) < 2:
         raise UserError("--other-images needs two images at least")
     drawn = torch.randperm(len(paths) * per_image, generator=torch.Generator().manual_seed(seed))[:num_queries]
@@ -105,7 +106,7 @@ def write_sheets(sources: Sequence[dict], chosen: Sequence[str], num_queries: in
         model = source["line"]["name"] + " (random weights)" * (source["line"]["weights"] == "random")
         # Seven letters are as wide as a patch.
         found.append({textwrap.fill(f"{model}: {name}", 7 * min(top, 6)): nearest_patches(
-            rows, queries, top, per_image if other_images else 1) for name, rows in source["features"].items()})
+            gather_rows(rows), queries, top, leave_out) for name, rows in source["features"].items()})
     files = []
     for number, query in enumerate(queries.tolist() if is_main() else []):
         path, position = paths[query // per_image], query % per_image
