@@ -19,8 +19,8 @@ from utils.storage import allocate, prefetched
 from .encoder import Encoder
 from .probes import normalise
 
-# Images in one pass of the encoder.
-ENCODE_BATCH = {"cuda": 256, "cpu": 16}
+# Images in one pass of the encoder, and in what a worker sends through shared memory at a time (10 MB for 64).
+ENCODE_BATCH = {"cuda": 64, "cpu": 16}
 
 
 class Features(NamedTuple):
