@@ -216,10 +216,11 @@ def evaluate(segmenter: PatchSegmenter, split, test_scale: tuple[int, int], crop
 
 
 def open_data(args: argparse.Namespace, log: run.Log) -> tuple:
-    """(training, held-out and test split, how many test images are training images too): no training split with
-    --evaluate, no held-out one where the test images choose. Sets the iterations in args. Raises UserError."""
+    """(training, held-out and test split, how many test images are training images too): no training split and no
+    such number with --evaluate, no held-out one where the test images choose. Sets the iterations in args. Raises
+    UserError."""
     opened = partial(data.open_segmentation, args.dataset, args.data_path, num_images=args.num_images, seed=args.seed)
-    test_split, train_split, held_out, shared = opened("val"), None, None, 0
+    test_split, train_split, held_out, shared = opened("val"), None, None, None
     if args.data_path:
         test_split.sizes(args.workers)  # a damaged file shows before training, not after
     if not args.evaluate:

@@ -50,9 +50,9 @@ def save_picture(path: Path, image: np.ndarray, truth: np.ndarray, pred: np.ndar
     with image_rows(path, [[("image", image), ("ground truth", truth), ("prediction", pred)]], size) as [axes]:
         for one in axes[1:]:
             one.images[0].set_interpolation("nearest")
-        for text, colour in legend:
+        for text, colour in legend:  # a space first, as matplotlib leaves out labels that begin with "_"
             axes[0].plot([], [], "s", color=np.divide(colour, 255), markersize=5, markeredgecolor="grey",
-                         label=textwrap.fill(text, 24))
+                         label=" " + textwrap.fill(text, 24))
         axes[0].legend(loc="upper left", bbox_to_anchor=(0, 0), ncols=max(1, size[1] // 120), borderpad=0,
                        handlelength=1)
     atomic_write(path.with_name(f"{path.stem}_labels.png"), partial(labels.save, format="PNG"))

@@ -273,7 +273,7 @@ def draw_attention(path: Path, results: Sequence[dict], columns: int = 5) -> Non
             numbers = range(1, len(layers) + 1)
             axes.axhline(result["distance_pixels_uniform"], color="#999999")
             axes.plot(numbers, layers, ".", color=colour, markersize=2)
-            axes.plot(numbers, layers.mean(1), "o-", color=colour, markersize=3, label=textwrap.fill(title, 40))
+            axes.plot(numbers, layers.mean(1), "o-", color=colour, markersize=3, label=" " + textwrap.fill(title, 40))
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         for place, (title, field) in enumerate(fields.items(), 1):
             axes = below.add_subplot(rows, columns, place, xticks=[], yticks=[], facecolor="#cdcdcd")

@@ -10,6 +10,10 @@ from conftest import call_main
 import classify
 import retrieval
 import segment
+from datasets.classification import CLASSIFICATION_IMAGES, CLASSIFICATION_PARTS
+from datasets.pairs import PAIR_DATASETS
+from datasets.retrieval import RETRIEVAL_DATASETS
+from datasets.segmentation import PROTOCOLS
 from utils import run
 
 SCRIPTS = {"retrieval": retrieval, "classify": classify, "segment": segment,
@@ -107,3 +111,14 @@ def test_what_no_run_starts_with(tmp_path, script, words, parts):
     status, _, err = call_main(SCRIPTS[script].main, [*words, "--output-dir", tmp_path / "out", "--workers", 0])
     assert status == 2 and len(err.splitlines()) == 1 and all(part in err for part in parts), err
     assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(("script", "names"), [
+    ("retrieval", RETRIEVAL_DATASETS + PAIR_DATASETS), ("segment", tuple(PROTOCOLS)),
+    ("classify", CLASSIFICATION_PARTS + CLASSIFICATION_IMAGES)])
+def test_data_sets_without_a_data_path(tmp_path, script, names):
+    for name in names:
+        if not name.startswith("synthetic"):
+            status, _, err = call_main(SCRIPTS[script].main, ["--dataset", name, "--output-dir", tmp_path])
+            needed = "annotations" if name == "keypoints" else "data-path"
+            assert status == 2 and err.startswith(f"error: --dataset {name} needs --{needed} "), err

@@ -47,9 +47,9 @@ def test_predictions_where_nothing_is_labelled_are_pale_and_no_colour_is_between
 
 def test_the_legend_names_what_occurs(figures, tmp_path):
     name = "a class whose name is longer than all three panels together, " * 5
-    sheet, *_ = picture(tmp_path, ["$\\head$", name, "tail", "of another picture"], 1)
+    sheet, *_ = picture(tmp_path, ["$\\head$", name, "_tail_", "of another picture"], 1)
     texts = [" ".join(text.get_text().split()) for text in figures[0].axes[0].get_legend().get_texts()]
-    assert texts == [name.strip(), "$\\head$ (predicted only)", "tail (predicted only)",
+    assert texts == [name.strip(), "$\\head$ (predicted only)", "_tail_ (predicted only)",
                      "not labelled (pale)"]
     assert all((edge == 255).all() for edge in (sheet[-3:], sheet[:, :3], sheet[:, -3:]))
 

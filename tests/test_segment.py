@@ -337,6 +337,7 @@ def test_a_head_is_evaluated(lip, tmp_path, words):
     _, tested = run(lip, tmp_path / "again", "--evaluate", tmp_path / "dino_lip_segment.pt")
     for name in ("iou_per_class", "iterations", "layers", "norm", "batch_norm"):
         assert tested[name] == result[name]
+    assert tested["num_test_in_training"] is None, "the training images are not known"
 
 
 def test_both_probes_in_one_run(finished, lip, tmp_path):
