@@ -56,7 +56,7 @@ def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: 
     features, labels = torch.as_tensor(features), torch.as_tensor(labels).cpu()
     device = torch.device(device or features.device)
     features = features.to(device, torch.float32)
-    queries = torch.arange(len(features)) if queries is None else queries.cpu()
+    queries = torch.arange(len(features)) if queries is None else torch.as_tensor(queries).cpu()
     result = torch.full((len(queries),), float("nan"), dtype=torch.float64)
     if len(queries) == 0:
         return result
