@@ -302,7 +302,7 @@ def transfer(args: argparse.Namespace, device: torch.device, log: run.Log, write
     atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(listed))
     if args.pictures:
         draw_pairs(Path(f"{prefix}_pairs.{args.plot_format}"), pairs, predicted, args.pictures, title)
-    if len(layers) == encoder.depth > 1:
+    if args.layers == ["all"] and encoder.depth > 1:
         curves = {f"PCK@{alpha}": [found["pck_image"][str(alpha)] for found in metrics["by_layer"].values()]
                   for alpha in ALPHAS}
         draw_curves(Path(f"{prefix}_layers.{args.plot_format}"), title, curves, first=0, xlabel="block",
