@@ -252,8 +252,8 @@ def report(args: argparse.Namespace, probe: Probe, line: dict, testing: Features
         line["undertrained"] = True
         log(f"{probe.kind}: this head is no measurement ({line['train_acc1']:.1f}% of the training patches right, the "
             f"most frequent class {frequent:.1f}%; weights moved by {line['weights_moved']:.2g} of the norm they had; "
-            f"test {best:.1f}%, nearest neighbours {neighbours:.1f}%): more --epochs, another --lr or a smaller "
-            "--batch-size")
+            f"test {best:.1f}%, nearest neighbours {f'{neighbours:.1f}%' if neighbours else 'not asked for'}): more "
+            "--epochs, another --lr or a smaller --batch-size")
     return line
 
 
@@ -357,6 +357,7 @@ def main() -> None:
         line["seconds_training"] = time.monotonic() - started - line["seconds_features"]
     if "knn" in args.probe:
         if training is None or args.dataset in data.CLASSIFICATION_PARTS:
+            log("nearest neighbours: the training set is encoded under the test transform, a pass of its own")
             like_test = copy(train)
             like_test.transform = test.transform
             training = encode(like_test, "training set under the test transform", False)

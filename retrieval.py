@@ -56,7 +56,7 @@ def average_precision(features: torch.Tensor, labels: torch.Tensor, *, queries: 
     features, labels = torch.as_tensor(features), torch.as_tensor(labels).cpu()
     device = torch.device(device or features.device)
     features = features.to(device, torch.float32)
-    queries = torch.arange(len(features)) if queries is None else queries.cpu()
+    queries = torch.arange(len(features)) if queries is None else torch.as_tensor(queries).cpu()
     result = torch.full((len(queries),), float("nan"), dtype=torch.float64)
     if len(queries) == 0:
         return result
@@ -302,7 +302,7 @@ def transfer(args: argparse.Namespace, device: torch.device, log: run.Log, write
     atomic_write(Path(f"{prefix}_pairs.json"), lambda path: path.write_text(listed))
     if args.pictures:
         draw_pairs(Path(f"{prefix}_pairs.{args.plot_format}"), pairs, predicted, args.pictures, title)
-    if len(layers) == encoder.depth > 1:
+    if args.layers == ["all"] and encoder.depth > 1:
         curves = {f"PCK@{alpha}": [found["pck_image"][str(alpha)] for found in metrics["by_layer"].values()]
                   for alpha in ALPHAS}
         draw_curves(Path(f"{prefix}_layers.{args.plot_format}"), title, curves, first=0, xlabel="block",

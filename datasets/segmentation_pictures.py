@@ -82,7 +82,7 @@ def draw_figure6(path: Path, panels: Mapping[str, Sequence[tuple[str, Sequence[f
     most = max(7, *map(len, panels.values()))
     with plot(path, most, 2 * len(panels)) as figure:
         for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-            axes.set(title=title, ylabel="mIoU, percent", ylim=(0, 100), xlim=(-0.6, most - 0.4))
+            axes.set(title=title, ylabel="mIoU, percent", ylim=(0, 105), xlim=(-0.6, most - 0.4))
             axes.grid(axis="y")
             for kind, (label, colour) in enumerate(kinds.items()):
                 heights = np.array([values[kind] for _, values in rows], dtype=float)

@@ -17,14 +17,14 @@ def linear_accuracy(train: torch.Tensor, labels: torch.Tensor, test: torch.Tenso
     train, labels, test, test_labels = map(torch.as_tensor, (train, labels, test, test_labels))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held, fit = order.tensor_split([max(1, len(train) // 10)])
-    features, recipe = Features(fit, 0, labels, train.float()), RECIPES["ours"]["linear"]
+    features, recipe = Features(fit, 0, labels.long(), train.float()), RECIPES["ours"]["linear"]
     size, epochs = batch_and_epochs(recipe, len(fit))
     heads = LinearHeads(len(recipe.rates), train.shape[1], int(labels.max()) + 1, batch_norm=True).to(train.device)
     heads.norm.fix(features.cls[features.rows(fit)])
     probe = Probe(heads, recipe, size, recipe.rates, [seed], epochs)
     for epoch in range(epochs):
         probe.train(features, shuffled(fit, seed, epoch), epoch)
-    testing = Features(torch.arange(len(test)), 0, test_labels, test.float())
+    testing = Features(torch.arange(len(test)), 0, test_labels.long(), test.float())
     probe.record(*(accuracy(confusion_of_heads(heads, part, probe.names))
                    for part in (features._replace(ids=held), testing)))
     return probe.summary()[0]["best_acc1"]

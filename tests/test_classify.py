@@ -304,7 +304,8 @@ def test_held_out_images_choose_and_are_not_trained_on(monkeypatch, cub, folder,
     found = run(monkeypatch, *common("cub", cub, tmp_path), *words, "--probe", "linear", "knn", "--lr", 0.1, 0.5)
     assert all(set(ids.tolist()) == set((~held_out).nonzero().flatten().tolist()) for ids in seen)
     assert found["linear"]["num_train"] == 60 and found["linear"]["num_held_out"] == 4
-    assert "chosen on a held-out tenth" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "chosen on a held-out tenth" in out and "training set is encoded under the test transform" in out
     chosen = [head for head in found["linear"]["heads"] if head["lr"] == found["linear"]["lr"]]
     assert chosen[0]["best_score"] == max(head["best_score"] for head in found["linear"]["heads"])
     # Of class folders, with random crops (six of 22 fill no batch and are not encoded) and without: by default a tenth

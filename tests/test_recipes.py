@@ -71,6 +71,7 @@ def test_ten_species_by_default_options(launch, monkeypatch, tmp_path):
     train, test = encoded["training set"], encoded["test set"]
     values = train.cls, train.labels, test.cls, test.labels
     ours = [linear_accuracy(*values, seed=seed) for seed in range(5)]
+    assert linear_accuracy(train.cls.numpy(), train.labels.byte(), test.cls, test.labels.int().numpy()) == ours[0]
     theirs = [regression_accuracy(*(value.numpy() for value in values), seed) for seed in range(5)]
     assert abs(np.mean(ours) - np.mean(theirs)) <= 1
 

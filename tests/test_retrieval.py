@@ -71,7 +71,7 @@ def test_the_two_rankings_agree(skip):
 
 def test_some_rows_as_queries_and_none():
     _, features, labels = CASES[0]
-    for queries in (torch.tensor([200, 3, 77]), torch.empty(0, dtype=torch.int64)):
+    for queries in (torch.tensor([200, 3, 77]), np.array([5, 9]), torch.empty(0, dtype=torch.int64)):
         torch.testing.assert_close(average_precision(features, labels, queries=queries),
                                    average_precision(features, labels)[queries])
     assert average_precision(torch.empty(0, 8), torch.empty(0, dtype=torch.int64)).shape == (0,)
