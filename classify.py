@@ -130,7 +130,7 @@ def train_on_views(probes: Sequence[Probe], encoder: Encoder, views: RandomViews
             progress.update(len(images))
         # Where no image is this process's, it takes part in the step with none.
         batch = torch.cat(waiting[number] or [torch.zeros(0, 1, encoder.embed_dim, device=device)])
-        waiting[number] = [batch[stop - start:].clone()]
+        waiting[number] = [batch[stop - start:].clone()] if waiting[number] else []
         probes[number].step(batch[:stop - start], None, labels[start:stop], epoch + share)
         del batch  # gigabytes, while the next images are encoded
 
