@@ -249,10 +249,11 @@ def test_a_run_that_was_killed_resumes_to_the_same_result(monkeypatch, cub, fold
     assert run(monkeypatch, *parts, *words, "--resume") == {}, "finished: no step, no line"
 
 
-@pytest.mark.parametrize(("dataset", "batch"), [("cub", 20), ("imagenet", 12), ("folder", 12)])
-def test_two_and_three_processes_agree_with_one(launch, monkeypatch, cub, folder, tmp_path, dataset, batch):
+@pytest.mark.parametrize(("dataset", "batch", "rate"), [
+    ("cub", 20, 0.1), ("imagenet", 12, 0.1), ("imagenet", 2, 1e-4), ("folder", 12, 0.1)])
+def test_two_and_three_processes_agree_with_one(launch, monkeypatch, cub, folder, tmp_path, dataset, batch, rate):
     root = cub if dataset == "cub" else folder
-    words = ["--batch-size", batch, "--epochs", 6, "--probe", "linear", "attentive", "knn", "--lr", 0.1]
+    words = ["--batch-size", batch, "--epochs", 6, "--probe", "linear", "attentive", "knn", "--lr", rate]
     expected = run(monkeypatch, *common(dataset, root, tmp_path / "1"), *words)
     for processes in (2, 3):
         output = tmp_path / str(processes)

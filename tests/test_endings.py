@@ -22,6 +22,8 @@ ERRORS = {
     "UserError": (UserError("wrong;\n mend it"), 2, "error: wrong; mend it\n"),
     "file": (FileNotFoundError(2, "No such file", "a"), 2, "error: a: No such file; correct this and start again\n"),
     "memory": (MemoryError(), 2, "error: memory ran out (): use a smaller --batch-size, fewer --workers\n"),
+    "fork": (OSError(12, "Cannot allocate memory"), 2, "error: memory ran out "
+             "([Errno 12] Cannot allocate memory): use a smaller --batch-size, fewer --workers\n"),
     "CUDA": (torch.OutOfMemoryError("CUDA out of memory."), 2,
              "error: memory ran out (CUDA out of memory.): use a smaller --batch-size, fewer --workers\n"),
     "Ctrl-C": (KeyboardInterrupt(), 130, "stopped by Ctrl-C; --resume goes on from a checkpoint, where there is one\n")}

@@ -43,8 +43,8 @@ def run_main(main: Callable[[], None]) -> None:
             leave(f"error: {text}", 2)
         if isinstance(error, OSError) and error.filename:
             leave(f"error: {error.filename}: {error.strerror}; correct this and start again", 2)
-        # PyTorch's allocator of CPU memory raises a RuntimeError.
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        # PyTorch's allocator of CPU memory raises a RuntimeError, starting a worker process an OSError.
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
             leave(f"error: memory ran out ({text[:150]}): use a smaller --batch-size, fewer --workers", 2)
         leave(traceback.format_exc(), 1)
 
