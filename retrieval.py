@@ -324,7 +324,7 @@ def principal_components(args: argparse.Namespace, device: torch.device, log: ru
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises UserError for values that cannot be."""
     parser = run.OneLineParser(__doc__)
-    run.add_common_arguments(parser, METHODS, RETRIEVAL_DATASETS + PAIR_DATASETS, batch_size=256)
+    run.add_common_arguments(parser, METHODS, RETRIEVAL_DATASETS + PAIR_DATASETS, batch_size=64)
     group = parser.add_argument_group("retrieval")
     group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
                        help="(default: cls and avg, and projected where the checkpoint has a projector)")
