@@ -329,7 +329,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--features", nargs="+", choices=("cls", "avg", "projected"),
                        help="(default: cls and avg, and projected where the checkpoint has a projector)")
     group.add_argument("--exclude-query", action="store_true", help="leave the query out of its own ranking")
-    group.add_argument("--save-features", type=Path, metavar="FILE")
+    group.add_argument("--save-features", type=Path, metavar="FILE", help="for --load-features")
     group.add_argument("--load-features", type=Path, nargs="+", metavar="FILE",
                        help="of one or several models, in place of encoding")
     group.add_argument("--num-images", type=run.positive_int, metavar="N",

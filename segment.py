@@ -219,12 +219,13 @@ def open_data(args: argparse.Namespace, log: run.Log) -> tuple:
     """(training, held-out and test split, how many test images are training images too): no training split and no
     such number with --evaluate, no held-out one where the test images choose. Sets the iterations in args. Raises
     UserError."""
-    opened = partial(data.open_segmentation, args.dataset, args.data_path, num_images=args.num_images, seed=args.seed)
-    test_split, train_split, held_out, shared = opened("val"), None, None, None
+    open_split = partial(data.open_segmentation, args.dataset, args.data_path, num_images=args.num_images,
+                         seed=args.seed)
+    test_split, train_split, held_out, shared = open_split("val"), None, None, None
     if args.data_path:
         test_split.sizes(args.workers)  # a damaged file shows before training, not after
     if not args.evaluate:
-        train_split = opened("train")
+        train_split = open_split("train")
         if train_split.names != test_split.names:
             raise UserError(f"the training and the test split below {args.data_path} have different names.txt")
         shared = shared_images(train_split, test_split, args.dataset == "folder")

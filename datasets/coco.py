@@ -125,8 +125,6 @@ def read_keypoints(path: Path, folder: Path, categories: Sequence[str] | None) -
             raise ValueError("two of its images have the same id")
         objects = [(one["image_id"], one["id"], [float(value) for value in one.get("keypoints", ())])
                    for one in content["annotations"] if one["category_id"] in wanted]
-        if len({(image, annotation, *values) for image, annotation, values in objects}) < len(objects):
-            raise ValueError("one of its annotations is listed twice")
         for image, annotation, values in objects:
             if image not in images or len(values) != 3 * len(names):
                 raise ValueError(f"annotation {annotation} has {len(values)} keypoint values, of image {image}; "

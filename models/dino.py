@@ -79,5 +79,5 @@ def from_checkpoint(checkpoint: dict, num_heads: int | None = None, branch: str 
 
 
 def random(out_dim: int = 65536) -> Encoder:
-    """An untrained ViT-B/16 with DINO's head of 65,536 outputs."""
+    """An untrained ViT-B/16 with DINO's head of 65,536 outputs, or iBOT's of another number."""
     return Encoder(random_vit(), bicubic_by_scale, WeightNormHead(768, out_dim=out_dim))

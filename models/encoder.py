@@ -249,8 +249,8 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
 
 def bicubic_to_size(vit: nn.Module, height: int, width: int, **target) -> torch.Tensor:
     """Position embedding at another grid: bicubic to the target size, align_corners False, no antialiasing; class and
-    distillation rows unchanged. As the study's segmentation code does for DeiT, MoCo v3, MAE and CAE. target: other
-    words of F.interpolate than size."""
+    distillation rows unchanged. As the study's segmentation code does for DeiT, MoCo v3, MAE and CAE. target: keyword
+    arguments of F.interpolate in place of size."""
     native, prefix = vit.patch_embed.grid_size, vit.num_prefix_tokens
     if (height, width) == native:
         return vit.pos_embed
